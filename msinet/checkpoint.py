@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELL_NAMES', 'NECK_NAMES', 'CELL_PLACE', 'write_whole', 'write_json', 'save', 'load', 'parts', 'Checkpoint', 'resume',
-           'save_weights', 'load_weights', 'our_name', 'from_official']
+           'run_folder', 'describe', 'save_weights', 'load_weights', 'our_name', 'from_official']
 
 # %% ../nbs/21_checkpoint.ipynb #3b6d10bf
 import json, os, re
@@ -94,6 +94,33 @@ def resume(
     for k,p in parts(learn).items(): p.load_state_dict(s['parts'][k])
     set_rng_state(s['rng'])
     return True
+
+# %% ../nbs/21_checkpoint.ipynb #0e08e6a7
+def run_folder(
+    out:str,            # the folder; empty takes the next free `runs/<kind>-N`
+    kind:str,           # 'search', 'train' or 'demo'
+    resume:bool=False,  # go on with the run that is there, or start one where none is
+) -> Path: # not made yet
+    "Where a run goes. Raises `InputError` when a run is there already and it isn't to be resumed."
+    if not out:
+        n = next(n for n in range(1, 10**6) if not Path(f'runs/{kind}-{n}').exists())
+        return Path(f'runs/{kind}-{n}')
+    path = Path(out)
+    if path.exists() and not path.is_dir(): raise InputError(f'{path} is a file, expected a folder for the run: give another --out')
+    if (path/'config.json').exists() and not resume:
+        raise InputError(f'{path} holds a run already: give another --out, or --resume to go on with it')
+    return path
+
+# %% ../nbs/21_checkpoint.ipynb #c0dd5fbe
+def describe(
+    run,         # the run's folder, made if need be
+    about:dict,  # regime -> its configuration as a dict, e.g. {'search': asdict(cfg)}
+):
+    "Write `config.json` and `environment.json`; regimes that are there already stay."
+    path = Path(run)/'config.json'
+    old = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**old, **about})
+    write_json(Path(run)/'environment.json', environment())
 
 # %% ../nbs/21_checkpoint.ipynb #351645c4
 def save_weights(

@@ -1,0 +1,150 @@
+"Spatial alignment: released numbers, any mix of labels, any grid, memory."
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from msinet.core import InputError, n_params
+from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation
+
+G = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent/'golden'/'d_losses.npz').items() if k.startswith('sam.')}
+TERMS = dict(pos=(1., 0.), neg=(0., 1.), pos_neg=(1., 1.))
+
+
+def golden_sam(pos=1., neg=1., released=True):
+    sam = SAM(32, pos, neg, released).double()
+    sam.pam.load_state_dict({f'{n}.{w}': G[f'sam.param.pos_pam.{n}_conv.{w}'] for n in ('query', 'key') for w in ('weight', 'bias')})
+    return sam
+
+
+def loop(a_hat, a, y, pos=1., neg=1.):
+    S = lambda v, w: F.cosine_similarity(v, w, dim=0)
+    total = 0.
+    for i in range(len(y)):
+        P, N = [p for p in range(len(y)) if y[p] == y[i]], [n for n in range(len(y)) if y[n] != y[i]]
+        total += pos*sum(1-S(a_hat[i], a[i, p]) for p in P)/len(P)
+        total += neg*sum(1-S(a[i, n], a[i, m]) for n in N for m in N)/max(1, len(N))**2
+    return total/len(y)
+
+
+# released numbers
+
+def test_scores_golden():
+    x, sam = G['sam.x'], golden_sam()
+    assert_close(activation_vectors(x, released=True), G['sam.scores'][:8], rtol=1e-9, atol=1e-12)
+    assert_close(correlation(sam.pam.query(x), sam.pam.key(x)), G['sam.pam_energy'], rtol=1e-9, atol=1e-12)
+    assert_close(sam.pam(x), G['sam.scores'][8], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('mode', TERMS)
+def test_loss_and_gradients_golden(mode):
+    sam, x = golden_sam(*TERMS[mode]), G['sam.x'].clone().requires_grad_()
+    loss = sam(x, G['sam.labels']); loss.backward()
+    assert_close(loss.detach(), G[f'sam.{mode}.loss'], rtol=1e-7, atol=0)
+    grads = {'grad_x': x.grad} | {f'grad_param.pos_pam.{n}_conv.{w}': getattr(getattr(sam.pam, n), w).grad for n in ('query', 'key') for w in ('weight', 'bias')}
+    largest = max(G[f'sam.{mode}.{k}'].norm() for k in grads).item()
+    for k, g in grads.items(): assert_close(g, G[f'sam.{mode}.{k}'], rtol=0, atol=1e-6*largest, msg=k)
+
+
+@pytest.mark.parametrize('mode', TERMS)
+def test_alignment_golden(mode):
+    s = G['sam.scores'].clone().requires_grad_()
+    loss = alignment(s[8], s[:8], G['sam.labels'], *TERMS[mode]); loss.backward()
+    assert_close(loss.detach(), G[f'sam.{mode}.loss'], rtol=1e-7, atol=0)
+    want = G[f'sam.{mode}.grad_scores']
+    assert_close(s.grad, want, rtol=0, atol=1e-6*want.norm().item())
+
+
+def test_the_default_direction_is_another_loss():
+    x, y = G['sam.x'], G['sam.labels']
+    assert_close(activation_vectors(x), G['sam.scores'][:8].transpose(0, 1), rtol=1e-9, atol=1e-12)
+    assert abs(golden_sam(released=False)(x, y) - G['sam.pos_neg.loss']) > 1e-4
+
+
+# activation vectors
+
+def test_activation_vectors_are_the_definition():
+    x = torch.randn(3, 4, 2, 5, dtype=torch.double)
+    a = activation_vectors(x)
+    assert a.shape == (3, 3, 10)
+    want = torch.einsum('icr,jcq->ijrq', x.flatten(2), x.flatten(2)).amax(-1)
+    assert_close(a, want)
+    assert gradcheck(activation_vectors, torch.randn(3, 4, 2, 2, dtype=torch.double, requires_grad=True))
+
+
+def test_anchor_does_not_care_where_the_other_stands():
+    x = torch.randn(3, 4, 6, dtype=torch.double)
+    p = torch.randperm(6)
+    moved = x.clone(); moved[2] = x[2][:, p]
+    a, b = (activation_vectors(z.view(3, 4, 2, 3)) for z in (x, moved))
+    assert_close(b[0, 2], a[0, 2]); assert_close(b[2, 0], a[2, 0, p]); assert_close(b[2, 2], a[2, 2, p])
+
+
+# alignment
+
+@pytest.mark.parametrize('y', [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 2, 1, 0, 1, 3], [0, 0, 0, 0, 0, 0, 0, 1], [5, -1, 3, 9, 0, 2, 1, 7]], ids=str)
+@pytest.mark.parametrize('w', [(1, 1), (1, 0), (0, 1), (.5, 2)], ids=str)
+def test_any_mix_of_labels(y, w):
+    g = torch.Generator().manual_seed(0)
+    a_hat, a = torch.rand(8, 6, generator=g, dtype=torch.double), torch.rand(8, 8, 6, generator=g, dtype=torch.double)
+    assert_close(alignment(a_hat, a, torch.tensor(y), *w), loop(a_hat, a, y, *w))
+
+
+def test_order_of_the_batch_does_not_matter():
+    sam, x, y, p = SAM(8).double(), torch.rand(6, 8, 3, 2).double(), torch.tensor([0, 0, 1, 1, 1, 2]), torch.randperm(6)
+    assert_close(sam(x[p], y[p]), sam(x, y))
+
+
+def test_no_strangers_no_second_term():
+    sam, x, y = SAM(8), torch.rand(4, 8, 3, 2), torch.zeros(4, dtype=torch.long)
+    whole = sam(x, y); sam.neg = 0.
+    assert_close(whole, sam(x, y)); assert whole.isfinite()
+    assert sam(x[:1], y[:1]).isfinite()
+
+
+def test_labels_of_another_batch():
+    with pytest.raises(InputError, match='found 3 labels for 4 samples'): SAM(8)(torch.rand(4, 8, 2, 2), torch.zeros(3))
+
+
+def test_dark_maps_stay_finite():
+    sam, y = SAM(8), torch.tensor([0, 0, 1, 2])
+    for dark in ([1], [0, 1, 2, 3]):
+        x = torch.rand(4, 8, 3, 2); x[dark] = 0; x.requires_grad_()
+        loss = sam(x, y); loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in sam.parameters())
+
+
+# modules
+
+def test_parameters():
+    assert n_params(PAM(512)) == n_params(SAM(512)) == 65_664
+    assert set(dict(SAM(64).named_children())) == {'pam'}
+    assert PAM(4)(torch.rand(2, 4, 3, 3)).shape == (2, 9) # narrower than r
+
+
+@pytest.mark.parametrize('size', [(16, 8), (16, 16), (24, 8), (3, 5)], ids=str)
+@pytest.mark.parametrize('released', [False, True])
+def test_any_grid(size, released):
+    sam, x, y = SAM(16, released=released), torch.rand(6, 16, *size, requires_grad=True), torch.tensor([0, 1, 0, 2, 0, 1])
+    loss = sam(x, y); loss.backward()
+    assert loss.isfinite() and x.grad.abs().sum() > 0
+
+
+def test_gradient():
+    sam, y = SAM(8).double(), torch.tensor([0, 0, 1, 2])
+    x = torch.rand(4, 8, 2, 2, dtype=torch.double, requires_grad=True)
+    for sam.released in (False, True): assert gradcheck(lambda x, *_: sam(x, y), (x, *sam.parameters()))
+
+
+def test_the_full_table_is_never_kept():
+    "Nothing of the size B·B·N·N waits for the backward pass: at batch 64 of 16×8 that would be 268 MB."
+    held = {}
+    def pack(t): held[t.untyped_storage().data_ptr()] = t; return t
+    x = torch.rand(16, 4, 8, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = SAM(4, r=1)(x, torch.arange(16)//2)
+    assert sum(t.untyped_storage().nbytes() for t in held.values()) < 16*16*64*64*4/8
+    loss.backward()
