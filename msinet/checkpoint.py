@@ -6,12 +6,12 @@
 __all__ = ['CELL_NAMES', 'NECK_NAMES', 'CELL_PLACE', 'write_whole', 'write_json', 'save', 'load', 'parts', 'Checkpoint', 'resume',
            'run_folder', 'describe', 'save_weights', 'load_weights', 'our_name', 'from_official']
 
-# %% ../nbs/21_checkpoint.ipynb #3b6d10bf
+# %% ../nbs/21_checkpoint.ipynb #505df174
 import json, os, re
 from pathlib import Path
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 

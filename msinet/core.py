@@ -6,14 +6,14 @@
 __all__ = ['InputError', 'set_seed', 'rng_state', 'set_rng_state', 'def_device', 'threads', 'Hooks', 'n_params', 'macs',
            'environment']
 
-# %% ../nbs/00_core.ipynb #134cc1c5
+# %% ../nbs/00_core.ipynb #c115ab18
 import os, platform, random, subprocess, sys
 from contextlib import contextmanager
 from importlib.metadata import version, PackageNotFoundError
 
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import nn
 
 # %% ../nbs/00_core.ipynb #a14c849e
 class InputError(ValueError):

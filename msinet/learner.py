@@ -6,12 +6,12 @@
 __all__ = ['OPTIMISERS', 'Callback', 'Learner', 'mean', 'lr_at', 'Schedule', 'short_drops', 'sgd', 'adamw', 'Log', 'read_log',
            'Progress', 'Guard', 'Evaluate']
 
-# %% ../nbs/20_learner.ipynb #4a93c8d0
+# %% ../nbs/20_learner.ipynb #0bc09ecd
 import json, math, time
 from pathlib import Path
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 from tqdm.auto import tqdm
 
 from .core import *

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Branch', 'bn_neck', 'Nothing', 'classifier', 'BNNeck', 'halves', 'FBLNeck', 'Out', 'ReIDNet']
 
-# %% ../nbs/12_necks.ipynb #6b0d732c
+# %% ../nbs/12_necks.ipynb #a16c3bac
 from typing import NamedTuple
 
 import torch
 from torch import nn, Tensor
-from einops import rearrange, reduce
+from einops import reduce
 
 from .core import *
 

@@ -1,0 +1,354 @@
+"Loaders on small trees, their messages; pixels, batches and augmentation."
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from msinet.batches import PixelCache, PKSampler, augment, normalise, pad_crop, pixels, pk, pk_batches, random_boxes, random_erase, random_flip, test_loader, train_loader
+from msinet.core import InputError
+from msinet.data import DATASETS, Item, ReIDData, folder, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
+
+
+def draw(root, names, size=(6, 12)):
+    for k, name in enumerate(names):
+        p = root/name
+        p.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (k*37 % 256, 90, 30)).save(p)
+
+
+def litter(folder):
+    "What real copies carry: all of it must be passed over."
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("._0002_c1s1_000001_01.jpg", "Thumbs.db", "9999_c1s1_000001_01.jpg"): (folder/name).touch()
+    (folder/"._0003_c1s1_000001_01.jpg").write_bytes(b"\0\5\x16\7")
+
+
+def who(items): return [(i.pid, i.cam) for i in items]
+
+
+@pytest.fixture
+def market(tmp_path):
+    root = tmp_path/"data"/"market1501"/"Market-1501-v15.09.15"
+    draw(root/"bounding_box_train", ["0002_c1s1_000451_03.jpg", "0007_c2s1_000001_01.jpg", "0002_c6s1_000451_03.jpg"])
+    draw(root/"query", ["0003_c1s1_000001_00.jpg"])
+    draw(root/"bounding_box_test", ["-1_c1s1_000001_01.jpg", "0000_c2s1_000001_01.jpg", "0003_c4s1_000001_01.jpg"])
+    for part in ("bounding_box_train", "query", "bounding_box_test"): litter(root/part)
+    return root
+
+
+def test_market(market):
+    d = market1501(market)
+    assert who(d.train) == [(2, 1), (2, 6), (7, 2)] and who(d.query) == [(3, 1)]
+    assert who(d.gallery) == [(0, 2), (3, 4)], "-1 dropped, 0000 kept"
+    assert [i.path for i in d.train] == sorted(i.path for i in d.train) and not d.same_cam_ok and d.name == "M"
+    assert market1501(market.parent) == market1501(market.parent.parent) == d
+
+
+def test_market_mac_copy(market):
+    draw(market.parent/"__MACOSX"/"bounding_box_train", ["0001_c1s1_000001_01.jpg"])
+    for part in ("query", "bounding_box_test"): litter(market.parent/"__MACOSX"/part)
+    assert len(market1501(market.parent).train) == 3
+
+
+def test_names_that_do_not_fit_are_told(market):
+    draw(market/"query", ["holiday.jpg"])
+    with pytest.warns(UserWarning, match="1 of 2 names.*holiday.jpg"): assert len(market1501(market).query) == 1
+
+
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_msmt(tmp_path, version):
+    folders = dict(V1=("train", "test"), V2=("mask_train_v2", "mask_test_v2"))[version]
+    root = tmp_path/f"MSMT17_{version}"
+    name = lambda p, cam: f"{p:04d}/{p:04d}_000_{cam:02d}_0303morning_0008_0.jpg"
+    parts = dict(train=[(1, 15), (0, 1)], val=[(0, 2)], query=[(0, 3)], gallery=[(0, 12), (1, 4)])
+    for part, rows in parts.items():
+        draw(root/folders[part in ("query", "gallery")], [name(*r) for r in rows])
+        (root/f"list_{part}.txt").write_text("".join(f"{name(*r)} {r[0]}\r\n" for r in rows)+"\n")
+    d = msmt17(tmp_path)
+    assert who(d.train) == [(0, 1), (0, 2), (1, 15)] and who(d.query) == [(0, 3)] and who(d.gallery) == [(0, 12), (1, 4)]
+    assert who(msmt17(root, val=False).train) == [(0, 1), (1, 15)]
+    (root/folders[0]/name(0, 2)).unlink()
+    with pytest.warns(UserWarning, match="1 of 3 pictures"): assert len(msmt17(root).train) == 2
+    (root/"list_query.txt").unlink()
+    with pytest.raises(InputError, match="has no list_query.txt"): msmt17(root)
+
+
+def test_veri(tmp_path):
+    draw(tmp_path/"VeRi"/"image_train", ["0001_c001_00016460_0.jpg"])
+    draw(tmp_path/"VeRi"/"image_query", ["0002_c002_00030600_0.jpg"])
+    draw(tmp_path/"VeRi"/"image_test", ["0002_c002_00030600_0.jpg", "0002_c020_00030605_0.jpg"])
+    d = veri776(tmp_path)
+    assert (who(d.train), who(d.query), who(d.gallery)) == ([(1, 1)], [(2, 2)], [(2, 2), (2, 20)])
+
+
+def test_vehicleid(tmp_path):
+    root = tmp_path/"VehicleID_V1.0"
+    draw(root/"image", [f"{k:07d}.jpg" for k in range(9)])
+    (root/"train_test_split").mkdir()
+    (root/"train_test_split"/"train_list.txt").write_text("0000007 90\n0000008 91\n")
+    (root/"train_test_split"/"test_list_800.txt").write_text("".join(f"{k:07d} {p}\n" for k, p in enumerate([5, 5, 5, 8, 8, 9, 9])))
+    d = vehicleid(root)
+    assert Counter(i.pid for i in d.gallery) == {5: 1, 8: 1, 9: 1} and Counter(i.pid for i in d.query) == {5: 2, 8: 1, 9: 1}
+    assert not set(d.query) & set(d.gallery) and d.same_cam_ok and {i.cam for i in d.train+d.query+d.gallery} == {None}
+    assert vehicleid(root, 800, seed=0) == d and len({tuple(vehicleid(root, seed=s).gallery) for s in range(30)}) > 6
+    with pytest.raises(InputError, match="test_list_1600.txt is not in .*test_list_800.txt"): vehicleid(root, 1600)
+
+
+def test_folder_of_folders(tmp_path):
+    draw(tmp_path, [f"{n}/{k}.png" for n in ("ada", "ben", "cleo", "dan") for k in range(3)])
+    d = folder(tmp_path)
+    assert d.same_cam_ok and {i.cam for i in d.train} == {None}
+    assert [len(x) for x in (d.train, d.query, d.gallery)] == [6, 2, 4]
+    assert {i.pid for i in d.train} | {i.pid for i in d.query} == {0, 1, 2, 3} and {i.pid for i in d.query} == {i.pid for i in d.gallery}
+    assert folder(tmp_path, seed=0) == d and len({tuple(folder(tmp_path, seed=s).train) for s in range(20)}) > 2
+    assert len(folder(tmp_path, train_share=.75).query) == 1
+
+
+CAM = r"(?P<pid>.+)_cam(?P<cam>\d)"
+
+
+def test_folder_pattern(tmp_path):
+    draw(tmp_path/"pics", [f"{n}_cam{c}.jpg" for n in ("ox", "ape", "yak") for c in (1, 2)])
+    (tmp_path/"val.txt").write_text("ape_cam1.jpg\nape_cam2.jpg\n\n")
+    for kw in (dict(test=tmp_path/"val.txt"), dict(test="val.txt"), dict(test=["ape_cam1.jpg", "pics/ape_cam2.jpg"]), dict(train=[f"{n}_cam{c}.jpg" for n in ("ox", "yak") for c in "12"])):
+        d = folder(tmp_path, CAM, **kw)
+        assert who(d.query) == who(d.gallery) == [(0, 1), (0, 2)], "once per camera: query and gallery both"
+        assert who(d.train) == [(1, 1), (1, 2), (2, 1), (2, 2)] and not d.same_cam_ok
+    draw(tmp_path/"pics", ["ape_cam1_b.jpg"])
+    d = folder(tmp_path, CAM, test=["ape_cam1.jpg", "ape_cam1_b.jpg", "ape_cam2.jpg"])
+    assert who(d.query) == [(0, 1), (0, 2)] and who(d.gallery) == [(0, 1)]
+    assert load_data(f"folder={tmp_path}::{CAM}").train == folder(tmp_path, CAM).train
+
+
+def test_folder_camera_below(tmp_path):
+    draw(tmp_path, [f"{n}/{c}/x{k}.jpg" for n in ("b", "a") for c in ("north", "south") for k in range(2)])
+    d = folder(tmp_path, r"^(?P<pid>[^/]+)/(?P<cam>[^/]+)/", train_share=0)
+    assert who(d.query) == who(d.gallery) == [(0, 0), (0, 1), (1, 0), (1, 1)] and not d.train
+
+
+def lines(tmp_path):
+    draw(tmp_path/"flat", [f"IMG_{k}.jpg" for k in range(5)])
+    draw(tmp_path/"lone", [f"{n}/1.jpg" for n in "abcd"])
+    draw(tmp_path/"two"/"a", ["query/0001_c1.jpg", "bounding_box_train/0001_c1.jpg", "bounding_box_test/0001_c1.jpg"])
+    draw(tmp_path/"two"/"b", ["query/0001_c1.jpg", "bounding_box_train/0001_c1.jpg", "bounding_box_test/0001_c1.jpg"])
+    (tmp_path/"empty").mkdir()
+    t = str(tmp_path)
+    return {"X=/": "known|expected one of M, MS, VR, VID, folder", "M": "no path", f"M={t}/nowhere": "nowhere is not a folder",
+        f"M={t}/empty": "has no bounding_box_train", f"MS={t}": "list_train.txt", f"VR={t}": "image_train", f"VID={t}": "train_test_split",
+        f"M={t}/two": "2 folders that look like Market-1501: a, b", f"folder={t}/empty": "no pictures", f"folder={t}/nowhere": "not a folder",
+        f"folder={t}/flat::{CAM}": "fits none of 5 names, such as IMG_0.jpg, IMG_1.jpg, IMG_2.jpg:", f"folder={t}/flat": "fits none of 5 names",
+        f"folder={t}/flat::(a": "not a regular expression", f"folder={t}/flat::IMG": "no group pid", f"folder={t}/flat::(?P<pid>IMG)": "one identity",
+        f"folder={t}/lone": "none of the 2 test identities has a match", f"M={t}::x": "takes no pattern"}
+
+
+def test_messages(tmp_path):
+    for spec, said in lines(tmp_path).items():
+        with pytest.raises(InputError, match=said) as e: load_data(spec)
+        assert "\n" not in str(e.value) and isinstance(e.value, ValueError)
+
+
+def test_lists_that_lie(tmp_path):
+    draw(tmp_path, [f"{n}_cam{c}.jpg" for n in "abc" for c in (1, 2)])
+    with pytest.raises(InputError, match="1 of 2 listed pictures.*z.jpg"): folder(tmp_path, CAM, train=["a_cam1.jpg", "z.jpg"])
+    with pytest.raises(InputError, match="2 pictures are both in train and in test"): folder(tmp_path, CAM, train=["a_cam1.jpg", "a_cam2.jpg"], test=["a_cam1.jpg", "a_cam2.jpg"])
+    with pytest.raises(InputError, match="is not a file"): folder(tmp_path, CAM, test="nolist.txt")
+    with pytest.raises(InputError, match="train_share is 2"): folder(tmp_path, CAM, train_share=2)
+    draw(tmp_path, ["d_cam1.jpg"])
+    with pytest.warns(UserWarning, match="1 of 4 test identities have no match by another camera"): folder(tmp_path, CAM, train_share=0)
+
+
+def test_relabel_and_summary():
+    items = [Item("a", 30, 1), Item("b", 4, 2), Item("c", 30, 2), Item("d", 11, None)]
+    assert relabel(items) == ([2, 0, 2, 1], [4, 11, 30])
+    s = summary(ReIDData(items, items[:1], [], "x"))
+    assert s.loc["train"].tolist() == [3, 4, 2] and s.loc["gallery"].tolist() == [0, 0, 0]
+    assert list(DATASETS) == ["M", "MS", "VR", "VID", "folder"]
+
+
+# pixels
+
+@pytest.fixture
+def items(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(12): Image.fromarray(rng.integers(0, 256, (37+k, 21, 3), dtype=np.uint8)).save(tmp_path/f"{k:02d}.jpg", quality=95)
+    return [Item(str(tmp_path/f"{k:02d}.jpg"), k//4, k % 4) for k in range(12)]
+
+
+def test_cache_is_pillow(items, tmp_path):
+    want = np.stack([np.asarray(Image.open(i.path).convert("RGB").resize((16, 32), Image.Resampling.BILINEAR)) for i in items])
+    for where in (None, tmp_path/"cache", tmp_path/"cache"):
+        cache = PixelCache(items, (32, 16), where)
+        assert len(cache) == 12 and cache[[3, 0, 3]].dtype == torch.uint8
+        assert np.array_equal(cache[range(12)].numpy(), want)
+    assert [p.suffix for p in (tmp_path/"cache").iterdir()] == [".npy"]
+
+
+def test_cache_follows_files(items, tmp_path):
+    PixelCache(items, (8, 8), tmp_path/"c")
+    Image.new("RGB", (9, 9), (7, 7, 7)).save(items[0].path); os.utime(items[0].path, (1, 1))
+    assert (PixelCache(items, (8, 8), tmp_path/"c")[[0]] == 7).all()
+    PixelCache(items, (8, 9), tmp_path/"c"); PixelCache(items[1:], (8, 8), tmp_path/"c")
+    assert len(list((tmp_path/"c").iterdir())) == 4
+
+
+def test_broken_pictures(items, tmp_path):
+    whole = open(items[5].path, "rb").read()
+    for wrong in (whole[:len(whole)//2], b"", b"not a picture"):
+        open(items[5].path, "wb").write(wrong)
+        with pytest.raises(InputError, match="05.jpg is not a readable picture") as e: PixelCache(items, (8, 8), tmp_path/"c")
+        assert "\n" not in str(e.value) and not list((tmp_path/"c").iterdir())
+    with pytest.raises(InputError, match="nowhere.jpg"): pixels("nowhere.jpg")
+
+
+def test_rendered_pixels():
+    synth = pytest.importorskip("msinet.synth")
+    d = synth.synth(n_ids=1)
+    x = PixelCache(d.train[:2], (64, 32))[[0, 1]]
+    assert np.array_equal(x[0].numpy(), synth.render(d.train[0].path)) and x.shape == (2, 64, 32, 3)
+
+
+# batches
+
+def test_pk_law():
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        P, K, n = rng.integers(2, 6), rng.integers(1, 5), rng.integers(8, 14)
+        labels = np.concatenate([np.full(rng.integers(1, 12), l) for l in range(n)]); rng.shuffle(labels)
+        size, used = Counter(labels.tolist()), Counter()
+        batches = pk_batches(labels, P, K, trial, 0)
+        for b in batches:
+            assert sorted(Counter(labels[b].tolist()).values()) == [K]*P
+            assert all(len(set(labels[b[j:j+K]])) == 1 for j in range(0, P*K, K))
+            used.update(b)
+        assert all(n == 1 for i, n in used.items() if size[labels[i]] >= K), "repeated although there are enough"
+        left = {l: max(s//K, 1) for l, s in size.items()}
+        for b in batches:
+            for l in set(labels[b].tolist()): left[l] -= 1
+        assert min(left.values()) >= 0 and sum(v > 0 for v in left.values()) < P, "stopped too early"
+
+
+def test_sampler_repeats_and_resumes():
+    labels = np.repeat(np.arange(9), 7).tolist()
+    epochs = lambda s, n: [list(s) for _ in range(n)]
+    a, b = PKSampler(labels, 4, 3, seed=1), PKSampler(labels, 4, 3, seed=1)
+    first = epochs(a, 3)
+    assert first == epochs(b, 3) and first[0] != first[1] and a.epoch == 3
+    assert list(PKSampler(labels, 4, 3, seed=2)) != first[0]
+    b.set_epoch(1)
+    assert len(b) == len(first[1]) and list(b) == first[1]
+    for done in range(len(first[1])+1):
+        c, d = PKSampler(labels, 4, 3, seed=1), PKSampler(labels, 4, 3, seed=1)
+        c.set_epoch(1); it = iter(c); [next(it) for _ in range(done)]
+        d.load_state_dict(c.state_dict()); d.set_epoch(1)
+        assert list(d) == first[1][done:] and list(d) == first[2]
+
+
+def test_sampler_faults():
+    with pytest.raises(InputError, match="3 identities, but a batch takes P = 4"): PKSampler([0, 1, 2, -1], 4, 2)
+    with pytest.raises(InputError, match="batch of 62"): pk(62, 4)
+    assert pk(64, 4) == 16
+    s = PKSampler([0, 0, -1, -1, 1, 1], 2, 2)
+    assert sorted(sum(s, [])) == [0, 1, 4, 5], "negative labels are left out"
+
+
+def test_train_loader(items):
+    make = lambda **kw: train_loader(items, (16, 8), P=2, K=2, seed=3, pad=2, **kw)
+    a, b = make(jitter=(.4, .4, .3)), make(jitter=(.4, .4, .3))
+    seen = []
+    for (xa, ya), (xb, yb) in zip(a, b):
+        assert_close(xa, xb, rtol=0, atol=0); assert_close(ya, yb)
+        assert xa.shape == (4, 3, 16, 8) and xa.dtype == torch.float32 and xa.is_contiguous()
+        assert ya.tolist() == [items[i].pid for i in a.last]
+        seen.append(xa)
+    assert a.n_ids == 3 and len(seen) == len(make()) and a.labels.tolist() == [i.pid for i in items]
+    c = make(jitter=(.4, .4, .3)); it = iter(c); next(it)
+    d = make(jitter=(.4, .4, .3)); d.load_state_dict(c.state_dict())
+    assert_close(torch.stack([x for x, _ in d]), torch.stack(seen[1:]), rtol=0, atol=0)
+    plain = make(flip=0, erase=0); plain.aug = lambda x, gen: x
+    x, _ = next(iter(plain))
+    assert_close(x, plain.pixels[plain.last])
+
+
+def test_test_loader(items):
+    want = torch.stack([torch.from_numpy(np.asarray(Image.open(i.path).resize((8, 16), Image.Resampling.BILINEAR)).copy()) for i in items])
+    want = (want.permute(0, 3, 1, 2)/255-torch.tensor((.485, .456, .406))[:, None, None])/torch.tensor((.229, .224, .225))[:, None, None]
+    for keep in (2**30, 0):
+        dl = test_loader(items, (16, 8), bs=5, keep=keep)
+        assert_close(torch.cat(list(dl)), want)
+        assert [len(x) for x in dl] == [5, 5, 2] and len(dl) == 3
+        assert dl.items == items
+
+
+# augmentation
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def test_flip():
+    x = torch.randint(256, (64, 3, 5, 4), generator=gen(), dtype=torch.uint8)
+    assert_close(random_flip(random_flip(x, gen(), 1.), gen(), 1.), x)
+    assert_close(random_flip(x, gen(), 0.), x)
+    y = random_flip(x, gen(1), .5)
+    turned = (y == x.flip(3)).flatten(1).all(1)
+    assert ((y == x).flatten(1).all(1) ^ turned).all() and 20 < turned.sum() < 44
+
+
+def test_pad_crop_is_a_shift():
+    x = torch.randint(1, 256, (200, 3, 6, 5), generator=gen(), dtype=torch.uint8)
+    y, seen = pad_crop(x, gen(), 2), Counter()
+    padded = torch.zeros(200, 3, 10, 9, dtype=torch.uint8); padded[:, :, 2:-2, 2:-2] = x
+    for i in range(200):
+        hits = [(t, l) for t in range(5) for l in range(5) if (padded[i, :, t:t+6, l:l+5] == y[i]).all()]
+        assert len(hits) == 1
+        seen.update(hits)
+    assert len(seen) == 25
+    assert_close(pad_crop(x, gen(), 0), x)
+
+
+def test_erase_statistics():
+    class Shape:  # boxes need no pixels
+        shape, device = (20000, 3, 256, 128), "cpu"
+        def __len__(self): return 20000
+    top, left, h, w = random_boxes(Shape(), gen())
+    area = (h*w)/(256*128)
+    assert abs(area.mean()-.202) < .004
+    assert_close(area.quantile(torch.tensor([.05, .95])), torch.tensor([.038, .377]), atol=.004, rtol=0)
+    assert ((top >= 0) & (left >= 0) & (top+h <= 256) & (left+w <= 128)).all()
+    ratio = (h/w)[area > .03]
+    assert ratio.min() > .27 and ratio.max() < 3.7
+    middle = Shape(); middle.shape = (20000, 3, 2000, 2000)
+    _, _, h, w = random_boxes(middle, gen())
+    assert abs((h/w).mean()-(.3+1/.3)/2) < .08, "aspect is uniform (mean 1.82), not log-uniform (1.26)"
+
+
+def test_erase_fills():
+    x = torch.zeros(50, 3, 32, 16)
+    y = random_erase(x, gen(), 1., (1., 2., 3.))
+    for i in range(50):
+        box = y[i, 0] == 1
+        rows, cols = box.any(1).nonzero().flatten(), box.any(0).nonzero().flatten()
+        assert box.sum() == len(rows)*len(cols) > 0 and rows[-1]-rows[0]+1 == len(rows)
+        assert (y[i, :, box] == torch.tensor([1., 2., 3.])[:, None]).all() and (y[i, :, ~box] == 0).all()
+    assert (random_erase(x, gen(), 0.) == 0).all() and (x == 0).all()
+
+
+def test_augment():
+    x = torch.randint(256, (8, 20, 10, 3), generator=gen(), dtype=torch.uint8)
+    before = x.clone()
+    assert_close(augment(x, gen(), 0, 0, 0), normalise(x.permute(0, 3, 1, 2)))
+    a, b = (augment(x, gen(4), jitter=(.4, .4, .3)) for _ in range(2))
+    assert_close(a, b, rtol=0, atol=0)
+    assert a.shape == (8, 3, 20, 10) and a.dtype == torch.float32 and not a.equal(augment(x, gen(5), jitter=(.4, .4, .3)))
+    assert_close(x, before)
+    black = normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
+    assert_close(black, -torch.tensor((.485, .456, .406))/torch.tensor((.229, .224, .225)))
+
+
+def test_jitter_range():
+    x = torch.full((4000, 4, 2, 3), 100, dtype=torch.uint8)
+    y = augment(x, gen(), 0, 0, 0, jitter=(.4, 0, 0))[:, 0, 0, 0]*.229*255+.485*255
+    assert y.min() > 59 and y.max() < 141 and abs(y.mean()-100) < 2
