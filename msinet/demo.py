@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'configs', 'Demo', 'demo', 'check_batches', 'winners']
 
-# %% ../nbs/32_demo.ipynb #42059078
+# %% ../nbs/32_demo.ipynb #a367eec0
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from .core import *
 from .data import *
@@ -20,7 +19,7 @@ from .search import *
 from .train import *
 from .report import *
 
-# %% ../nbs/32_demo.ipynb #988fb30a
+# %% ../nbs/32_demo.ipynb #e518c6dc
 @dataclass(frozen=True)
 class DemoConfig:
     "Search, derive, train with SAM, evaluate and look."
@@ -34,7 +33,7 @@ class DemoConfig:
     K:int|None=None             # images of each identity in a batch; 2 where a set has no more
     seed:int=0                  # of everything random
     device:str=''               # cpu, cuda, mps; empty takes the best
-    preset:Literal['smoke','laptop','full','paper','released']='laptop' # seconds, for tests; minutes on two cores; the paper's scale; to its letter; as released
+    preset:Preset='laptop'      # smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
 
 # %% ../nbs/32_demo.ipynb #85087e04
 def configs(
@@ -56,7 +55,7 @@ class Demo:
     run:Path        # the run's folder
     report:Path     # the page with the pictures
 
-# %% ../nbs/32_demo.ipynb #d14e1b2c
+# %% ../nbs/32_demo.ipynb #7f782d32
 def demo(
     cfg:DemoConfig=DemoConfig(),
     data:ReIDData=None,   # instead of what `cfg.data` names
@@ -66,14 +65,15 @@ def demo(
     "Search, derive, train, evaluate, and write the page. Raises `InputError` before anything is written."
     run = run_folder(cfg.out, 'demo', cfg.resume)
     s, t = configs(cfg, run)
-    data = data or get_data(s.data, s.size, progress)
-    check_batches(data, s, t)
-    say(f'data      {data.name}: {len(data.train)} images to learn from, {len(data.query)} queries, {len(data.gallery)} in the gallery')
+    for c in (s, t): pk(c.batch, c.K)
+    found_data = data or get_data(s.data, s.size, progress)
+    check_batches(found_data, s, t)
+    say(f'data      {found_data.name}: {len(found_data.train)} images to learn from, {len(found_data.query)} queries, {len(found_data.gallery)} in the gallery')
     found = search(s, data, progress)
     say(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is 0.25)')
     trained = train(replace(t, genotype=found.genotype), data, progress)
     write_json(run/'metrics.json', {**trained.metrics, 'supernet': found.metrics})
-    page = report(run, data)
+    page = report(run, found_data)
     return Demo(found, trained, run, page)
 
 # %% ../nbs/32_demo.ipynb #aefb1653

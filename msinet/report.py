@@ -52,14 +52,16 @@ def config_of(
     known = {f.name for f in fields(kind)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k,v in about.items() if k in known})
 
-# %% ../nbs/30_report.ipynb #f909500f
+# %% ../nbs/30_report.ipynb #e6f30727
 def run_data(
     run, # a run's folder, or its model.safetensors
 ) -> str: # as `--data` takes it
     "The data set that a run was measured on."
     run = Path(run) if Path(run).is_dir() else Path(run).parent
     t, s = config_of(run, TrainConfig), config_of(run, SearchConfig)
-    return (t.target or t.data) if t else s.data
+    spec = (t.target or t.data) if t else s.data
+    if spec.startswith('given:'): raise InputError(f'the data of {run} were given from Python ({spec[6:]}), expected a set that can be named: give it again, as --data or as an argument')
+    return spec
 
 # %% ../nbs/30_report.ipynb #28264617
 @torch.no_grad()
@@ -229,7 +231,7 @@ def network_sections(
                    feature_rows(cell_maps(net, x[-1:]), [f'cell {i+1}' for i in range(6)], denormalise(x[-1])))]
     return out
 
-# %% ../nbs/30_report.ipynb #531882a0
+# %% ../nbs/30_report.ipynb #f7ad958e
 def report(
     run,                # a run's folder
     data:ReIDData=None, # instead of what the run's configuration names
@@ -244,7 +246,7 @@ def report(
     about = html.escape(json.dumps(dict(config=r['config'], environment=r['environment']), indent=1))
     name = html.escape(run.resolve().name)
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>msinet: {name}</title><style>{STYLE_SHEET}</style>'
-            f'<h1>{name}</h1><p class="soft">A run of msinet, data {html.escape(run_data(run))}. In JupyterLab: <code>make lab</code>, then <code>RUN = {name!r}</code>.</p>'
+            f'<h1>{name}</h1><p class="soft">A run of msinet on {html.escape((data or get_data(run_data(run))).name)}. To open it in JupyterLab: <code>make lab</code>, and set <code>RUN</code> on the first page to this folder.</p>'
             + ''.join(parts) + f'<h2>Configuration and environment</h2><details><summary>every number that this run depends on</summary><pre>{about}</pre></details></html>')
     write_whole(run/'report.html', page.encode())
     return run/'report.html'

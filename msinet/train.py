@@ -58,10 +58,11 @@ class TrainStep:
     def load_state_dict(self, s:dict):
         for k,v in self.stateful().items(): v.load_state_dict(s[k])
 
-# %% ../nbs/23_train.ipynb #82ef6931
+# %% ../nbs/23_train.ipynb #3982365a
 @dataclass(frozen=True)
 class TrainConfig:
-    "Supervised training, §4.3. The defaults are the paper's scale."
+    "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
+    preset:Preset='full'           # where the other defaults come from; smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
     data:str='synth'               # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
     target:str=''                  # another set to measure on (cross-domain, Table 2); empty measures on `data`
     out:str=''                     # the run's folder; empty takes the next free runs/train-N
@@ -93,13 +94,14 @@ class TrainConfig:
     device:str=''                  # cpu, cuda, mps; empty takes the best
     threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
 
-# %% ../nbs/23_train.ipynb #89279e6e
+# %% ../nbs/23_train.ipynb #98a7e62e
 TRAIN = dict(
     full=TrainConfig(every=40),
     paper=TrainConfig(every=40, eps=0., normalise=False),
     released=TrainConfig(every=40, sam_released=True),
     laptop=TrainConfig(data=LAPTOP_SYNTH, epochs=45, lr=3e-3, warmup=3, drops=short_drops(45), **laptop),
     smoke=TrainConfig(epochs=2, lr=3e-3, warmup=1, drops=(), **smoke))
+TRAIN = {k: replace(c, preset=k) for k,c in TRAIN.items()}
 
 # %% ../nbs/23_train.ipynb #7e74948e
 def build(
@@ -151,7 +153,7 @@ class Trained:
     history:list    # one dict per epoch
     run:Path        # the run's folder
 
-# %% ../nbs/23_train.ipynb #7c450654
+# %% ../nbs/23_train.ipynb #59b53d29
 def train(
     cfg:TrainConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names
@@ -159,7 +161,8 @@ def train(
 ) -> Trained:
     "Train for retrieval, and write a run folder. Raises `InputError` before anything is written."
     device, run = def_device(cfg.device), run_folder(cfg.out, 'train', cfg.resume)
-    check_genotype(cfg.genotype)
+    check_genotype(cfg.genotype); pk(cfg.batch, cfg.K)
+    if data is not None: cfg = replace(cfg, data=f'given:{data.name}')
     data = data or get_data(cfg.data, cfg.size, progress)
     target = get_data(cfg.target, cfg.size, progress) if cfg.target else data
     with threads(cfg.threads):
