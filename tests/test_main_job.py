@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, pictures, tmp_path, caps
         main([*words.format(pictures).split(), "--out", str(tmp_path / "run")])
     line = capsys.readouterr().err.strip()
     assert e.value.code == 2
-    assert "\n" not in line and line.startswith("msinet: ") 
+    assert "\n" not in line and line.startswith("msinet: ")
     assert found in line and expected in line
     assert list(tmp_path.iterdir()) == []
 
