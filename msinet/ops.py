@@ -36,7 +36,7 @@ class Exchange(nn.Module):
     ) -> tuple[Tensor,Tensor]: # both branches, swapped
         return x2, x1
 
-# %% ../nbs/10_ops.ipynb #e18dbb78
+# %% ../nbs/10_ops.ipynb #420e0ad0
 class ChannelGate(nn.Module):
     "Gate the channels of both branches with one shared MLP, Eq. (4)."
     def __init__(self,
@@ -47,10 +47,15 @@ class ChannelGate(nn.Module):
         mid = max(1, c//r)
         self.mlp = nn.Sequential(nn.Conv2d(c, mid, 1), nn.ReLU(inplace=True), nn.Conv2d(mid, c, 1))
 
-    def gate(self, x:Tensor) -> Tensor: return self.mlp(reduce(x, 'b c h w -> b c 1 1', 'mean')).sigmoid()
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]: return self.gate(x1)*x1, self.gate(x2)*x2
+    def gates(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]: # both in one call: the judge is the same
+        means = torch.cat([reduce(x, 'b c h w -> b c 1 1', 'mean') for x in (x1, x2)])
+        return self.mlp(means).sigmoid().chunk(2)
 
-# %% ../nbs/10_ops.ipynb #777ec27b
+    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
+        g1, g2 = self.gates(x1, x2)
+        return g1*x1, g2*x2
+
+# %% ../nbs/10_ops.ipynb #10a1fe3e
 class CrossAttention(nn.Module):
     "Mix each branch's channels by their correlation with the other branch's, §3.2 (*Cross Attention*)."
     def __init__(self,
@@ -60,11 +65,14 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.sign, self.gamma = sign, nn.Parameter(torch.zeros(1))
 
-    def mix(self, e:Tensor, q:Tensor) -> Tensor: return self.gamma*((self.sign*e).softmax(-1) @ q) + q
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
+    def mixes(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]: # what is added: mask times own features
         q1, q2 = (rearrange(x, 'b c h w -> b c (h w)') for x in (x1, x2))
-        e = q1 @ q2.mT
-        return self.mix(e, q1).view_as(x1), self.mix(e.mT, q2).view_as(x2)
+        e = self.sign*(q1 @ q2.mT)
+        return (e.softmax(-1) @ q1).view_as(x1), (e.mT.softmax(-1) @ q2).view_as(x2)
+
+    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
+        m1, m2 = self.mixes(x1, x2)
+        return self.gamma*m1 + x1, self.gamma*m2 + x2
 
 # %% ../nbs/10_ops.ipynb #22acd478
 OPS = dict(N=Keep, E=Exchange, G=ChannelGate, A=CrossAttention)

@@ -208,7 +208,7 @@ def loss_sections(
         if have: out.append(section(f'Losses of the {"search" if phase == "search" else "training"}', text, curve(have)))
     return out
 
-# %% ../nbs/30_report.ipynb #4a27d532
+# %% ../nbs/30_report.ipynb #1414b2ba
 def network_sections(
     run:Path,
     data:ReIDData, # measured on
@@ -223,7 +223,7 @@ def network_sections(
     set_seed(cfg.seed)
     fresh = build(cfg, 0)[0]
     curves = {'after': ranking, 'before': evaluate(fresh, data, size), 'raw pixels': evaluate(Pixels(), data, size)}
-    out = [section('Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same person by the query\'s own camera are left out. '
+    out = [section('Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
                    'Numbers are distances.', strips_figure(data, q, g, which, [f'AP {100*ranking.ap[i]:.0f}' for i in which])),
            section('How often', 'Share of queries whose first true match is among the first k.', cmc_plot({n: c.curve(20) for n,c in curves.items()})),
            section('Where it looks', 'Energy of the last map on the same six queries.', activation_figure(net, x)),

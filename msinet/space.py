@@ -15,9 +15,9 @@ from torch import nn, Tensor
 from .core import *
 from .ops import *
 
-# %% ../nbs/11_space.ipynb #e87db408
+# %% ../nbs/11_space.ipynb #51ecfad4
 class Mixed(nn.Module):
-    "All interactions at once, weighted by the softmax of `alpha`, Eq. (1). It is itself an interaction."
+    "All interactions at once, weighted by the softmax of `alpha`, Eq. (1), sorted by map. It is itself an interaction."
     def __init__(self,
         c:int, # channels of each branch
     ):
@@ -25,10 +25,15 @@ class Mixed(nn.Module):
         self.ops = nn.ModuleDict({k: op(c) for k,op in OPS.items()})
         self.alpha = nn.Parameter(1e-3*torch.randn(len(OPS)))
 
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
-        y1, y2 = zip(*(op(x1,x2) for op in self.ops.values()))
-        w = self.alpha.softmax(0)
-        return sum(a*y for a,y in zip(w,y1)), sum(a*y for a,y in zip(w,y2))
+    def forward(self,
+        x1:Tensor, # (B, C, H, W) the branch with the small receptive field
+        x2:Tensor, # (B, C, H, W) the branch with the large one
+    ) -> tuple[Tensor,Tensor]: # the weighted sum of the four, for each branch
+        wN, wE, wG, wA = self.alpha.softmax(0)
+        att, (g1, g2) = self.ops['A'], self.ops['G'].gates(x1, x2)
+        m1, m2 = att.mixes(x1, x2)
+        part = lambda x, other, g, m: torch.addcmul(m*(wA*att.gamma) + other*wE, x, wN + wA + wG*g)
+        return part(x1, x2, g1, m1), part(x2, x1, g2, m2)
 
 # %% ../nbs/11_space.ipynb #1aa7a252
 @torch.no_grad()
