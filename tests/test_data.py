@@ -12,6 +12,8 @@ from msinet.batches import PixelCache, PKSampler, augment, normalise, pad_crop, 
 from msinet.core import InputError
 from msinet.data import DATASETS, Item, ReIDData, folder, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*as published")  # the copies here are tiny
+
 
 def draw(root, names, size=(6, 12)):
     for k, name in enumerate(names):
