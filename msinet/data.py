@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VID_QUERIES', 'PUBLISHED', 'RENDERED', 'MARKET', 'MSMT', 'DATASETS', 'levels', 'find_layout', 'sourced', 'market1501',
            'msmt_camera', 'msmt17', 'msmt_renamed', 'veri776', 'vehicleid', 'join', 'without', 'choices', 'load_one',
-           'load_data', 'Item', 'Source', 'ReIDData', 'LeftOut', 'relabel', 'summary', 'pictures', 'read_picture',
-           'folder']
+           'split_spec', 'load_data', 'Item', 'Source', 'ReIDData', 'LeftOut', 'relabel', 'summary', 'pictures',
+           'read_picture', 'folder']
 
 # %% ../nbs/02_data.ipynb #7652ab82
 import re, warnings
@@ -179,7 +179,7 @@ def join(
     moved = [Item(i.path, i.pid+pids, None if i.cam is None else i.cam+cams) for i in b.train]
     return ReIDData(a.train+moved, a.query, a.gallery, f'{a.name}+{b.name}', a.same_cam_ok)
 
-# %% ../nbs/02_data.ipynb #c3c121ac
+# %% ../nbs/02_data.ipynb #2b19dd93
 def without(
     data:ReIDData, # as a loader gave it
     names,         # text file: one path below the set's folder a line, what follows a tab is a remark, lines with # too
@@ -192,7 +192,8 @@ def without(
     kept = [[i for i in part if i.path not in out] for part in (data.train, data.query, data.gallery)]
     if out and kept == [data.train, data.query, data.gallery] and not any(Path(p).exists() for p in out):
         warnings.warn(f'none of the {len(out)} pictures listed in {file} is in {root}; expected a list of this copy: write it anew', stacklevel=2)
-    return ReIDData(*kept, data.name, data.same_cam_ok, data.source)
+    source = (data.source or Source('.', 'made'))._replace(excluded=frozenset(out))
+    return ReIDData(*kept, data.name, data.same_cam_ok, source)
 
 # %% ../nbs/02_data.ipynb #62df1e74
 DATASETS = dict(M=market1501, MS=msmt17, VR=veri776, VID=vehicleid, folder=folder) # by the paper's short names
@@ -224,10 +225,16 @@ def load_one(
     chosen = choices(name, '::'.join(m for m in more if not m.startswith('exclude=')))
     return reduce(without, lists, DATASETS[name](path, **chosen))
 
-# %% ../nbs/02_data.ipynb #f7dfbf62
+# %% ../nbs/02_data.ipynb #425b93f9
+def split_spec(
+    spec:str, # as for `load_data`
+) -> list[str]: # one for each set
+    "Take joined sets apart."
+    return re.split(rf"\+(?=(?:{'|'.join(DATASETS)})=)", spec)
+
+# %% ../nbs/02_data.ipynb #e22e916c
 def load_data(
     spec:str, # 'M=/path', 'MS=/path::noval', 'VID=/path::2400', 'folder=/path::pattern', 'M=/path::exclude=list.txt', 'M=/path+MS=/path', …
 ) -> ReIDData:
     "A set by its short name and path, or several joined. Raises `InputError` when the name is not known or nothing can be read."
-    one = re.split(rf"\+(?=(?:{'|'.join(DATASETS)})=)", spec)
-    return reduce(join, map(load_one, one))
+    return reduce(join, map(load_one, split_spec(spec)))

@@ -25,12 +25,13 @@ class Item(NamedTuple):
     pid:int           # identity, as published on disk
     cam:int|None=None # camera; None where the set names none
 
-# %% ../nbs/02_items.ipynb #288d46df
+# %% ../nbs/02_items.ipynb #077184a7
 class Source(NamedTuple):
     "Where a set was read from."
     root:str          # the set's folder
     layout:str        # which of the known layouts was found, in words
     published:dict={} # list name -> (identities, pictures) as published; empty for a set of your own
+    excluded:frozenset=frozenset() # paths that an exclusion list left out
 
 # %% ../nbs/02_items.ipynb #85e6640f
 @dataclass(frozen=True)
