@@ -118,7 +118,7 @@ def new_block(
         file.unlink(missing_ok=True)
         raise InputError(f'{file.parent} cannot take {need/1e9:.1f} GB of decoded pictures ({e.strerror}); expected a folder with room: choose another') from None
 
-# %% ../nbs/04_batches.ipynb #610e33b2
+# %% ../nbs/04_batches.ipynb #6ddebc3f
 def open_block(
     file:Path, # perhaps there
     items,     # N of `Item`
@@ -129,7 +129,7 @@ def open_block(
     try:
         block = np.load(file, mmap_mode='r')
         bad = {int(k): why for k,why in json.loads(note.read_text()).items()} if note.exists() else {}
-    except (OSError, ValueError): return None
+    except (OSError, EOFError, ValueError): return None
     one = np.empty((1,1,1,3), np.uint8)
     mended = any(not decode([items[k]], one, 1) for k in bad if k < len(items))
     return None if mended or block.shape != tuple(shape) or block.dtype != np.uint8 else (block, bad)

@@ -202,7 +202,7 @@ def check_data(
     rows = [(p, kind, f.detail) for (p,kind),f in seen.items()]
     return Check(data, pd.DataFrame(rows, columns=['path','kind','detail']), counted(data), per_camera(data), tuple(str(m) for m in told))
 
-# %% ../nbs/02_check.ipynb #2eea91b3
+# %% ../nbs/02_check.ipynb #c576f541
 @style()
 def draw_check(
     check:Check, # as from `check_data`
@@ -214,6 +214,7 @@ def draw_check(
     ax.set(xlabel='camera', ylabel='pictures', title=f'{check.data.name}: pictures by camera')
     sizes = pd.Series([i.pid for i in check.data.train]).value_counts().value_counts().sort_index()
     bx.bar(sizes.index, sizes, width=.9, color=NETS[0]); bx.axvline(K-.5, color=WRONG, ls='--', lw=1)
+    for a in (ax, bx, cx): a.locator_params(axis='x' if a is cx else 'y', integer=True)
     bx.set(xlabel='pictures of an identity', ylabel='training identities', title=f'left of the line: fewer than K = {K}')
     t = check.table[::-1]
     cx.barh(t.index, t.files, color=[WRONG if v == 'stop' else QUERY for v in t.verdict])
