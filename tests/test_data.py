@@ -338,10 +338,17 @@ def test_blocks_that_are_not_whole(items, tmp_path):
     PixelCache(items, (9, 9), tmp_path/"c")
     assert not old.exists() and young.exists(), "what killed runs left is swept after an hour"
     (tmp_path/"file").touch()
-    with pytest.raises(InputError, match="cannot be made"): PixelCache(items, (8, 8), tmp_path/"file"/"c")
+    with pytest.raises(InputError, match="cannot take 0.0 GB"): PixelCache(items, (8, 8), tmp_path/"file"/"c")
 
 
 FORK = multiprocessing.get_context("fork")
+
+
+def test_full_disk(items, tmp_path, monkeypatch):
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(InputError, match="No space left on device.*with room"): PixelCache(items, (8, 8), tmp_path/"c")
+    assert not list((tmp_path/"c").iterdir())
 
 
 def build(paths, dir):
