@@ -1,5 +1,8 @@
 "Loaders on small trees, their messages; pixels, batches and augmentation."
+import multiprocessing
 import os
+import signal
+import time
 from collections import Counter
 
 import numpy as np
@@ -8,9 +11,11 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from msinet.batches import PixelCache, PKSampler, augment, normalise, pad_crop, pixels, pk, pk_batches, random_boxes, random_erase, random_flip, test_loader, train_loader
+from msinet.batches import PixelCache, PixelStream, PKSampler, augment, normalise, pad_crop, pixels, pk, pk_batches, random_boxes, random_erase, random_flip, test_loader, train_loader
 from msinet.core import InputError
-from msinet.data import DATASETS, Item, ReIDData, folder, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
+from msinet.data import DATASETS, Item, ReIDData, folder, join, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*as published")  # the copies here are tiny
 
 
 def draw(root, names, size=(6, 12)):
@@ -77,6 +82,50 @@ def test_msmt(tmp_path, version):
     with pytest.raises(InputError, match="has no list_query.txt"): msmt17(root)
 
 
+def test_market_class_folders(tmp_path):
+    draw(tmp_path/"pytorch", ["train_all/0002/0002_c1s1_000451_03.jpg", "query/0003/0003_c1s1_000001_00.jpg", "gallery/-1/-1_c1s1_000001_01.jpg", "gallery/0000/0000_c2s1_000001_01.jpg"])
+    d = market1501(tmp_path)
+    assert (who(d.train), who(d.query), who(d.gallery)) == ([(2, 1)], [(3, 1)], [(0, 2)]) and "class folders" in d.source.layout
+
+
+def test_msmt_renamed_as_market(tmp_path, market):
+    draw(tmp_path/"MSMT17", ["bounding_box_train/0000_c14_0030.jpg", "query/0000_c1_0001.jpg", "bounding_box_test/0001_000_03_0303noon_0008_0.jpg"])
+    d = msmt17(tmp_path/"MSMT17")
+    assert (who(d.train), who(d.query), who(d.gallery)) == ([(0, 14)], [(0, 1)], [(1, 3)]) and "train + val" in d.source.layout
+    with pytest.raises(InputError, match="has no list_train.txt"): msmt17(tmp_path/"MSMT17", val=False)
+    with pytest.raises(InputError, match="nor names as MSMT17"): msmt17(market)
+
+
+@pytest.mark.filterwarnings("default:.*as published")
+def test_counts_are_told_and_never_fatal(market):
+    with pytest.warns(UserWarning, match="train has 3 pictures instead of 12,936, query has 1 pictures instead of 3,368"): d = market1501(market)
+    assert d.source.published["gallery"] == (751, 15913) and d.source.root == str(market) and d == market1501(market)
+    (market/"synth.json").write_text("{}")
+    assert not market1501(market).source.published, "a rendered set has numbers of its own"
+
+
+def test_joined(market, tmp_path):
+    draw(tmp_path/"VeRi", ["image_train/0001_c001_00016460_0.jpg", "image_train/0003_c020_00016460_0.jpg", "image_query/0002_c002_00030600_0.jpg", "image_test/0002_c020_00030605_0.jpg"])
+    M, VR = market1501(market), veri776(tmp_path/"VeRi")
+    d = load_data(f"M={market}+VR={tmp_path/'VeRi'}")
+    assert d == join(M, VR) and d.name == "M+VR" and (d.query, d.gallery) == (M.query, M.gallery) and d.train[:3] == M.train
+    assert who(d.train[3:]) == [(9, 8), (11, 27)], "behind Market's largest identity 7 and camera 6"
+    three = load_data(f"VR={tmp_path/'VeRi'}+M={market}+M={market}")
+    pids = [{i.pid for i in part} for part in (three.train[:2], three.train[2:5], three.train[5:], three.query+three.gallery)]
+    assert sum(map(len, pids)) == len(set.union(*pids)) == 2+2+2+1
+    none = join(ReIDData([Item("a", 3)], [], [], "x", True), ReIDData([Item("b", 0)], [], [], "y", True))
+    assert who(none.train) == [(3, None), (4, None)] and none.same_cam_ok
+
+
+def test_choices(tmp_path):
+    draw(tmp_path/"VehicleID"/"image", [f"{k:07d}.jpg" for k in range(6)])
+    (tmp_path/"VehicleID"/"train_test_split").mkdir()
+    for name, rows in (("train_list", [(0, 9), (1, 9)]), ("test_list_2400", [(2, 5), (3, 5)]), ("test_list_800", [(4, 6), (5, 6)])):
+        (tmp_path/"VehicleID"/"train_test_split"/f"{name}.txt").write_text("".join(f"{k:07d} {p}\n" for k, p in rows))
+    assert who(load_data(f"VID={tmp_path}::2400").gallery) == [(5, None)] and who(load_data(f"VID={tmp_path}").gallery) == [(6, None)]
+    with pytest.raises(InputError, match="expected ::2400 after the path"): load_data(f"VID={tmp_path}::big")
+
+
 def test_veri(tmp_path):
     draw(tmp_path/"VeRi"/"image_train", ["0001_c001_00016460_0.jpg"])
     draw(tmp_path/"VeRi"/"image_query", ["0002_c002_00030600_0.jpg"])
@@ -128,6 +177,31 @@ def test_folder_camera_below(tmp_path):
     draw(tmp_path, [f"{n}/{c}/x{k}.jpg" for n in ("b", "a") for c in ("north", "south") for k in range(2)])
     d = folder(tmp_path, r"^(?P<pid>[^/]+)/(?P<cam>[^/]+)/", train_share=0)
     assert who(d.query) == who(d.gallery) == [(0, 0), (0, 1), (1, 0), (1, 1)] and not d.train
+
+
+def table(tmp_path, text):
+    (tmp_path/"t.csv").write_text(text)
+    return tmp_path/"t.csv"
+
+
+def test_folder_by_table(tmp_path):
+    draw(tmp_path, [f"{k}.jpg" for k in range(8)])
+    rows = ["0.jpg,ox,north,train", "1.jpg,ox,south,train", "2.jpg,ape,north,query", "3.jpg,ape,south,gallery", "4.jpg,yak,north,test", "5.jpg,yak,north,test", "6.jpg,yak,south,test", "7.jpg,eel,north,gallery"]
+    f = table(tmp_path, "path, pid, cam, split\n"+"\n".join(rows)+"\n")
+    d = folder(f)
+    assert who(d.train) == [(2, 0), (2, 1)] and who(d.query) == [(0, 0), (3, 0), (3, 1)] and who(d.gallery) == [(0, 1), (3, 0), (1, 0)]
+    assert load_data(f"folder={f}") == folder(tmp_path, table=f) == d and not d.same_cam_ok
+    d = folder(table(tmp_path, "path,pid\n"+"".join(f"{k}.jpg,{10*(k//2)}\n" for k in range(8))), train_share=.5, seed=1)
+    assert d.same_cam_ok and {i.pid for i in d.train+d.query} == {0, 10, 20, 30} and len(d.train) == 4 and len(d.query) == len(d.gallery) == 2
+    with pytest.warns(UserWarning, match="1 of 3 pictures listed in the table are missing"): folder(table(tmp_path, "path,pid\n0.jpg,1\n1.jpg,1\nlost.jpg,2\n"), train_share=0)
+
+
+def test_tables_that_lie(tmp_path):
+    draw(tmp_path, ["0.jpg", "1.jpg"])
+    for text, said in {"file,pid\n0.jpg,1\n": "no column path, only file, pid", "path,pid,split\n0.jpg,1,val\n": "the split 'val'", "path,pid\n0.jpg,\n": "says no pid in line 2",
+                       "path,pid\n0.jpg,1\n0.jpg,2\n": "names 0.jpg twice", "path,pid\nx.jpg,1\n": "none of the 1 pictures", "": "not a table", "path,pid,cam\n0.jpg,1,2\n1.jpg,1,\n": "says no cam in line 3"}.items():
+        with pytest.raises(InputError, match=said) as e: folder(table(tmp_path, text))
+        assert "\n" not in str(e.value)
 
 
 def lines(tmp_path):
@@ -202,6 +276,106 @@ def test_broken_pictures(items, tmp_path):
         with pytest.raises(InputError, match="05.jpg is not a readable picture") as e: PixelCache(items, (8, 8), tmp_path/"c")
         assert "\n" not in str(e.value) and not list((tmp_path/"c").iterdir())
     with pytest.raises(InputError, match="nowhere.jpg"): pixels("nowhere.jpg")
+
+
+def many(tmp_path, n=2000):
+    "n names of one tiny picture."
+    Image.new("RGB", (4, 8), (200, 100, 50)).save(tmp_path/"x.png")
+    for k in range(n): os.link(tmp_path/"x.png", tmp_path/f"{k:05d}.png")
+    return [Item(str(tmp_path/f"{k:05d}.png"), k//4, k % 4) for k in range(n)]
+
+
+@pytest.mark.parametrize("where", [None, "c"])
+def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
+    items = many(tmp_path)
+    os.unlink(items[5].path)
+    for attempt in range(2):  # built, then opened
+        with pytest.warns(UserWarning, match="left out: .*00005.png is not a readable picture") as told:
+            dl = train_loader(items, (8, 4), P=4, K=4, dir=where and tmp_path/where)
+        assert len(told) == 1 and list(dl.pixels.bad) == [5] and (dl.pixels[[5]] == 0).all() and (dl.pixels[[6]] > 0).all()
+        assert 5 not in sum(dl.sampler.batches(), []) and dl.n_ids == 500
+    with pytest.raises(InputError, match="00005.png"): PixelCache(items, (8, 4), where and tmp_path/where)
+    with pytest.raises(InputError, match="00005.png"): test_loader(items, (8, 4), dir=where and tmp_path/where)
+    os.link(tmp_path/"x.png", items[5].path)
+    assert not PixelCache(items, (8, 4), where and tmp_path/where).bad, "mended"
+    for k in range(3): open(items[k].path.replace(".png", ".tmp"), "wb").close(); os.replace(items[k].path.replace(".png", ".tmp"), items[k].path)
+    with pytest.raises(InputError, match="3 of the first pictures read, 2 of 2000 may be"): train_loader(items, (8, 4), P=4, K=4, dir=where and tmp_path/where)
+
+
+def test_a_picture_that_can_be_read_again(tmp_path, monkeypatch):
+    items = many(tmp_path, 1000)
+    import msinet.batches as b
+    real = b.read_picture
+    def flaky(path):
+        if path.endswith("00007.png"): raise InputError("00007.png is not a readable picture (network)")
+        return real(path)
+    monkeypatch.setattr(b, "read_picture", flaky)
+    with pytest.warns(UserWarning, match="00007"): PixelCache(items, (8, 4), tmp_path/"c", max_bad=.001)
+    monkeypatch.setattr(b, "read_picture", real)
+    assert (PixelCache(items, (8, 4), tmp_path/"c")[[7]] > 0).all()
+
+
+def test_stream(items, tmp_path):
+    cache, stream = PixelCache(items, (16, 8)), PixelStream(items, (16, 8), max_bad=.2)
+    assert_close(stream[[3, 0, 3]], cache[[3, 0, 3]], rtol=0, atol=0)
+    a, b = (list(train_loader(items, (16, 8), P=2, K=2, seed=3, pad=2, cached=c)) for c in (True, False))
+    for (xa, ya), (xb, yb) in zip(a, b): assert_close(xa, xb, rtol=0, atol=0); assert_close(ya, yb)
+    os.unlink(items[1].path)
+    with pytest.warns(UserWarning, match="01.jpg"): x = stream[[1, 2, 4, 5]]
+    assert_close(x[0], cache[[2]][0]) and list(stream.bad) == [1]
+    for k in (4, 8): os.unlink(items[k].path)
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="2 of 12 may be"): stream[[4, 5, 8, 9]]
+
+
+def test_blocks_that_are_not_whole(items, tmp_path):
+    PixelCache(items, (8, 8), tmp_path/"c")
+    file, = (tmp_path/"c").iterdir()
+    want = file.read_bytes()
+    for wrong in (want[:-100], want[:40], b""):
+        file.write_bytes(wrong)
+        assert len(PixelCache(items, (8, 8), tmp_path/"c")) == 12 and file.read_bytes() == want
+    (old := tmp_path/"c"/"x.1.part").touch(); os.utime(old, (1, 1)); (young := tmp_path/"c"/"y.1.part").touch()
+    PixelCache(items, (9, 9), tmp_path/"c")
+    assert not old.exists() and young.exists(), "what killed runs left is swept after an hour"
+    (tmp_path/"file").touch()
+    with pytest.raises(InputError, match="cannot take 0.0 GB"): PixelCache(items, (8, 8), tmp_path/"file"/"c")
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def test_full_disk(items, tmp_path, monkeypatch):
+    def full(*a): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(InputError, match="No space left on device.*with room"): PixelCache(items, (8, 8), tmp_path/"c")
+    assert not list((tmp_path/"c").iterdir())
+
+
+def build(paths, dir):
+    PixelCache([Item(p, 0) for p in paths], (64, 32), dir)
+
+
+def test_two_at_once(items, tmp_path):
+    paths = [i.path for i in items]
+    runs = [FORK.Process(target=build, args=(paths, tmp_path/"c")) for _ in range(2)]
+    for r in runs: r.start()
+    for r in runs: r.join(60); assert r.exitcode == 0
+    assert [p.suffix for p in (tmp_path/"c").iterdir()] == [".npy"]
+    assert_close(PixelCache(items, (64, 32), tmp_path/"c")[[0, 5]], PixelCache(items, (64, 32))[[0, 5]])
+
+
+def test_killed_half_way(tmp_path, monkeypatch):
+    import msinet.batches as b
+    items, real = many(tmp_path, 1500), b.read_picture
+    monkeypatch.setattr(b, "read_picture", lambda p: (time.sleep(.02), real(p))[1])
+    run = FORK.Process(target=build, args=([i.path for i in items], tmp_path/"c"))
+    run.start()
+    end = time.time()+60
+    while not list(tmp_path.glob("c/*.part")) and time.time() < end: time.sleep(.05)
+    time.sleep(.2); os.kill(run.pid, signal.SIGKILL); run.join(10)
+    assert not list(tmp_path.glob("c/*.npy")) and list(tmp_path.glob("c/*.part"))
+    monkeypatch.setattr(b, "read_picture", real)
+    assert (PixelCache(items, (64, 32), tmp_path/"c")[[1499]] > 0).all()
 
 
 def test_rendered_pixels():
@@ -352,3 +526,47 @@ def test_jitter_range():
     x = torch.full((4000, 4, 2, 3), 100, dtype=torch.uint8)
     y = augment(x, gen(), 0, 0, 0, jitter=(.4, 0, 0))[:, 0, 0, 0]*.229*255+.485*255
     assert y.min() > 59 and y.max() < 141 and abs(y.mean()-100) < 2
+
+
+# the per-image reference
+
+@pytest.fixture
+def transforms():
+    try:
+        from tvcompat import ensure_torchvision
+        ensure_torchvision()
+        from torchvision import transforms as T
+    except (ImportError, RuntimeError) as e: pytest.skip(f"torchvision does not import: {e}")
+    return T
+
+
+def reference(T, size, *more):
+    return T.Compose([T.Resize(size, interpolation=T.InterpolationMode.BILINEAR), *more, T.ToTensor(), T.Normalize((.485, .456, .406), (.229, .224, .225))])
+
+
+def test_float_path_is_the_reference(items, transforms):
+    "What no dice decide is equal to torchvision on Pillow pictures, picture by picture."
+    T, size = transforms, (32, 16)
+    pics = [Image.open(i.path).convert("RGB") for i in items]
+    each = lambda *more: torch.stack([reference(T, size, *more)(p) for p in pics])
+    x = PixelCache(items, size)[range(12)]
+    assert_close(torch.cat(list(test_loader(items, size, bs=5))), each(), rtol=0, atol=1e-6)
+    assert_close(augment(x, gen(), 0, 0, 0), each(), rtol=0, atol=1e-6)
+    assert_close(augment(x, gen(), 1, 0, 0), each(T.RandomHorizontalFlip(1.)), rtol=0, atol=1e-6)
+    y = augment(x, gen(3), 0, 2, 0)
+    for p, got in zip(pics, y):
+        shifts = [reference(T, size, T.Pad(2), T.Lambda(lambda im, t=t, l=l: T.functional.crop(im, t, l, *size)))(p) for t in range(5) for l in range(5)]
+        assert min((s-got).abs().max() for s in shifts) < 1e-6, "one of the 25 windows"
+
+
+def test_colours_follow_the_reference(items, transforms):
+    "The three dials, factor by factor; torchvision rounds to bytes after each, which allows one level."
+    from msinet.batches import PixelCache
+    import msinet.augment as a
+    F = transforms.functional
+    x = PixelCache(items, (32, 16))[range(12)].permute(0, 3, 1, 2)
+    for f in (.6, 1.3):
+        for base, ref in ((0, F.adjust_brightness), (None, F.adjust_saturation), ("mean", F.adjust_contrast)):
+            v = x.float()
+            b = 0 if base == 0 else a.luma(v) if base is None else a.luma(v).mean((2, 3), keepdim=True)
+            assert (a.blend(v, b, f)-ref(x, f).float()).abs().max() < 1.6
