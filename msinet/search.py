@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Preset', 'LAPTOP_SYNTH', 'SMOKE_SYNTH', 'laptop', 'smoke', 'SEARCH', 'frozen_stats', 'only', 'SearchStep', 'held',
            'Endless', 'features', 'scores', 'SearchConfig', 'AlphaHistory', 'AlphaRests', 'save_array', 'Found',
-           'twins', 'loader', 'build_search', 'search']
+           'twins', 'loader', 'test_loaders', 'build_search', 'search']
 
 # %% ../nbs/22_search.ipynb #a69c2ce9
 from dataclasses import dataclass, asdict, replace
@@ -127,7 +127,7 @@ class Endless:
     def state_dict(self): return self.dl.state_dict()
     def load_state_dict(self, s): self.dl.load_state_dict(s); self.it = iter(self.dl)
 
-# %% ../nbs/22_search.ipynb #62ec8a86
+# %% ../nbs/22_search.ipynb #45cdab7b
 @torch.no_grad()
 def features(
     net:ReIDNet,      # in training mode
@@ -143,7 +143,7 @@ def features(
     fs = []
     net.train()
     with frozen_stats(net):
-        for x in test_loader([items[i] for i in order], size, 64):
+        for x in test_loader([items[i] for i in order], size, 64, max_bad=.001):
             if len(x) < 2: continue # no statistics of one image
             b = net(x.to(device)).branches[0]
             fs.append(b.f_bn if after_bn else b.f)
@@ -160,7 +160,7 @@ def scores(
 # %% ../nbs/22_search.ipynb #2e8291cb
 Preset = Literal['smoke','laptop','full','paper','released']
 
-# %% ../nbs/22_search.ipynb #e178b172
+# %% ../nbs/22_search.ipynb #22e971f6
 @dataclass(frozen=True)
 class SearchConfig:
     "Search an architecture: weights on one twin, choices on the other (§3.1, §4.2)."
@@ -196,7 +196,8 @@ class SearchConfig:
     pad:int=10                     # pixels of padding before the random crop
     jitter:bool=False              # colour jitter
     evaluate:bool=True             # measure the supernet's retrieval before and after
-    cache:str=''                   # folder for decoded pictures; empty keeps them in memory
+    cache:bool=True                # decode each picture once; no: decode it anew whenever it is drawn
+    cache_dir:str=''               # folder for decoded pictures; empty keeps them in memory
     seed:int=0                     # of split, initial weights, batches, augmentation
     device:str=''                  # cpu, cuda, mps; empty takes the best
     threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
@@ -262,26 +263,38 @@ def twins(
     "The two twins of a configuration."
     return released_split(items) if cfg.released_split else twin_split(items, cfg.overlap, cfg.seed)
 
-# %% ../nbs/22_search.ipynb #8cda2475
+# %% ../nbs/22_search.ipynb #61f526b5
 def loader(
     items,     # training images
     cfg,       # a SearchConfig, or any configuration with the same names for batches
     seed:int,  # of sampling and augmentation
     device,    # where batches go
+    progress:bool=False, # show a bar while pictures are decoded
 ) -> TrainLoader:
     "P×K batches of a configuration."
     jitter = (.4, .4, .3) if cfg.jitter else (0., 0., 0.)
-    return train_loader(items, cfg.size, pk(cfg.batch, cfg.K), cfg.K, seed=seed, dir=cfg.cache or None, pad=cfg.pad, erase=cfg.erase, jitter=jitter, device=device)
+    return train_loader(items, cfg.size, pk(cfg.batch, cfg.K), cfg.K, seed=seed, dir=cfg.cache_dir or None, pad=cfg.pad, erase=cfg.erase,
+                        jitter=jitter, device=device, cached=cfg.cache, progress=progress)
 
-# %% ../nbs/22_search.ipynb #9a866206
+# %% ../nbs/22_search.ipynb #c4054d2d
+def test_loaders(
+    data:ReIDData,
+    cfg, # as for `loader`
+) -> list: # of the queries, of the gallery
+    "Queries and gallery of a set in order, as a configuration decodes them."
+    return [test_loader(items, cfg.size, dir=cfg.cache_dir or None, keep=2**30 if cfg.cache else 0) for items in (data.query, data.gallery)]
+test_loaders.__test__ = False # its name must not make it a test
+
+# %% ../nbs/22_search.ipynb #6b5d8e88
 def build_search(
     cfg:SearchConfig,
     data:ReIDData, # its training images are split
     device,        # where to run
+    progress:bool=False, # show bars while pictures are decoded
 ) -> tuple[SearchStep,TrainLoader]: # the step, and the training twin's batches
     "Everything of a search but the loop: twins, supernet, memories, optimisers."
     tr, val = twins(data.train, cfg)
-    dls = [loader(t, cfg, cfg.seed+i, device) for i,t in enumerate((tr, val))]
+    dls = [loader(t, cfg, cfg.seed+i, device, progress) for i,t in enumerate((tr, val))]
     set_seed(cfg.seed)
     backbone = supernet(cfg.channels, cfg.rho, mid=quarter_in if cfg.narrow else quarter_out)
     net = ReIDNet(backbone, BNNeck(backbone.channels)).to(device)
@@ -294,7 +307,7 @@ def build_search(
     step = SearchStep(net, *mems, Endless(dls[1]), *opts, after_bn=cfg.after_bn, alpha_first=cfg.alpha_first, leak=cfg.leak, val_stats=cfg.val_stats)
     return step, dls[0]
 
-# %% ../nbs/22_search.ipynb #4ab42db8
+# %% ../nbs/22_search.ipynb #8d269259
 def search(
     cfg:SearchConfig,
     data:ReIDData=None,  # instead of what `cfg.data` names
@@ -306,9 +319,9 @@ def search(
     if data is not None: cfg = replace(cfg, data=f'given:{data.name}')
     data = data or get_data(cfg.data, cfg.size, progress)
     with threads(cfg.threads):
-        step, dl = build_search(cfg, data, device)
+        step, dl = build_search(cfg, data, device, progress)
         net = step.net
-        tests = [test_loader(items, cfg.size, dir=cfg.cache or None) for items in (data.query, data.gallery)] if cfg.evaluate else []
+        tests = test_loaders(data, cfg) if cfg.evaluate else []
         measure = lambda: scores(evaluate_loaders(net, *tests, data.same_cam_ok, device)) if tests else {}
         history = AlphaHistory(run/'alphas.npy')
         drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)

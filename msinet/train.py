@@ -58,7 +58,7 @@ class TrainStep:
     def load_state_dict(self, s:dict):
         for k,v in self.stateful().items(): v.load_state_dict(s[k])
 
-# %% ../nbs/23_train.ipynb #3982365a
+# %% ../nbs/23_train.ipynb #77c6af7e
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
@@ -89,7 +89,8 @@ class TrainConfig:
     pad:int=10                     # pixels of padding before the random crop
     jitter:bool=False              # colour jitter; cross-domain yes
     every:int=0                    # measure every so many epochs; 0 only before and after
-    cache:str=''                   # folder for decoded pictures; empty keeps them in memory
+    cache:bool=True                # decode each picture once; no: decode it anew whenever it is drawn
+    cache_dir:str=''               # folder for decoded pictures; empty keeps them in memory
     seed:int=0                     # of initial weights, batches, augmentation
     device:str=''                  # cpu, cuda, mps; empty takes the best
     threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
@@ -153,7 +154,7 @@ class Trained:
     history:list    # one dict per epoch
     run:Path        # the run's folder
 
-# %% ../nbs/23_train.ipynb #59b53d29
+# %% ../nbs/23_train.ipynb #1438c409
 def train(
     cfg:TrainConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names
@@ -166,13 +167,13 @@ def train(
     data = data or get_data(cfg.data, cfg.size, progress)
     target = get_data(cfg.target, cfg.size, progress) if cfg.target else data
     with threads(cfg.threads):
-        dl = loader(data.train, cfg, cfg.seed, device)
+        dl = loader(data.train, cfg, cfg.seed, device, progress)
         set_seed(cfg.seed)
         net, sam = build(cfg, dl.n_ids)
         if cfg.weights: start_from(net, cfg.weights)
         whole = nn.ModuleList([m.to(device) for m in (net, sam) if m is not None]).train()
         opt = OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd)
-        tests = [test_loader(items, cfg.size, dir=cfg.cache or None) for items in (target.query, target.gallery)]
+        tests = test_loaders(target, cfg)
         measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, device))
         about = dict(kind='derived', genotype=check_genotype(cfg.genotype), channels=cfg.channels, rho=cfg.rho, size=cfg.size)
         cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every),
