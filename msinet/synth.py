@@ -43,11 +43,11 @@ LEVELS = dict(
     medium=Dials(group=2, bg_contrast=.55, camera_strength=.6),
     hard  =Dials(group=4))
 
-# %% ../nbs/03_synth.ipynb #7e3f0647
+# %% ../nbs/03_synth.ipynb #9dcaf176
 @dataclass(frozen=True)
 class World:
     "All that the pictures of one rendered set have in common. Raises `InputError` for what cannot be drawn."
-    kind:str   # a key of `ACTORS`
+    kind:str   # a key of `KINDS`
     domain:str # a key of `DOMAINS`
     seed:int   # another seed, other people and other cameras
     height:int # of the pictures, pixels
@@ -55,15 +55,15 @@ class World:
 
     def __post_init__(self):
         d = self.dials
-        if self.kind not in ACTORS: raise InputError(f"kind is {self.kind!r}; expected 'person', which is what there is so far: write kind='person'")
+        if self.kind not in KINDS: raise InputError(f"kind is {self.kind!r}; expected {' or '.join(KINDS)}: write kind='person'")
         if self.domain not in DOMAINS: raise InputError(f"domain is {self.domain!r}; expected {' or '.join(DOMAINS)}: write domain='A'")
         if self.seed < 0: raise InputError(f'seed is {self.seed}; expected 0 or more: write seed=0')
         if self.height < 16 or self.height%2: raise InputError(f'height is {self.height}; expected an even number from 16 on: write height=64')
-        if d.group < 1 or not (d.group == 1) <= d.n_fine <= len(CUES): raise InputError(f'look-alikes in groups of {d.group} with {d.n_fine} cues each; expected groups of 1 or more and 1 to {len(CUES)} cues: change the dials')
+        if d.group < 1 or not (d.group == 1) <= d.n_fine <= KINDS[self.kind].n_cues: raise InputError(f'look-alikes in groups of {d.group} with {d.n_fine} cues each; expected groups of 1 or more and 1 to {KINDS[self.kind].n_cues} cues: change the dials')
         if not all(0 <= v <= 1 for v in astuple(d)[2:]): raise InputError(f'dials are {d}; expected bg_contrast, camera_strength and bg_bias from 0 to 1: change them')
 
     @property
-    def size(self) -> tuple: return self.height, int(self.height*ACTORS[self.kind].aspect)
+    def size(self) -> tuple: return self.height, int(self.height*KINDS[self.kind].aspect)
     def __str__(self):
         group, n_fine, *shares = astuple(self.dials)
         return ','.join(map(str, (self.kind, self.domain, self.seed, self.height, group, n_fine, *map(float, shares))))
@@ -105,14 +105,14 @@ def parse(
     except InputError: raise
     except (ValueError, TypeError): raise InputError(f'{path!r} names no rendered picture; expected one like synth:person,A,0,64,2,4,0.3,0.5,1.0:train/0023/c3/f1: take names from synth()') from None
 
-# %% ../nbs/03_synth.ipynb #2b20e01d
+# %% ../nbs/03_synth.ipynb #f1194572
 @lru_cache(4096)
 def identity(
     world:World,           # where
     split:str, number:int, # whom
 ):
     "Who this is: the base that its look-alikes share, and cues of its own."
-    actor, d, index = ACTORS[world.kind], world.dials, (number-1)//2
+    actor, d, index = KINDS[world.kind], world.dials, (number-1)//2
     name = world.seed, world.kind, world.domain, split
     base = actor.base(keyed('base', *name, index//d.group), world.domain)
     return actor.tell_apart(base, keyed('cues', *name, index), d.n_fine)
@@ -138,14 +138,14 @@ class Visit(NamedTuple):
     lean:float    # of its chest
     gain:float    # how bright the day is
 
-# %% ../nbs/03_synth.ipynb #d2a1f7c3
+# %% ../nbs/03_synth.ipynb #24bb2ff8
 def visit(
     shot:Shot, # one of its pictures
 ) -> Visit:
     "One walk past one camera: towards it or away, at one of five spots."
     w = shot.world
     cam, r = site(w, shot.cam)[0], keyed('visit', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam)
-    return Visit(cam.path+choose(r, (0,np.pi))+r.normal(0, .22), int(r.integers(5))/5+r.uniform(0, .12), r.uniform(0, 6.28), .3+.2*r.random(),
+    return Visit(choose(r, (cam.path,cam.back))+r.normal(0, .22), int(r.integers(5))/5+r.uniform(0, .12), r.uniform(0, 6.28), .3+.2*r.random(),
                  .2*r.random(), np.exp(r.normal(0, .1)))
 
 # %% ../nbs/03_synth.ipynb #e319f630
@@ -163,47 +163,51 @@ def backdrop(
     x, y = int(np.clip(x, 0, W-w-1)), int(np.clip(y, 0, H-h-1))
     return place[y:y+h, x:x+w]
 
-# %% ../nbs/03_synth.ipynb #610e0396
+# %% ../nbs/03_synth.ipynb #a8ba2976
 def spot_below(
     view:View,    # how the actor is seen
     low:float,    # height of the actor's lowest point
-    radius:float, # in the actor's units
+    shadow:tuple, # half width, half depth, shift to the right per length away; in the actor's units
     dark:float,   # how dark, in [0, 1]
 ) -> np.ndarray: # (H, W, 1) factors
     "The dark spot on the floor below an actor, soft at its edge."
     h, w, scale = view.h//view.ss, view.w//view.ss, view.scale/view.ss
     x0, y0 = (v/view.ss for v in view.pixel(np.array([0,0,low])))
-    rx, ry = radius*scale, radius*scale*abs(float(view.f[2]))+.03*h
-    d = ((np.arange(w, dtype=np.float32)-x0)/rx)[None]**2+((np.arange(h, dtype=np.float32)-y0)/ry)[:,None]**2
+    across, away, shift = shadow
+    flat = abs(float(view.f[2]))
+    y = (np.arange(h, dtype=np.float32)-y0)[:,None]
+    x = np.arange(w, dtype=np.float32)[None]-x0+shift/flat*y
+    d = (x/(across*scale))**2+(y/(away*scale*flat+.03*h))**2
     return (1-dark*np.exp(-.8*d*d))[...,None]
 
-# %% ../nbs/03_synth.ipynb #89f3b3df
+# %% ../nbs/03_synth.ipynb #b52d9974
 def framed(
     shot:Shot, cam:Camera, # which picture, by whom
-    azimuth:float,         # from which side
+    who, azimuth:float,    # whom, from which side
     r:np.random.Generator, # source of chance
 ) -> View:
-    "How a detector would cut the actor out: about as high as the picture, never quite; for the split `cut`, badly."
-    actor, (h, w) = ACTORS[shot.world.kind], shot.world.size
-    scale = .9*h*cam.zoom*np.exp(r.normal(0, .05))/actor.tall(cam.elevation)
+    "How a detector would cut the actor out: it fills the picture, never quite; for the split `cut`, badly."
+    actor, (h, w) = KINDS[shot.world.kind], shot.world.size
+    wide, tall, middle = actor.extent(who, azimuth, cam.elevation)
+    scale = .9*h*cam.zoom*np.exp(r.normal(0, .05))/max(tall, wide*h/w)
     right, down = r.normal(0, .035)*w, r.normal(0, .022)*h
     if shot.split == 'cut': scale, right, down = 1.5*scale, right+choose(r, (-.5,.5))*w, down+choose(r, (-.4,.4))*h
-    return View((h,w), azimuth, cam.elevation, scale, o=(0,0,.5), roll=r.normal(0, .02)).shifted(right, down)
+    return View((h,w), azimuth, cam.elevation, scale, o=(0,0,middle), roll=r.normal(0, .02)).shifted(right, down)
 
-# %% ../nbs/03_synth.ipynb #36face3d
+# %% ../nbs/03_synth.ipynb #37f9b695
 def stage(
     shot:Shot,       # which picture
     actor:bool=True, # is anybody there, or only the shadow?
 ) -> tuple[np.ndarray,np.ndarray]: # (H, W, 3) linear colours, (H, W) what the actor covers, in [0, 1]
     "A picture in clean colours, and its exact mask."
-    w, v, kind = shot.world, visit(shot), ACTORS[shot.world.kind]
+    w, v, kind = shot.world, visit(shot), KINDS[shot.world.kind]
     cam, r = site(w, shot.cam)[0], keyed('frame', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame)
     image, azimuth = backdrop(shot, v.spot, r), v.azimuth+r.normal(0, .12)
-    view, pose = framed(shot, cam, azimuth, r), Pose(v.phase+1.1*shot.frame, v.swing, v.lean, r.normal(0, .25))
+    who = identity(w, shot.split, shot.number)
+    view, pose = framed(shot, cam, who, azimuth, r), Pose(v.phase+1.1*shot.frame, v.swing, v.lean, r.normal(0, .25))
     mask = np.zeros(w.size, np.float32)
     if shot.split != 'empty':
-        who = identity(w, shot.split, shot.number)
-        image = image*spot_below(view, kind.ground(who, pose), kind.shadow, cam.shade)
+        image = image*spot_below(view, kind.ground(who, pose), kind.shadow(who, azimuth), cam.shade)
         if actor:
             colour, mask = shoot(kind.shapes(who, pose), view, sunlight(cam, azimuth))
             image = image*(1-mask[...,None])+colour
@@ -231,9 +235,9 @@ def cams_of(
     lot = lambda c: keyed('lot', world.seed, world.kind, world.domain, split, number, c).random()
     return sorted(sorted(range(1, cams+1), key=lot)[:visits])
 
-# %% ../nbs/03_synth.ipynb #c3f29ae1
+# %% ../nbs/03_synth.ipynb #e0ce126d
 def synth(
-    kind:str='person',      # a key of `ACTORS`
+    kind:str='person',      # a key of `KINDS`
     domain:str='A',         # A: summer, outdoors, bright; B: winter, indoors or at night
     n_ids:int=64,           # people to train on
     n_test:int=None,        # people to test on; None: as many
