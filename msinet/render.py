@@ -237,7 +237,7 @@ def lit(
     from_sun = np.maximum(N@toward, 0)[:,None]*(1.15*(1-light.ambient)*sun)
     return C*(from_sky+from_sun)
 
-# %% ../nbs/03_render.ipynb #f390a959
+# %% ../nbs/03_render.ipynb #49729a8e
 def mirrored(
     C:np.ndarray,     # (n, 3) colours in the light
     N:np.ndarray,     # (n, 3) normals
@@ -250,7 +250,7 @@ def mirrored(
     g, flat = gloss[:,None], (N@f)[:,None]
     m = f-2*flat*N
     F = .25+.75*np.maximum(1+flat, 0)**3
-    from_sun = .8*np.maximum(m@toward, 0)[:,None]**30*sun
+    from_sun = .5*np.maximum(m@toward, 0)[:,None]**30*sun
     from_sky = .45*F*np.clip(.15+1.2*m[:,2:], 0, 1)*((light.ambient+.35)*sky)
     return C*(1-.35*g*F)+g*(from_sun+from_sky)
 

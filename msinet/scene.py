@@ -15,11 +15,11 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-# %% ../nbs/03_scene.ipynb #18024d9e
+# %% ../nbs/03_scene.ipynb #1b6253c1
 from .render import *
 from .actors import *
 from .vehicles import VEHICLES
-from .places import *
+from .scenery import *
 
 # %% ../nbs/03_scene.ipynb #0486a8af
 def keyed(
