@@ -476,18 +476,22 @@ def person(
     limbs = [part for side in (1,-1) for part in leg(p, pose, side)+arm(p, pose, side)]
     return limbs+torso(p, pose)+hips(p)*(p.top.kind != 'coat')+head(p, pose)+(carried(p, pose) if p.bag else [])
 
-# %% ../nbs/03_actors.ipynb #90010805
+# %% ../nbs/03_actors.ipynb #bf571dfa
 @dataclass(frozen=True)
 class Actor:
-    "What a scene needs to know about one kind of actor."
+    "What a scene needs to know about one kind of actor. Lengths are in units of its own."
     base:Callable       # (rng, domain) -> an identity
     tell_apart:Callable # (identity, rng, n) -> the same with n cues of its own
+    n_cues:int          # the most cues that one may have
     shapes:Callable     # (identity, pose) -> list of shapes
     ground:Callable     # (identity, pose) -> height of its lowest point
-    tall:Callable       # (elevation) -> its height on the picture, in its own units
+    extent:Callable     # (identity, azimuth, elevation) -> its width and height on the picture, the height of its middle
+    shadow:Callable     # (identity, azimuth) -> the dark spot below: half width, half depth, shift to the right per length away
     aspect:float        # width of its pictures over their height
     metres:float        # how long its unit is
-    shadow:float        # radius of the dark spot below it, in its own units
+    field:float         # how many metres of a place its pictures are high
+    near:tuple          # one that passes close by: length of its unit and how far below the middle, in picture heights
 
-# %% ../nbs/03_actors.ipynb #01d1c6b1
-ACTORS = dict(person=Actor(base_person, tell_apart, person, ground, lambda elevation: cos(elevation)+.17*sin(elevation), .5, 1.72, .21))
+# %% ../nbs/03_actors.ipynb #eecdc8b4
+ACTORS = dict(person=Actor(base_person, tell_apart, len(CUES), person, ground, extent=lambda p,azimuth,elevation: (.4, cos(elevation)+.17*sin(elevation), .5),
+                           shadow=lambda p,azimuth: (.21, .21, 0.), aspect=.5, metres=1.72, field=2.05, near=(.95,.1)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['length', 'unit', 'cross', 'View', 'along', 'Capsule', 'height_of', 'cast', 'Solid', 'box', 'surfaces', 'Light', 'lit',
-           'mean_rays', 'shoot']
+           'mirrored', 'mean_rays', 'shoot']
 
 # %% ../nbs/03_render.ipynb #6f19ded7
 from math import sqrt
@@ -81,9 +81,10 @@ def along(
     c, ca, cb = (E@np.array([o, r, u]).T).T.astype(np.float32)[:,:,None]
     return (c+ca*view.a[win[1]])[:,None,:]+(cb*view.b[win[0]])[:,:,None]
 
-# %% ../nbs/03_render.ipynb #ed3943c1
+# %% ../nbs/03_render.ipynb #76411e04
 class Capsule:
     "All balls between two: a stick with round ends, perhaps tapered, squeezed, or cut off below."
+    gloss = 0. # cloth and skin mirror nothing
     def __init__(self,
         a, b,               # (3,) centres of the first and the last ball
         ra:float, rb:float, # their radii
@@ -152,7 +153,7 @@ def cast(
             np.copyto(label[win], k, where=nearer)
     return depth, label
 
-# %% ../nbs/03_render.ipynb #238e71b8
+# %% ../nbs/03_render.ipynb #804811da
 class Solid:
     "The part of space behind all of some planes (a convex polyhedron)."
     def __init__(self,
@@ -160,9 +161,11 @@ class Solid:
         lo, hi,          # (3,) corners of a box around it
         paint,           # (3,) colour, or a function (points, normals, faces) -> (n, 3) colours
         bevel:float=.02, # width of the rounding of its edges
+        gloss:float=0.,  # 0 matt, 1 lacquer
     ):
         self.N, self.c = np.asarray(planes, float)[:,:3], np.asarray(planes, float)[:,3]
-        self.mid, self.half, self.paint, self.bevel = (np.asarray(lo)+hi)/2, (np.asarray(hi)-lo)/2, paint, bevel
+        self.mid, self.half = (np.asarray(lo)+hi)/2, (np.asarray(hi)-lo)/2
+        self.paint, self.bevel, self.gloss = paint, bevel, gloss
 
     def window(self, view:View) -> tuple:
         "The part of the picture that it can touch."
@@ -234,6 +237,23 @@ def lit(
     from_sun = np.maximum(N@toward, 0)[:,None]*(1.15*(1-light.ambient)*sun)
     return C*(from_sky+from_sun)
 
+# %% ../nbs/03_render.ipynb #49729a8e
+def mirrored(
+    C:np.ndarray,     # (n, 3) colours in the light
+    N:np.ndarray,     # (n, 3) normals
+    gloss:np.ndarray, # (n,) 0 matt, 1 lacquer
+    f:np.ndarray,     # (3,) direction of the rays
+    light:Light,      # sun and sky
+) -> np.ndarray: # (n, 3)
+    "What a glossy surface adds: a little sky, and the sun where it is mirrored."
+    toward, sky, sun, f = np.array([light.toward, light.sky, light.sun, f], np.float32)
+    g, flat = gloss[:,None], (N@f)[:,None]
+    m = f-2*flat*N
+    F = .25+.75*np.maximum(1+flat, 0)**3
+    from_sun = .5*np.maximum(m@toward, 0)[:,None]**30*sun
+    from_sky = .45*F*np.clip(.15+1.2*m[:,2:], 0, 1)*((light.ambient+.35)*sky)
+    return C*(1-.35*g*F)+g*(from_sun+from_sky)
+
 # %% ../nbs/03_render.ipynb #c5e9f135
 def mean_rays(
     x:np.ndarray, # (H·ss, W·ss, ...)
@@ -243,7 +263,7 @@ def mean_rays(
     rows = sum(x[i::ss] for i in range(ss))
     return sum(rows[:,j::ss] for j in range(ss))*np.float32(1/ss**2)
 
-# %% ../nbs/03_render.ipynb #2558f3d3
+# %% ../nbs/03_render.ipynb #f61152e4
 def shoot(
     shapes:list, # what is to be seen
     view:View,   # from where
@@ -252,7 +272,9 @@ def shoot(
     "The picture of some shapes before nothing."
     depth, label = cast(shapes, view)
     where, N, C = surfaces(shapes, view, depth, label)
+    C, gloss = lit(N, C, light), np.array([0]+[s.gloss for s in shapes], np.float32)
+    if gloss.any(): C = mirrored(C, N, gloss[label.ravel()[where]], view.f, light)
     rgba = np.zeros((view.h*view.w, 4), np.float32)
-    rgba[where,:3], rgba[where,3] = lit(N, C, light), 1
+    rgba[where,:3], rgba[where,3] = C, 1
     rgba = mean_rays(rgba.reshape(view.h, view.w, 4), view.ss)
     return rgba[...,:3], rgba[...,3]

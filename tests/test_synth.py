@@ -13,9 +13,10 @@ from msinet import synth as module
 from msinet.actors import ACTORS, Pose
 from msinet.core import InputError
 from msinet.render import View, cast
-from msinet.scene import camera, keyed
-from msinet.synth import (LEVELS, Dials, Shot, World, identity, is_rendered, lookalikes, mask, parse, render, site, snap, stage,
-                          synth, write_layout)
+from msinet.scene import KINDS, camera, keyed
+from msinet.synth import (LEVELS, Dials, Shot, World, get_data, identity, is_rendered, lookalikes, mask, parse, render, site, snap,
+                          stage, synth, write_layout)
+from msinet.vehicles import BODIES, footprint, mark_apart, marks_of
 
 SMALL = dict(n_ids=4, n_test=3, cams=3, visits=3, height=32)
 
@@ -30,15 +31,17 @@ def pictures(data): return data.train+data.query+data.gallery
 
 
 # ---------------------------------------------------------------- the same for everybody
-def test_order_of_drawing_does_not_matter():
-    paths = [i.path for i in pictures(small())][::3]
+@pytest.mark.parametrize('kind', KINDS)
+def test_order_of_drawing_does_not_matter(kind):
+    paths = [i.path for i in pictures(small(kind=kind))][::3]
     forward = {p: crc(render(p)) for p in paths}
     for cache in (site, identity): cache.cache_clear()
     assert {p: crc(render(p)) for p in reversed(paths)} == forward
 
 
-def test_another_process_draws_the_same():
-    paths = [i.path for i in pictures(small())][::9]
+@pytest.mark.parametrize('kind', KINDS)
+def test_another_process_draws_the_same(kind):
+    paths = [i.path for i in pictures(small(kind=kind))][::9]
     code = f"import zlib; from msinet.synth import render; print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONHASHSEED': '7'}, check=True)
     assert out.stdout.strip() == str([crc(render(p)) for p in paths])
@@ -64,6 +67,16 @@ def test_geometry_is_golden():
         labels.append(cast(shapes, View((64, 32), n, .3, 54, o=(0, 0, .5)))[1].astype(np.uint8))
     assert module.DRAWING == 1
     assert (crc(np.stack(masks)), crc(np.stack(labels))) == (2571401367, 2204235751)
+
+
+def test_geometry_of_vehicles_is_golden():
+    world = World('vehicle', 'A', 3, 64, LEVELS['hard'])
+    masks = [np.round(255*stage(Shot(world, s, n, n%6+1, n%3))[1]).astype(np.uint8) for s in ('train', 'test') for n in range(1, 13)]
+    labels = []
+    for n in range(1, 13):
+        shapes = KINDS['vehicle'].shapes(identity(world, 'train', n), Pose())
+        labels.append(cast(shapes, View((64, 64), n, .3, 11, o=(0, 0, .8)))[1].astype(np.uint8))
+    assert (crc(np.stack(masks)), crc(np.stack(labels))) == (619641726, 2303821163)
 
 
 def test_chance_has_names():
@@ -95,10 +108,11 @@ def test_pictures_and_masks():
         np.testing.assert_array_equal(m, mask(i.path))
 
 
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('level', LEVELS)
-def test_masks_are_exact(level):
-    "Without the person, what is outside the mask stays as it is, and what is inside changes."
-    world = World('person', 'A', 1, 64, LEVELS[level])
+def test_masks_are_exact(level, kind):
+    "Without the person or vehicle, what is outside the mask stays as it is, and what is inside changes."
+    world = World(kind, 'A', 1, 64, LEVELS[level])
     for n in range(1, 13):
         shot = Shot(world, 'test', n, n%6+1, 0)
         (image, m), (empty, none) = stage(shot), stage(shot, actor=False)
@@ -116,7 +130,41 @@ def test_lookalikes_share_what_is_large():
     assert (people[1].top.freq, people[1].build) != (people[9].top.freq, people[9].build)
 
 
-@pytest.mark.parametrize('wrong', [dict(kind='vehicle'), dict(domain='C'), dict(level='simple'), dict(visits=7), dict(visits=1), dict(height=33),
+def test_vehicles_are_square_seen_whole_and_from_where_the_domain_says():
+    for d, low, high in (('A', 14, 26), ('B', 20, 36)):
+        cams = [camera(0, 'vehicle', d, c) for c in range(8)]
+        assert all(low <= np.rad2deg(c.elevation) <= high for c in cams)
+        for i in pictures(small(kind='vehicle', domain=d, height=48))[::5]:
+            x, m = render(i.path), mask(i)
+            assert x.shape == (48, 48, 3) and m.shape == (48, 48) and m.mean() > .08
+    for shot in (parse(i.path) for i in small(kind='vehicle', domain='B', level=Dials(camera_strength=0.)).train):
+        m = stage(shot)[1]
+        assert (m > 0).any(1).sum() < 32 and (m > 0).any(0).sum() <= 32
+
+
+def test_lookalike_vehicles_share_the_factorys_part():
+    data = synth('vehicle', 'B', n_ids=8, level='hard')
+    world, group = parse(data.train[0].path).world, lookalikes(data)
+    cars = {p: identity(world, 'train', p) for p in sorted({i.pid for i in data.train})}
+    for p in cars:
+        for q in cars:
+            same = (cars[p].body, cars[p].colour, cars[p].tint) == (cars[q].body, cars[q].colour, cars[q].tint)
+            assert same == (group[p] == group[q]) and (p == q or cars[p] != cars[q])
+
+
+def test_marks_suit_the_body_and_shadows_are_ellipses():
+    car = KINDS['vehicle'].base(keyed('car'), 'A')
+    for body in BODIES:
+        v = replace(car, body=body)
+        assert len(marks_of(v)[1]) >= KINDS['vehicle'].n_cues
+        assert mark_apart(v, keyed(1), 8) != v
+        for a in np.linspace(0, 6, 7): # the sheared ellipse holds the ends of the half axes: x = p·forward, q·left
+            across, away, shift = footprint(v, a)
+            for half, (x, y) in ((.58*BODIES[body].long, (np.sin(a), np.cos(a))), (.6*BODIES[body].wide, (np.cos(a), -np.sin(a)))):
+                np.testing.assert_allclose(((half*x-shift*half*y)/across)**2+(half*y/away)**2, 1)
+
+
+@pytest.mark.parametrize('wrong', [dict(kind='horse'), dict(kind='vehicle', level=Dials(n_fine=9)), dict(domain='C'), dict(level='simple'), dict(visits=7), dict(visits=1), dict(height=33),
                                    dict(n_ids=0, n_test=0), dict(test_frames=1), dict(seed=-1), dict(level=Dials(n_fine=9)), dict(level=Dials(bg_bias=2.))])
 def test_mistakes_are_told_in_one_line(wrong):
     with pytest.raises(InputError) as e: synth(**wrong)
@@ -153,9 +201,9 @@ def test_market_layout_comes_back(tmp_path):
     assert lookalikes(back) == lookalikes(data)
 
 
-@pytest.mark.parametrize('layout', ['MS', 'VR', 'VID'])
-def test_other_layouts_come_back(layout, tmp_path):
-    data = small()
+@pytest.mark.parametrize('layout,kind', [('MS', 'person'), ('VR', 'person'), ('VID', 'person'), ('MS', 'vehicle'), ('VR', 'vehicle'), ('VID', 'vehicle')])
+def test_other_layouts_come_back(layout, kind, tmp_path):
+    data = small(kind=kind)
     write_layout(data, tmp_path, layout, procs=1)
     back = loaders()[layout](tmp_path)
     count = lambda d, *names: sorted(np.unique([i.pid for n in names for i in getattr(d, n)], return_counts=True)[1].tolist())
@@ -165,7 +213,16 @@ def test_other_layouts_come_back(layout, tmp_path):
     if layout == 'VR': assert count(back, 'gallery') == count(data, 'query', 'gallery')
     if layout == 'VID': assert len(back.query)+len(back.gallery) == len(data.query)+len(data.gallery)
     if layout != 'VID': assert sorted(i.cam for i in back.query) == sorted(i.cam for i in data.query)
-    assert all(mask(i).shape == (32, 16) for i in pictures(back))
+    assert all(mask(i).shape == ((32, 16) if kind == 'person' else (32, 32)) for i in pictures(back))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_vehicles_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv('MSINET_CACHE', str(tmp_path))
+    data = get_data('synth:kind=vehicle,domain=B,n_ids=3,n_test=2,cams=3,visits=2', (32, 32))
+    assert len({i.pid for i in data.train}) == 3 and {i.pid for i in data.query} == {2, 4}
+    assert render(data.train[0].path).shape == (32, 32, 3) and mask(data.train[0]).max() > .9
+    assert sum(i.pid == 0 for i in data.gallery) == 6
 
 
 def test_a_set_is_written_once_and_whole(tmp_path, monkeypatch):
