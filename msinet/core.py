@@ -106,14 +106,15 @@ def macs(
     m.train(was)
     return count.get_total_flops()//2
 
-# %% ../nbs/00_core.ipynb #5a609718
+# %% ../nbs/00_core.ipynb #2b148cec
 def environment() -> dict: # plain strings and numbers
     "Versions, device and state of the code: what is needed to judge a result later."
     def ver(p):
         try: return version(p)
         except PackageNotFoundError: return None
-    def git(*a):
-        try: return subprocess.run(['git', *a], capture_output=True, text=True, timeout=5, cwd=os.path.dirname(__file__) if '__file__' in globals() else None).stdout.strip() or None
+    here = os.path.dirname(__file__) if '__file__' in globals() else None # a notebook has no file
+    def git(*words):
+        try: return subprocess.run(['git', *words], capture_output=True, text=True, timeout=5, cwd=here).stdout.strip() or None
         except (OSError, subprocess.SubprocessError): return None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(msinet=ver('msinet'), python=sys.version.split()[0], platform=platform.platform(), torch=torch.__version__,
