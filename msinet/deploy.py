@@ -8,8 +8,8 @@ __all__ = ['weights_hash', 'picture_input', 'picture_vector', 'picture_vectors',
            'candidates', 'recall', 'pair_distances', 'threshold', 'rate_interval', 'Verdict', 'verdict', 'compare',
            'pair_plot', 'QueryConfig', 'run_query', 'CompareConfig', 'run_compare']
 
-# %% ../nbs/31_deploy.ipynb #e6665fed
-import hashlib, io, json
+# %% ../nbs/31_deploy.ipynb #a054e82c
+import hashlib, json, os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -137,15 +137,17 @@ def index_folder(
     names = tuple(str(p) for p in pictures(root))
     return Gallery(picture_vectors(net, names, size), names, weights_hash(net), tuple(size), str(run))
 
-# %% ../nbs/31_deploy.ipynb #98899cc7
+# %% ../nbs/31_deploy.ipynb #fa9c4062
 def save_gallery(
     g:Gallery,
     dir, # a folder, made if need be
 ):
     "Write a gallery. An approximate index goes beside it."
-    dir, b = Path(dir), io.BytesIO()
-    np.save(b, g.f.numpy())
-    write_whole(dir/'vectors.npy', b.getvalue())
+    dir = Path(dir)
+    dir.mkdir(parents=True, exist_ok=True)
+    aside = dir/f'.vectors.{os.getpid()}.npy' # millions of vectors: no second copy in memory
+    try: np.save(aside, g.f.numpy()); os.replace(aside, dir/'vectors.npy')
+    finally: aside.unlink(missing_ok=True)
     if g.index is not None: write_index(g.index, dir/'vectors.faiss')
     else: (dir/'vectors.faiss').unlink(missing_ok=True)
     write_json(dir/'gallery.json', dict(model=g.model, size=list(g.size), run=g.run, names=list(g.names)))
