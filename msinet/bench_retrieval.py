@@ -21,7 +21,7 @@ from .core import *
 from .retrieval import *
 from .rerank import *
 
-# %% ../nbs/51_bench_retrieval.ipynb #562a23fa
+# %% ../nbs/51_bench_retrieval.ipynb #0106d388
 @dataclass(frozen=True)
 class Case:
     "A set's size, and how many of its queries are measured."
@@ -32,6 +32,7 @@ class Case:
     same_cam_ok:bool=False # do pictures by the query's own camera count?
     some:int|None=None # queries that are measured; None: all
 
+# %% ../nbs/51_bench_retrieval.ipynb #251b5fc6
 CASES = {'Market-1501': Case(3368, 15913, 750, 2.2), 'Market-1501, random features': Case(3368, 15913, 750, 1e3),
          'MSMT17': Case(11659, 82161, 3060, 2.2, some=1024), 'VehicleID, one draw': Case(17377, 2400, 2400, 2.2, True)}
 

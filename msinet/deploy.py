@@ -178,15 +178,27 @@ def answer_strip(
     ims, titles = [asked, *map(pixels, a.names)], ['asked', *(f'{d:.2f}' for d in a.dist)]
     return show_images(ims, titles, cols=len(ims), colors=[QUERY, *[None]*len(a.names)])
 
-# %% ../nbs/31_deploy.ipynb #99cad3de
+# %% ../nbs/31_deploy.ipynb #65f373c9
 def faiss_module():
     "FAISS. Raises `InputError` when it isn't installed."
     try: import faiss
     except ImportError: raise InputError('FAISS is not installed; expected for an approximate index only: pip install faiss-cpu, or leave the gallery exact') from None
     return faiss
 
-def write_index(index, path): faiss_module().write_index(index, str(path))
-def read_index(path): return faiss_module().read_index(str(path))
+# %% ../nbs/31_deploy.ipynb #e8d9dc1f
+def write_index(
+    index, # of `approximate`
+    path,  # a file
+):
+    "Write an index. Errors as `faiss_module`."
+    faiss_module().write_index(index, str(path))
+
+# %% ../nbs/31_deploy.ipynb #3dd5a65e
+def read_index(
+    path, # what `write_index` wrote
+):
+    "Read an index. Errors as `faiss_module`."
+    return faiss_module().read_index(str(path))
 
 # %% ../nbs/31_deploy.ipynb #200d7ef1
 def approximate(
