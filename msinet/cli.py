@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'PRESETS', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportConfig', 'BenchConfig', 'preset_of', 'parse',
-           'table', 'closing', 'run_search', 'run_train', 'run_evaluate', 'run_demo', 'run_report', 'run_bench',
-           'check', 'main']
+           'table', 'closing', 'run_search', 'run_train', 'run_evaluate', 'run_demo', 'run_report', 'run_bench', 'ask',
+           'pair', 'check', 'main']
 
-# %% ../nbs/52_cli.ipynb #ae0cda16
+# %% ../nbs/52_cli.ipynb #029d580b
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ from .search import *
 from .train import *
 from .report import *
 from .demo import *
+from .deploy import *
 from .bench import *
+from .bench_retrieval import *
 
 # %% ../nbs/52_cli.ipynb #b8ae866a
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class ReportConfig:
     "Write report.html of a run anew."
     run:str              # a run folder
 
-# %% ../nbs/52_cli.ipynb #f651d035
-BENCHES = dict(data=bench_data)
+# %% ../nbs/52_cli.ipynb #0b78d07b
+BENCHES = dict(data=bench_data, retrieval=bench_retrieval)
 
 @dataclass(frozen=True)
 class BenchConfig:
     "What things cost on this machine, as ratios with their spread."
-    what:tyro.conf.Positional[Literal['data']] # the way from files to batches
+    what:tyro.conf.Positional[Literal['data','retrieval']] # the way from files to batches; exact ranking beside its matrix product
     rounds:int=9         # each version is measured so often, in turn
     out:str=''           # also write the table here, as JSON
 
@@ -66,7 +68,7 @@ def preset_of(
     if name not in PRESETS: raise InputError(f"preset {name!r} is not there, expected one of {', '.join(PRESETS)}: leave it out to take laptop")
     return name
 
-# %% ../nbs/52_cli.ipynb #21a9a9aa
+# %% ../nbs/52_cli.ipynb #523368b0
 def parse(
     args:list, # words of a command line
 ):
@@ -77,7 +79,8 @@ def parse(
     preset = preset_of(args)
     command = lambda kind, name, **kw: Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **kw)]
     kinds = [command(type(c[preset]), name, default=c[preset]) for name,c in CONFIGS.items()]
-    kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(BenchConfig, 'bench'), command(CheckConfig, 'data')]
+    kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(QueryConfig, 'query'), command(CompareConfig, 'compare'), command(BenchConfig, 'bench'),
+              command(CheckConfig, 'data')]
     return tyro.cli(Union[tuple(kinds)], args=args, prog='msinet', description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.')
 
 # %% ../nbs/52_cli.ipynb #95fb6c35
@@ -98,7 +101,7 @@ def closing(
     "Where the results are, and how to open them."
     return f'report    {page}  (open it in a browser)\nnotebooks make lab, and on the first page RUN = {str(Path(run).resolve())!r}'
 
-# %% ../nbs/52_cli.ipynb #c8f31356
+# %% ../nbs/52_cli.ipynb #a3ca6f73
 def run_search(cfg:SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
@@ -132,11 +135,22 @@ def run_bench(cfg:BenchConfig):
     print(t.round(3).to_string())
     if cfg.out: write_json(cfg.out, dict(table=t.to_dict('index'), environment=environment()))
 
+def ask(cfg:QueryConfig):
+    "`msinet query`"
+    a = run_query(cfg)
+    for name,d in zip(a['names'], a['distances']): print(f'{d:8.3f}  {name}')
+    print(*a['files'], sep='\n')
+
+def pair(cfg:CompareConfig):
+    "`msinet compare`"
+    for k,v in run_compare(cfg).items(): print(f'{k:12} {v}')
+
 def check(cfg:CheckConfig):
     "`msinet data check`"
     sys.exit(run_check(cfg, progress=True))
 
-COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, EvaluateConfig: run_evaluate, DemoConfig: run_demo, ReportConfig: run_report, BenchConfig: run_bench, CheckConfig: check}
+COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, EvaluateConfig: run_evaluate, DemoConfig: run_demo, ReportConfig: run_report, QueryConfig: ask, CompareConfig: pair,
+            BenchConfig: run_bench, CheckConfig: check}
 
 # %% ../nbs/52_cli.ipynb #6e5fdf83
 def main(

@@ -7,7 +7,7 @@ __all__ = ['Preset', 'LAPTOP_SYNTH', 'SMOKE_SYNTH', 'laptop', 'smoke', 'SEARCH',
            'SearchStep', 'held', 'Endless', 'features', 'scores', 'SearchConfig', 'AlphaHistory', 'AlphaRests',
            'save_array', 'Found', 'twins', 'loader', 'test_loaders', 'build_search', 'search']
 
-# %% ../nbs/22_search.ipynb #a69c2ce9
+# %% ../nbs/22_search.ipynb #d3c4317e
 from dataclasses import dataclass, asdict, replace
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from .core import *
 from .data import *
 from .synth import *
 from .batches import *
+from .protocols import *
 from .retrieval import *
 from .space import *
 from .necks import *
@@ -317,7 +318,7 @@ def build_search(
     step = SearchStep(net, *mems, Endless(dls[1]), *opts, after_bn=cfg.after_bn, alpha_first=cfg.alpha_first, leak=cfg.leak, val_stats=cfg.val_stats)
     return step, dls[0]
 
-# %% ../nbs/22_search.ipynb #8d269259
+# %% ../nbs/22_search.ipynb #6fda04c2
 def search(
     cfg:SearchConfig,
     data:ReIDData=None,  # instead of what `cfg.data` names
@@ -332,7 +333,8 @@ def search(
         step, dl = build_search(cfg, data, device, progress)
         net = step.net
         tests = test_loaders(data, cfg) if cfg.evaluate else []
-        measure = lambda: scores(evaluate_loaders(net, *tests, data.same_cam_ok, device)) if tests else {}
+        protocol = PROTOCOLS.get(data.name, as_given)
+        measure = lambda: scores(evaluate_loaders(net, *tests, data.same_cam_ok, device, protocol)) if tests else {}
         history = AlphaHistory(run/'alphas.npy')
         drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)
         cbs = [Guard(), history, Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.drops)),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'TrainStep', 'TrainConfig', 'build', 'start_from', 'open_net', 'Pixels', 'Trained', 'train']
 
-# %% ../nbs/23_train.ipynb #77855149
+# %% ../nbs/23_train.ipynb #6af4a8c8
 from dataclasses import dataclass, asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from .core import *
 from .data import *
 from .synth import *
 from .batches import *
+from .protocols import *
 from .retrieval import *
 from .space import *
 from .necks import *
@@ -154,7 +155,7 @@ class Trained:
     history:list    # one dict per epoch
     run:Path        # the run's folder
 
-# %% ../nbs/23_train.ipynb #1438c409
+# %% ../nbs/23_train.ipynb #29683572
 def train(
     cfg:TrainConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names
@@ -174,7 +175,8 @@ def train(
         whole = nn.ModuleList([m.to(device) for m in (net, sam) if m is not None]).train()
         opt = OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd)
         tests = test_loaders(target, cfg)
-        measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, device))
+        protocol = PROTOCOLS.get(target.name, as_given)
+        measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, device, protocol))
         about = dict(kind='derived', genotype=check_genotype(cfg.genotype), channels=cfg.channels, rho=cfg.rho, size=cfg.size)
         cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every),
                Log(run/'history.jsonl', 'train'), Checkpoint(run/'train.pt')]
