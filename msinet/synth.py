@@ -386,7 +386,7 @@ def save_shot(
     for f in files: Image.fromarray(image).save(f, quality=95)
     Image.fromarray(np.round(255*m).astype(np.uint8)).save(mask_file)
 
-# %% ../nbs/03_synth.ipynb #60ae92d4
+# %% ../nbs/03_synth.ipynb #28be4389
 def draw_into(
     folder:Path,   # to be made
     pictures:dict, # file name below `folder`: name of the rendered picture
@@ -398,7 +398,7 @@ def draw_into(
     for name,path in pictures.items(): files[path].append(folder/name)
     for d in {f.parent for group in files.values() for f in group} | {folder/'masks'}: d.mkdir(parents=True, exist_ok=True)
     jobs = [(path, group, folder/'masks'/f'{group[0].stem}.png') for path,group in files.items()]
-    bar = lambda done: [None for _ in tqdm(done, total=len(jobs), disable=not progress, desc=f'drawing {folder.name}')]
+    bar = lambda done: [None for _ in tqdm(done, total=len(jobs), disable=not progress, desc='drawing')]
     if procs < 2: return bar(map(save_shot, jobs))
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     with context.Pool(procs) as pool: bar(pool.imap_unordered(save_shot, jobs, chunksize=16))
@@ -472,14 +472,16 @@ def synth_options(
         out[k] = v if isinstance(known[k], str) else int(v)
     return out
 
-# %% ../nbs/03_synth.ipynb #74e38415
+# %% ../nbs/03_synth.ipynb #26257fd7
 def get_data(
     spec:str='synth',           # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path
     size:tuple[int,int]=(64,32), # (H, W) in pixels that are wanted; rendered pictures are drawn as high
     progress:bool=False,        # show a bar while drawing
 ) -> ReIDData:
     "Any set by its name; rendered ones are kept in the folder that MSINET_CACHE names, or in ~/.cache/msinet. Errors as the loaders and `synth`."
-    if spec.partition(':')[0] != 'synth': return load_data(spec)
+    if spec.partition(':')[0] != 'synth':
+        if '=' not in spec: raise InputError(f'{spec!r} is not a data set, expected synth, or a short name with a path: write it like synth:n_ids=16 or M=/path')
+        return load_data(spec)
     want = dict(synth_options(spec), height=size[0])
     drawn = synth(**want)
     key = hashlib.sha256(f'{DRAWING} {sorted(want.items())}'.encode()).hexdigest()[:10]
