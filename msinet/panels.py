@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import *
 from .vis import *
 
-# %% ../nbs/01_panels.ipynb #d6a46950
+# %% ../nbs/01_panels.ipynb #554204fd
 @style()
 def map_table(
     maps,        # (R, K, h, w) maps, drawn as they are, or (R, K, H, W, 3) pictures in [0, 1]
@@ -42,7 +42,7 @@ def map_table(
     for k in range(K if top else 0): axs[0,k].imshow(rgb(images[k]))
     for r,row in enumerate(m):
         for k,x in enumerate(row):
-            shown = axs[r+top,k].imshow(x, cmap=cmap, vmin=vmin, vmax=vmax, aspect=tall*x.shape[1]/x.shape[0])
+            axs[r+top,k].imshow(x, cmap=cmap, vmin=vmin, vmax=vmax, aspect=tall*x.shape[1]/x.shape[0])
             for color,mew in (('black',2.6),('white',1.2)) if marks and k in marks else (): axs[r+top,k].plot(*marks[k][::-1], 'o', mfc='none', mec=color, ms=6, mew=mew)
     for ax in axs.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     for ax,t in zip(axs[0], cols or ['']*K): ax.set_title(t, fontsize=7)
