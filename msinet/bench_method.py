@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['kept_bytes', 'plain_sam', 'bench_sam', 'plain_update', 'bench_memory', 'plain_mix', 'bench_search', 'bench_infer']
 
-# %% ../nbs/51_bench_method.ipynb #92c539f2
+# %% ../nbs/51_bench_method.ipynb #e3b40261
 from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
 from .core import *
 from .space import *
 from .necks import *

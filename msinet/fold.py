@@ -6,8 +6,8 @@
 __all__ = ['FOLDED', 'folded', 'without_bn', 'joined', 'FoldedAttention', 'FoldedGate', 'FoldedCell', 'FoldedNeck', 'Folded',
            'fold', 'onnx_tools', 'session', 'to_onnx', 'ExportConfig', 'run_export']
 
-# %% ../nbs/31_fold.ipynb #f565874c
-import tempfile
+# %% ../nbs/31_fold.ipynb #aeec1fde
+import tempfile, warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,7 @@ def session(
     s = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(s.run(None, {s.get_inputs()[0].name: x.numpy()})[0])
 
-# %% ../nbs/31_fold.ipynb #322a92f7
+# %% ../nbs/31_fold.ipynb #ebb54bc0
 @torch.no_grad()
 def to_onnx(
     net:ReIDNet,         # as for `fold`
@@ -172,7 +172,8 @@ def to_onnx(
     "Write a network's embedding as ONNX. Raises `InputError` without the packages; `RuntimeError`, and no file, when the comparison fails."
     onnx_tools()
     f, x = fold(deepcopy(net).cpu().float()), torch.randn(3, 3, *size)
-    with tempfile.TemporaryDirectory() as dir:
+    with tempfile.TemporaryDirectory() as dir, warnings.catch_warnings():
+        warnings.simplefilter('ignore') # the exporter's, about its own insides
         tmp = Path(dir)/'model.onnx'
         torch.onnx.export(f, (x[:2],), str(tmp), input_names=['image'], output_names=['embedding'], dynamo=True, external_data=False, verbose=False,
                           dynamic_shapes=({0: torch.export.Dim('batch')},))
