@@ -148,3 +148,41 @@ def test_the_full_table_is_never_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = SAM(4, r=1)(x, torch.arange(16)//2)
     assert sum(t.untyped_storage().nbytes() for t in held.values()) < 16*16*64*64*4/8
     loss.backward()
+
+
+# the fast form
+
+def plain(x):
+    return torch.einsum('icr,jcq->ijrq', x.flatten(2), x.flatten(2)).max(-1).values
+
+
+@pytest.mark.parametrize('B, block', [(1, 4), (6, 1), (6, 4), (7, 3), (5, 9)])
+@pytest.mark.parametrize('neg', [0., 1.])
+def test_blocks_equal_the_plain_form(B, block, neg):
+    g = torch.Generator().manual_seed(B)
+    x, y = torch.rand(B, 6, 4, 3, generator=g, dtype=torch.double).requires_grad_(), torch.randint(3, (B,), generator=g)
+    pam = PAM(6).double()
+    def whole(a): loss = alignment(pam(x), a, y, 1., neg); return loss, *torch.autograd.grad(loss, (x, *pam.parameters()))
+    for turn in (lambda a: a, lambda a: a.transpose(0, 1)):
+        assert_close(whole(turn(activation_vectors(x, block=block))), whole(turn(plain(x))), rtol=0, atol=1e-10)
+    assert_close(activation_vectors(x, True, block), plain(x).transpose(0, 1), rtol=0, atol=1e-12)
+
+
+def test_autocast_is_computed_in_single_precision():
+    torch.manual_seed(0)
+    sam, x, y = SAM(16), torch.rand(6, 16, 4, 4), torch.arange(6)//2
+    def step(x, auto=False):
+        x = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=auto): loss = sam(x, y)
+        loss.backward(); return loss.detach(), x.grad
+    want, got = step(x), step(x, auto=True)
+    assert_close(got, want, rtol=0, atol=0)
+    loss, grad = step(x.bfloat16())
+    assert loss.dtype == torch.float and grad.dtype == torch.bfloat16 and abs(loss-want[0]) < .02
+
+
+def test_no_grad_and_a_frozen_map():
+    sam, x, y = SAM(8), torch.rand(4, 8, 3, 2), torch.tensor([0, 0, 1, 1])
+    with torch.no_grad(): still = sam(x, y)
+    loss = sam(x, y); loss.backward() # only the module learns
+    assert_close(still, loss.detach()); assert all(p.grad.isfinite().all() for p in sam.parameters())

@@ -201,3 +201,25 @@ def test_features_of_another_precision():
     m = Memory(5, 6); f, y = torch.randn(5, 6), torch.arange(5)
     m.fill(f.bfloat16(), y); m.update(f.double(), y)
     assert m.loss(f.bfloat16(), y).dtype == m.c.dtype == torch.float
+
+
+@pytest.mark.parametrize('beta', [0., .2, 1.])
+def test_groups_need_no_looking(beta):
+    g = torch.Generator().manual_seed(4)
+    c, f, y = F.normalize(torch.randn(20, 16, generator=g, dtype=torch.double)), torch.randn(64, 16, generator=g, dtype=torch.double), torch.randperm(20, generator=g)[:16].repeat_interleave(4)
+    m = Memory(20, 16, beta=beta).double(); m.c.copy_(c)
+    m.update(f, y, K=4)
+    assert_close(m.c, loop(c, f, y, beta), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize('y, K', [([0, 0, 1], 2), ([0, 0, 1, 0], 2), ([0, 0, 1, 1, 0, 0], 2)], ids=str)
+def test_groups_that_are_none(y, K):
+    m = Memory(3, 4)
+    with pytest.raises(InputError, match='not groups of 2'): m.update(torch.randn(len(y), 4), torch.tensor(y), K)
+    assert (m.c == 0).all()
+
+
+def test_rounds_only_get_shorter():
+    y = torch.randint(9, (50,), generator=torch.Generator().manual_seed(5))
+    found = rounds(y)
+    for a, b in zip(found, found[1:]): assert (y[b] == y[a][:len(b)]).all()
