@@ -7,7 +7,7 @@ __all__ = ['BENCHES', 'PRESETS', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'Repor
            'table', 'closing', 'run_search', 'run_train', 'run_evaluate', 'run_demo', 'run_report', 'run_bench', 'ask',
            'pair', 'check', 'main']
 
-# %% ../nbs/52_cli.ipynb #029d580b
+# %% ../nbs/52_cli.ipynb #94114a60
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,10 @@ from .train import *
 from .report import *
 from .demo import *
 from .deploy import *
+from .fold import *
 from .bench import *
 from .bench_retrieval import *
+from .bench_method import *
 
 # %% ../nbs/52_cli.ipynb #b8ae866a
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class ReportConfig:
     "Write report.html of a run anew."
     run:str              # a run folder
 
-# %% ../nbs/52_cli.ipynb #0b78d07b
-BENCHES = dict(data=bench_data, retrieval=bench_retrieval)
+# %% ../nbs/52_cli.ipynb #ea4e906c
+BENCHES = dict(data=bench_data, retrieval=bench_retrieval, search=bench_search, sam=bench_sam, memory=bench_memory, infer=bench_infer)
 
 @dataclass(frozen=True)
 class BenchConfig:
     "What things cost on this machine, as ratios with their spread."
-    what:tyro.conf.Positional[Literal['data','retrieval']] # the way from files to batches; exact ranking beside its matrix product
+    what:tyro.conf.Positional[Literal['data','retrieval','search','sam','memory','infer']] # files to batches; exact ranking; half-step of α; alignment; memory; embedding
     rounds:int=9         # each version is measured so often, in turn
     out:str=''           # also write the table here, as JSON
 
@@ -68,7 +70,7 @@ def preset_of(
     if name not in PRESETS: raise InputError(f"preset {name!r} is not there, expected one of {', '.join(PRESETS)}: leave it out to take laptop")
     return name
 
-# %% ../nbs/52_cli.ipynb #523368b0
+# %% ../nbs/52_cli.ipynb #51c0d8bd
 def parse(
     args:list, # words of a command line
 ):
@@ -79,7 +81,7 @@ def parse(
     preset = preset_of(args)
     command = lambda kind, name, **kw: Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **kw)]
     kinds = [command(type(c[preset]), name, default=c[preset]) for name,c in CONFIGS.items()]
-    kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(QueryConfig, 'query'), command(CompareConfig, 'compare'), command(BenchConfig, 'bench'),
+    kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(QueryConfig, 'query'), command(CompareConfig, 'compare'), command(ExportConfig, 'export'), command(BenchConfig, 'bench'),
               command(CheckConfig, 'data')]
     return tyro.cli(Union[tuple(kinds)], args=args, prog='msinet', description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.')
 
@@ -101,7 +103,7 @@ def closing(
     "Where the results are, and how to open them."
     return f'report    {page}  (open it in a browser)\nnotebooks make lab, and on the first page RUN = {str(Path(run).resolve())!r}'
 
-# %% ../nbs/52_cli.ipynb #a3ca6f73
+# %% ../nbs/52_cli.ipynb #25b188a7
 def run_search(cfg:SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
@@ -149,7 +151,7 @@ def check(cfg:CheckConfig):
     "`msinet data check`"
     sys.exit(run_check(cfg, progress=True))
 
-COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, EvaluateConfig: run_evaluate, DemoConfig: run_demo, ReportConfig: run_report, QueryConfig: ask, CompareConfig: pair,
+COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, EvaluateConfig: run_evaluate, DemoConfig: run_demo, ReportConfig: run_report, QueryConfig: ask, CompareConfig: pair, ExportConfig: lambda cfg: print(run_export(cfg)),
             BenchConfig: run_bench, CheckConfig: check}
 
 # %% ../nbs/52_cli.ipynb #6e5fdf83

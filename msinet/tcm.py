@@ -90,7 +90,7 @@ def check_groups(
         fits = (g == g[:,:1]).all() and len(g[:,0].unique()) == len(g)
     if not fits: raise InputError(f'found {len(y)} labels that are not groups of {K}, each identity once, expected P×K: leave K out for labels in another order')
 
-# %% ../nbs/14_tcm.ipynb #9935a119
+# %% ../nbs/14_tcm.ipynb #33c54dd9
 class Memory(nn.Module):
     "One unit feature per identity, Eqs. (2), (3). Labels are 0 … n-1; `InputError` if not. Features of any length: only directions count."
     def __init__(self,
@@ -102,7 +102,6 @@ class Memory(nn.Module):
         super().__init__()
         self.tau, self.beta = tau, beta
         self.register_buffer('c', torch.zeros(n, d))
-        self.register_buffer('spare', torch.zeros(n, d), persistent=False)
 
     @torch.no_grad()
     def fill(self,
@@ -133,7 +132,7 @@ class Memory(nn.Module):
         y:Tensor, # (B,) labels
         K:int=0,  # see `rounds`
     ):
-        "Take features into their rows one after another, Eq. (3). A feature of zeros changes nothing. The old `c` holds until the next update."
+        "Take features into their rows one after another, Eq. (3). A feature of zeros changes nothing."
         check_labels(y, len(self.c)); check_groups(y, K)
         if not len(y): return
         rs = rounds(y, K)
@@ -142,4 +141,4 @@ class Memory(nn.Module):
         who = y[rs[0]]
         rows = self.c[who]
         for g in new.split([len(r) for r in rs]): rows[:len(g)] = F.normalize(g.add(rows[:len(g)], alpha=self.beta), dim=1)
-        self.c, self.spare = self.spare.copy_(self.c).index_copy_(0, who, rows), self.c
+        self.c = self.c.index_copy(0, who, rows)
