@@ -111,7 +111,7 @@ def held() -> float: # MB; NaN where the system doesn't tell
     f = Path('/proc/self/statm')
     return int(f.read_text().split()[1])*os.sysconf('SC_PAGESIZE')/1e6 if f.exists() else np.nan
 
-# %% ../nbs/51_bench_retrieval.ipynb #1f9aa377
+# %% ../nbs/51_bench_retrieval.ipynb #ea29dd32
 def peak_memory(
     f, # called without arguments
 ) -> float: # MB above what was held before
@@ -120,7 +120,8 @@ def peak_memory(
     def watch():
         while not done.wait(.01): seen.append(held()-before)
     t = threading.Thread(target=watch); t.start()
-    try: out = f(); seen.append(held()-before) # what the call gives is still there
+    at_end = lambda out: held()-before # while what the call gave is still there
+    try: seen.append(at_end(f()))
     finally: done.set(); t.join()
     return max(seen)
 
