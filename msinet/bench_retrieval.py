@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CASES', 'Case', 'bench_features', 'product_numpy', 'product_torch', 'loop_ap', 'measure', 'seconds', 'held',
-           'peak_memory', 'spread', 'bench_case', 'bench_retrieval', 'bench_rerank']
+           'give_back', 'peak_memory', 'spread', 'bench_case', 'bench_retrieval', 'bench_rerank']
 
-# %% ../nbs/51_bench_retrieval.ipynb #dce39286
-import os, threading, time
+# %% ../nbs/51_bench_retrieval.ipynb #d04b213a
+import ctypes, os, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,11 +111,18 @@ def held() -> float: # MB; NaN where the system doesn't tell
     f = Path('/proc/self/statm')
     return int(f.read_text().split()[1])*os.sysconf('SC_PAGESIZE')/1e6 if f.exists() else np.nan
 
-# %% ../nbs/51_bench_retrieval.ipynb #ea29dd32
+# %% ../nbs/51_bench_retrieval.ipynb #227b0ae7
+def give_back():
+    "Return freed memory to the system, where the C library can (glibc)."
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError): pass
+
+# %% ../nbs/51_bench_retrieval.ipynb #0bbc1fce
 def peak_memory(
     f, # called without arguments
 ) -> float: # MB above what was held before
     "The most memory that a call holds at any time."
+    give_back()
     before, seen, done = held(), [0.], threading.Event()
     def watch():
         while not done.wait(.01): seen.append(held()-before)
