@@ -82,16 +82,51 @@ def page(lab):
         browser.close()
 
 
-def test_first_page_runs(lab, page, tmp_path):
+def open_and_run(lab, page, name):
+    "Open a notebook, run all its cells, and see that none failed."
     url, token = lab
-    page.goto(f"{url}/lab/tree/index.ipynb?token={token}&reset", wait_until="domcontentloaded")
+    page.goto(f"{url}/lab/tree/{name}.ipynb?token={token}&reset", wait_until="domcontentloaded")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext")
     page.evaluate(READY)
     page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
     page.wait_for_function(IDLE)
     assert page.evaluate(ERRORS) == []
+
+
+@pytest.fixture
+def shot(page, tmp_path):
+    "Called with a name, leaves a picture of the page; MSINET_SHOTS names a folder to keep them."
+    def take(name):
+        path = Path(os.environ.get("MSINET_SHOTS", tmp_path)) / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=path)
+        assert path.stat().st_size > 10_000
+    return take
+
+
+def test_first_page_runs(lab, page, shot):
+    open_and_run(lab, page, "index")
     assert page.evaluate(PICTURES) >= 6
-    shot = Path(os.environ.get("MSINET_SHOTS", tmp_path)) / "index.png"
-    shot.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=shot)
-    assert shot.stat().st_size > 10_000
+    shot("index")
+
+
+def move(page, name, key="End"):
+    "Move the slider of that name by the keyboard, wait until the panel's picture has changed, and say how long that took."
+    row = page.locator(".jp-Notebook .widget-inline-hbox", has=page.get_by_text(name, exact=True)).first
+    panel = page.locator(".jp-Notebook .widget-vbox", has=page.get_by_text(name, exact=True)).first
+    picture, before = panel.locator("img").first, panel.locator("img").first.get_attribute("src")
+    handle = row.locator(".noUi-handle")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    start = time.perf_counter()
+    page.keyboard.press(key)
+    page.wait_for_function("([e, before]) => e.getAttribute('src') !== before && e.complete", arg=[picture.element_handle(), before])
+    return time.perf_counter() - start
+
+
+def test_augmentation_sliders_move(lab, page, shot):
+    open_and_run(lab, page, "04a_turn_the_dials")
+    seconds = [move(page, name) for name in ("mirror", "shift", "brightness", "contrast", "saturation", "seed")]
+    seconds.append(move(page, "erase", "Home"))
+    shot("augment_lab")
+    assert sorted(seconds)[len(seconds) // 2] < 2, seconds

@@ -68,6 +68,7 @@ def test_notebook_is_fit_to_read(path):
     for c in nb["cells"]:
         outs = c.get("outputs", [])
         assert not any(o["output_type"] == "error" for o in outs)
+        assert not any("widget-view" in kind for o in outs for kind in o.get("data", {})), "a stored page has no kernel: run make export"
         plain = json.dumps([o.get("text", o.get("data", {}).get("text/plain", "")) for o in outs])
         assert not re.search(r"/(home|tmp|root|Users)/|[A-Z]:\\\\Users", plain), plain[:200]
         assert "#| export" not in source(c) or c["cell_type"] == "code"
