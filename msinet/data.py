@@ -225,12 +225,12 @@ def load_one(
     chosen = choices(name, '::'.join(m for m in more if not m.startswith('exclude=')))
     return reduce(without, lists, DATASETS[name](path, **chosen))
 
-# %% ../nbs/02_data.ipynb #425b93f9
+# %% ../nbs/02_data.ipynb #5620805e
 def split_spec(
     spec:str, # as for `load_data`
 ) -> list[str]: # one for each set
-    "Take joined sets apart."
-    return re.split(rf"\+(?=(?:{'|'.join(DATASETS)})=)", spec)
+    "Take joined sets apart; a plus inside a path stays."
+    return re.split(rf"\+(?=(?:{'|'.join(DATASETS)})=|synth(?:[:+]|$))", spec)
 
 # %% ../nbs/02_data.ipynb #e22e916c
 def load_data(

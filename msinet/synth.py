@@ -6,13 +6,13 @@
 __all__ = ['LEVELS', 'RECORD', 'LAYOUTS', 'DRAWING', 'Dials', 'World', 'Shot', 'parse_world', 'parse', 'identity', 'site',
            'Visit', 'visit', 'backdrop', 'spot_below', 'framed', 'stage', 'snap', 'cams_of', 'synth', 'is_rendered',
            'render', 'beside', 'mask', 'lookalikes', 'distractors', 'as_market', 'as_msmt', 'as_veri', 'as_vehicleid',
-           'save_shot', 'draw_into', 'record', 'is_there', 'write_layout', 'synth_options', 'get_data']
+           'save_shot', 'draw_into', 'record', 'is_there', 'write_layout', 'synth_options', 'drawn', 'get_data']
 
-# %% ../nbs/03_synth.ipynb #e03dd759
+# %% ../nbs/03_synth.ipynb #aca04f80
 import hashlib, inspect, json, multiprocessing, os, shutil, sys
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/03_synth.ipynb #2bb446d3
+# %% ../nbs/03_synth.ipynb #89421218
 from .core import *
-from .data import Item, ReIDData, load_data, market1501
+from .data import Item, ReIDData, join, load_one, market1501, split_spec
 from .render import *
 from .actors import *
 from .scene import *
@@ -472,19 +472,28 @@ def synth_options(
         out[k] = v if isinstance(known[k], str) else int(v)
     return out
 
-# %% ../nbs/03_synth.ipynb #26257fd7
-def get_data(
-    spec:str='synth',           # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path
-    size:tuple[int,int]=(64,32), # (H, W) in pixels that are wanted; rendered pictures are drawn as high
-    progress:bool=False,        # show a bar while drawing
+# %% ../nbs/03_synth.ipynb #74246275
+def drawn(
+    spec:str,            # as for `synth_options`
+    size:tuple[int,int], # (H, W) in pixels; pictures are drawn as high
+    progress:bool=False, # show a bar while drawing
 ) -> ReIDData:
-    "Any set by its name; rendered ones are kept in the folder that MSINET_CACHE names, or in ~/.cache/msinet. Errors as the loaders and `synth`."
-    if spec.partition(':')[0] != 'synth':
-        if '=' not in spec: raise InputError(f'{spec!r} is not a data set, expected synth, or a short name with a path: write it like synth:n_ids=16 or M=/path')
-        return load_data(spec)
+    "A rendered set from the folder that MSINET_CACHE names, or from ~/.cache/msinet; drawn when it isn't there. Errors as `synth`."
     want = dict(synth_options(spec), height=size[0])
-    drawn = synth(**want)
     key = hashlib.sha256(f'{DRAWING} {sorted(want.items())}'.encode()).hexdigest()[:10]
     root = Path(os.environ.get('MSINET_CACHE') or Path.home()/'.cache'/'msinet')/f'synth-{key}'
-    write_layout(drawn, root, 'M', progress=progress)
+    write_layout(synth(**want), root, 'M', progress=progress)
     return replace(market1501(root), name=spec)
+
+# %% ../nbs/03_synth.ipynb #a4bc0b64
+def get_data(
+    spec:str='synth',           # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path, or several with + between them
+    size:tuple[int,int]=(64,32), # (H, W) in pixels that are wanted
+    progress:bool=False,        # show a bar while drawing
+) -> ReIDData:
+    "Any set by its name; of several, all are trained on and the first is tested. Errors as the loaders and `drawn`."
+    def one(name):
+        if name.partition(':')[0] == 'synth': return drawn(name, size, progress)
+        if '=' not in name: raise InputError(f'{name!r} is not a data set, expected synth, or a short name with a path: write it like synth:n_ids=16 or M=/path')
+        return load_one(name)
+    return reduce(join, map(one, split_spec(spec)))

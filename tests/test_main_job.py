@@ -135,6 +135,18 @@ def test_killed_and_resumed_is_the_same_run(kind, tmp_path, monkeypatch):
     assert len((tmp_path / "killed/history.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("kept", ["on disk", "in memory"])
+def test_the_cache_changes_nothing_but_time(kept, tmp_path):
+    "Decoded once or whenever drawn: the same losses, weights and metrics, bit for bit."
+    cfg = replace(TRAIN["smoke"], erase=0.5, jitter=True)
+    once = train(replace(cfg, out=str(tmp_path / "once"), cache_dir=str(tmp_path / "cache") if kept == "on disk" else ""))
+    anew = train(replace(cfg, out=str(tmp_path / "anew"), cache=False))
+    losses = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (once, anew)]
+    assert losses[0] == losses[1] and once.metrics == anew.metrics
+    assert all(torch.equal(a, b) for a, b in zip(once.net.state_dict().values(), anew.net.state_dict().values()))
+    assert any((tmp_path / "cache").glob("*.npy")) == (kept == "on disk")
+
+
 def test_resume_on_an_empty_folder_starts_anew(tmp_path):
     (tmp_path / "run").mkdir()
     found = search(replace(SMOKE, out=str(tmp_path / "run"), epochs=1, resume=True))
