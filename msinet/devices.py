@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_precision', 'accelerator', 'part_of', 'agreed', 'Gather', 'gather', 'share_grads', 'check_shares', 'in_parts',
-           'Summed', 'SyncBN', 'sync_bn', 'scaler', 'shared', 'work', 'work_on_cpu', 'spawn', 'launch']
+           'pooled', 'SyncBN', 'sync_bn', 'scaler', 'shared', 'work', 'work_on_cpu', 'spawn', 'launch']
 
-# %% ../nbs/20_devices.ipynb #a75a8616
-import os, pickle, sys, tempfile
+# %% ../nbs/20_devices.ipynb #2c5eb2cc
+import os, pickle, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -123,15 +123,16 @@ def in_parts(
     ys = y.view(part_of()[1], n, -1)
     return [(xi, ys[:,i].flatten()) for i,xi in enumerate(x.chunk(n))] if n > 1 else [batch]
 
-# %% ../nbs/20_devices.ipynb #aa7d2bf3
-class Summed(torch.autograd.Function):
-    "The sum over processes. Its gradient is the sum over processes, too."
-    @staticmethod
-    def forward(ctx, t:Tensor): t = t.clone(); dist.all_reduce(t); return t
-    @staticmethod
-    def backward(ctx, grad:Tensor): return Summed.forward(ctx, grad.contiguous())
+# %% ../nbs/20_devices.ipynb #cc4116d4
+def pooled(
+    stats:Tensor, # (W, 2, C): mean and variance of parts of one size
+) -> tuple[Tensor,Tensor]: # (C,) mean, (C,) variance
+    "Mean and variance of everything, from those of its parts."
+    means, variances = stats.unbind(1)
+    mean = means.mean(0)
+    return mean, (variances + (means-mean).square()).mean(0)
 
-# %% ../nbs/20_devices.ipynb #7e9f65c4
+# %% ../nbs/20_devices.ipynb #3cfde95f
 class SyncBN(nn.BatchNorm2d):
     "Batch normalisation by the mean and variance of all processes' parts, which have equal sizes. Takes any (B, C, ...)."
     def _check_input_dim(self, x): pass
@@ -141,11 +142,9 @@ class SyncBN(nn.BatchNorm2d):
         if not self.training or n == 1: return super().forward(x)
         t, dims = full(x), [d for d in range(x.ndim) if d != 1]
         wide = lambda v: v.view(1, -1, *[1]*(x.ndim-2))
-        mean = Summed.apply(t.mean(dims))/n
-        t = t - wide(mean)
-        var = Summed.apply(t.square().mean(dims))/n
+        mean, var = pooled(gather(torch.stack([t.mean(dims), t.var(dims, correction=0)])[None]))
         self.remember(mean, var, n*x.numel()//x.shape[1])
-        return (t*wide((var+self.eps).rsqrt()*self.weight) + wide(self.bias)).to(x.dtype)
+        return ((t-wide(mean))*wide((var+self.eps).rsqrt()*self.weight) + wide(self.bias)).to(x.dtype)
 
     @torch.no_grad()
     def remember(self, mean:Tensor, var:Tensor, count:int):
@@ -200,25 +199,28 @@ def work_on_cpu(r:int, f, args:tuple, dir:str, n:int):
     try: work(f, args, dir)
     finally: dist.destroy_process_group()
 
-# %% ../nbs/20_devices.ipynb #d8b4da13
-def spawn(f, args:tuple, dir:str, n:int):
-    "Start n processes on this machine's processor, and wait for them."
+# %% ../nbs/20_devices.ipynb #6a069af8
+def spawn(f, args:tuple, dir:str, n:int, limit:float):
+    "Start n processes on this machine's processor, and wait for them, at most so many seconds."
     env = dict(world_size=n, local_world_size=n, master_addr='127.0.0.1', accelerate_use_cpu='yes',
                omp_num_threads=os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1)//n)))
     if sys.platform == 'linux': env['gloo_socket_ifname'] = 'lo'
     with patch_environment(**env):
         started = torch.multiprocessing.start_processes(work_on_cpu, (f, args, dir, n), n, join=False, start_method='spawn')
+    end = time.monotonic() + (limit or float('inf'))
     try:
-        while not started.join(): pass
+        while not started.join(1):
+            if time.monotonic() > end: raise TimeoutError(f'{n} processes were not done after {limit:.0f} s')
     finally:
         for p in started.processes: p.kill()
 
-# %% ../nbs/20_devices.ipynb #74792c48
+# %% ../nbs/20_devices.ipynb #4523c2a4
 def launch(
     f,              # a function of a module, such as `train`
     *args,          # what it is called with, such as a configuration
     n:int=2,        # processes
     cpu:bool=False, # on the processor, even where there are GPUs
+    limit:float=0,  # seconds after which processes on a processor are ended; 0 for none
 ): # what `f` gave on the first process, on the CPU
     "Call `f` in n processes at once. Raises what a process raised; `InputError` for fewer GPUs than processes."
     gpus = 0 if cpu else torch.cuda.device_count()
@@ -226,7 +228,7 @@ def launch(
     if not gpus and f.__module__ == '__main__': raise InputError(f'{f.__name__} is defined in the notebook, where new processes cannot find it; expected a function of a module: put it into a file and import it')
     AcceleratorState._reset_state(True)
     with tempfile.TemporaryDirectory() as d:
-        try: notebook_launcher(work, (f, args, d), num_processes=n) if gpus else spawn(f, args, d, n)
+        try: notebook_launcher(work, (f, args, d), num_processes=n) if gpus else spawn(f, args, d, n, limit)
         except Exception:
             first = min(Path(d).glob('error*'), key=lambda p: p.stat().st_mtime_ns, default=None)
             if first is None: raise
