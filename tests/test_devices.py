@@ -93,7 +93,7 @@ def job(folder):
     out["train"] = [[list(step(b).values()) for b in batches(2, 0)], weights(step)]
     for name, kw in dict(search={}, released=dict(alpha_first=True, leak=True, val_stats=True)).items():
         step = search_step(**kw)
-        out[name] = [[step(b)[k] for b in batches(2, 0) for k in ("train", "val")], weights(step)]
+        out[name] = [[list(step(b).values()) for b in batches(2, 0)], weights(step)]
     step = train_step(synced=False)
     out["alone"] = [list(step(b).values()) for b in batches(1, 0)]
     items = [Item(f"{folder}/{i}.png", i, 0) for i in range(7)]
@@ -208,7 +208,7 @@ def test_half_precision_stops_where_it_must():
     with Products() as p:
         out = step(batch)
     assert all(p.seen[k] == {torch.float32} for k in ("bmm", "_softmax")) and step.c_tr.c.dtype == torch.float32
-    assert abs(out["train"] / search_step(torch.float32)(batch)["train"] - 1) < 0.1
+    assert abs(out["train"] / search_step(torch.float32)(batch)["train"] - 1) < 0.2  # tau makes a cosine 20 times larger
 
 
 @pytest.mark.skipif(not os.environ.get("MSINET_TEST_COMPILE"), reason="minutes: set MSINET_TEST_COMPILE=1")
