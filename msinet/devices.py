@@ -6,14 +6,13 @@
 __all__ = ['check_precision', 'accelerator', 'part_of', 'agreed', 'Gather', 'gather', 'share_grads', 'check_shares', 'in_parts',
            'pooled', 'SyncBN', 'sync_bn', 'scaler', 'shared', 'work', 'work_on_cpu', 'spawn', 'launch']
 
-# %% ../nbs/20_devices.ipynb #2c5eb2cc
+# %% ../nbs/20_devices.ipynb #1140ca2e
 import os, pickle, sys, tempfile, time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
-from torch.nn import functional as F
 from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env, patch_environment

@@ -88,7 +88,7 @@ def job(folder):
     "What one process or several do; the first one's answer."
     torch.set_num_threads(1)
     accelerator("cpu")
-    out, (r, n) = {}, part_of()
+    out, n = {}, part_of()[1]
     step = train_step()
     out["train"] = [[list(step(b).values()) for b in batches(2, 0)], weights(step)]
     for name, kw in dict(search={}, released=dict(alpha_first=True, leak=True, val_stats=True)).items():
