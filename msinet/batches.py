@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pixels', 'resized', 'decode', 'too_many', 'fingerprint', 'sweep', 'open_block', 'decode_bar', 'write_block',
            'make_block', 'PixelCache', 'PixelStream', 'pk', 'pk_chunks', 'pk_batches', 'PKSampler', 'batch_generator',
-           'TrainLoader', 'train_loader', 'InOrder', 'test_loader', 'augment', 'normalise', 'random_flip', 'pad_crop',
-           'colour_jitter', 'random_boxes', 'random_erase', 'MEAN', 'STD', 'FILL']
+           'TrainLoader', 'train_loader', 'InOrder', 'test_loader', 'sent', 'augment', 'normalise', 'random_flip',
+           'pad_crop', 'colour_jitter', 'random_boxes', 'random_erase', 'MEAN', 'STD', 'FILL']
 
 # %% ../nbs/04_batches.ipynb #299369e0
 import hashlib, json, os, time, uuid, warnings
@@ -26,8 +26,8 @@ from .data import *
 from .synth import is_rendered, render, DRAWING
 from .augment import *
 
-# %% ../nbs/04_batches.ipynb #37a49b4d
-_all_ = ['augment', 'normalise', 'random_flip', 'pad_crop', 'colour_jitter', 'random_boxes', 'random_erase', 'MEAN', 'STD', 'FILL'] # one import for users of loaders
+# %% ../nbs/04_batches.ipynb #b5703417
+_all_ = ['sent', 'augment', 'normalise', 'random_flip', 'pad_crop', 'colour_jitter', 'random_boxes', 'random_erase', 'MEAN', 'STD', 'FILL'] # one import for users of loaders
 
 # %% ../nbs/04_batches.ipynb #d79b31ec
 def pixels(
@@ -307,32 +307,36 @@ def batch_generator(
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
 
-# %% ../nbs/04_batches.ipynb #8622ec21
+# %% ../nbs/04_batches.ipynb #9b147484
 class TrainLoader:
-    "Yields (x, y): P*K augmented pictures (B, 3, H, W) and their labels (B,). `last` has the pictures' indices."
+    "Yields (x, y): this process's part of P*K augmented pictures (B, 3, H, W), and the labels of all P*K. `last` has the indices of all."
     def __init__(self,
         pixels:PixelCache, # N pictures
         labels,            # N labels; negative ones are left out
         sampler:PKSampler, # over the same labels
-        aug,               # called as aug(bytes, generator)
+        aug,               # called as aug(bytes, generator); with `part` when there are several
         device=None,       # where the batch goes before it is augmented
+        part=(0, 1),       # which part of each batch is taken, of how many
     ):
-        self.pixels, self.sampler, self.aug, self.device, self.last = pixels, sampler, aug, device, None
+        self.pixels, self.sampler, self.device, self.part, self.last = pixels, sampler, device, part, None
+        self.aug = partial(aug, part=part) if part[1] > 1 else aug
+        if sampler.P % part[1]: raise InputError(f'{sampler.P} identities in a batch do not divide by {part[1]} processes; expected a multiple: take another batch size or K')
         self.labels = torch.as_tensor(labels).long()
         self.n_ids = int(self.labels.max())+1
 
     def __len__(self): return len(self.sampler)
     def __iter__(self):
-        s = self.sampler
+        s, (r, n) = self.sampler, self.part
         for self.last in s:
-            x = self.pixels[self.last].to(self.device, non_blocking=True)
-            yield self.aug(x, batch_generator(s.seed, s.epoch, s.done)), self.labels[self.last].to(self.device)
+            own = self.last[r*len(self.last)//n:(r+1)*len(self.last)//n]
+            x = sent(self.pixels[own], self.device)
+            yield self.aug(x, batch_generator(s.seed, s.epoch, s.done)), sent(self.labels[self.last], self.device)
 
     def set_epoch(self, epoch:int): self.sampler.set_epoch(epoch)
     def state_dict(self): return self.sampler.state_dict()
     def load_state_dict(self, s): self.sampler.load_state_dict(s)
 
-# %% ../nbs/04_batches.ipynb #c015f1cd
+# %% ../nbs/04_batches.ipynb #5ea2cb66
 def train_loader(
     items,               # of `Item`
     size:tuple[int,int], # (H, W) in pixels
@@ -345,15 +349,16 @@ def train_loader(
     cached:bool=True,    # decode once; False decodes for each batch and ignores `dir`
     max_bad:float=.001,  # share of pictures that may be unreadable; they are told and left out
     progress:bool=False, # show a bar while decoding
+    part=(0, 1),         # as in `TrainLoader`
 ) -> TrainLoader:
     "Batches of P identities × K pictures, labelled by `relabel`. Errors as `PKSampler`, `PixelCache` and `PixelStream`."
     labels, _ = relabel(items)
     pixels = PixelCache(items, size, dir, max_bad, progress) if cached else PixelStream(items, size, max_bad)
     drawn = [-1 if k in pixels.bad else l for k,l in enumerate(labels)]
     aug = partial(augment, flip=flip, pad=pad, erase=erase, jitter=jitter, fill=fill)
-    return TrainLoader(pixels, labels, PKSampler(drawn, P, K, seed), aug, device)
+    return TrainLoader(pixels, labels, PKSampler(drawn, P, K, seed), aug, device, part)
 
-# %% ../nbs/04_batches.ipynb #c2c8c466
+# %% ../nbs/04_batches.ipynb #5423da07
 class InOrder:
     "Yields x (B, 3, H, W), normalised, in the order of `items`; the last batch may be smaller."
     def __init__(self,
@@ -364,18 +369,23 @@ class InOrder:
         keep:int=2**30,      # without a folder: bytes that may stay in memory
         device=None,         # where batches go
         max_bad:float=0.,    # share of pictures that may be unreadable, and are black then
+        part=(0, 1),         # which part of the batches is given, of how many
     ):
-        self.items, self.size, self.bs, self.device = list(items), tuple(size), bs, device
-        fits = 3*len(self.items)*size[0]*size[1] <= keep
-        self.pixels = PixelCache(self.items, size, dir, max_bad) if dir is not None or fits else PixelStream(self.items, size, max_bad)
+        self.items, self.size, self.bs, self.device, self.part = list(items), tuple(size), bs, device, part
+        n = -(-len(self.items)//bs) # batches in all
+        self.rows = -(-n//part[1])*bs
+        first = min(part[0]*self.rows, max(n-1, 0)*bs)
+        own = self.items[first:first+self.rows]
+        fits = 3*len(own)*size[0]*size[1] <= keep
+        self.pixels = PixelCache(own, size, dir, max_bad) if dir is not None or fits else PixelStream(own, size, max_bad)
 
-    def __len__(self): return -(-len(self.items)//self.bs)
+    def __len__(self): return -(-len(self.pixels)//self.bs)
     def __iter__(self):
-        for lo in range(0, len(self.items), self.bs):
-            x = self.pixels[range(lo, min(lo+self.bs, len(self.items)))]
-            yield normalise(rearrange(x.to(self.device, non_blocking=True), 'b h w c -> b c h w'))
+        for lo in range(0, len(self.pixels), self.bs):
+            x = self.pixels[range(lo, min(lo+self.bs, len(self.pixels)))]
+            yield normalise(rearrange(sent(x, self.device), 'b h w c -> b c h w'))
 
-# %% ../nbs/04_batches.ipynb #e891011a
+# %% ../nbs/04_batches.ipynb #eae77637
 def test_loader(
     items,               # of `Item`
     size:tuple[int,int], # (H, W) in pixels
@@ -384,7 +394,8 @@ def test_loader(
     keep:int=2**30,      # without a folder: bytes that may stay in memory
     device=None,         # where batches go
     max_bad:float=0.,    # share of pictures that may be unreadable, and are black then
+    part=(0, 1),         # as in `InOrder`
 ) -> InOrder:
     "Every picture once, in order, normalised. Errors as `PixelCache`."
-    return InOrder(items, size, bs, dir, keep, device, max_bad)
+    return InOrder(items, size, bs, dir, keep, device, max_bad, part)
 test_loader.__test__ = False # its name must not make it a test

@@ -7,7 +7,7 @@ __all__ = ['BENCHES', 'PRESETS', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'Repor
            'table', 'closing', 'run_search', 'run_train', 'run_evaluate', 'run_demo', 'run_report', 'run_bench', 'ask',
            'pair', 'check', 'main']
 
-# %% ../nbs/52_cli.ipynb #94114a60
+# %% ../nbs/52_cli.ipynb #e4710ee2
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from .check import *
 from .synth import *
 from .batches import *
 from .retrieval import *
+from .devices import *
 from .checkpoint import *
 from .search import *
 from .train import *
@@ -103,16 +104,18 @@ def closing(
     "Where the results are, and how to open them."
     return f'report    {page}  (open it in a browser)\nnotebooks make lab, and on the first page RUN = {str(Path(run).resolve())!r}'
 
-# %% ../nbs/52_cli.ipynb #25b188a7
+# %% ../nbs/52_cli.ipynb #335ae794
 def run_search(cfg:SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
+    if part_of()[0]: return # of several processes the first one reports
     print(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is 0.25)')
     print(table(found.metrics)); print(closing(found.run, report(found.run)))
 
 def run_train(cfg:TrainConfig):
     "`msinet train`"
     trained = train(cfg, progress=True)
+    if part_of()[0]: return
     print(table(trained.metrics)); print(closing(trained.run, report(trained.run)))
 
 def run_evaluate(cfg:EvaluateConfig):
@@ -164,3 +167,6 @@ def main(
         COMMANDS[type(cfg)](cfg)
     except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print('msinet: interrupted; what was saved is in the run folder, --resume goes on', file=sys.stderr); sys.exit(130)
+
+# %% ../nbs/52_cli.ipynb #6da32693
+if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no file

@@ -68,11 +68,12 @@ def device_of(
     "Where a network is."
     return next((p.device for p in net.parameters()), torch.device('cpu'))
 
-# %% ../nbs/05_retrieval.ipynb #1b7fa430
+# %% ../nbs/05_retrieval.ipynb #c5dddc97
 def embed(
     net:nn.Module, # with a method `embed`: (B, 3, H, W) -> (B, D)
     loader,        # yields x in order; `.items` says whom it shows
     device=None,   # where to compute; None: where the network is
+    gather=None,   # for a loader that gives a part: joins all processes' rows, (n, D) -> (processes·n, D)
 ) -> Embeddings: # on that device
     "Embed all pictures of a test loader. Raises `InputError` when it has none."
     device = device or device_of(net)
@@ -83,20 +84,23 @@ def embed(
         with torch.inference_mode(): parts = [net.embed(x.to(device)).float() for x in loader]
     finally:
         for m,training in modes: m.training = training
+    f = torch.cat(parts)
+    if gather: f = gather(F.pad(f, (0, 0, 0, loader.rows-len(f))))[:len(loader.items)]
     column = lambda v: None if None in v else torch.tensor(v, device=device)
-    return Embeddings(torch.cat(parts), column([i.pid for i in loader.items]), column([i.cam for i in loader.items]))
+    return Embeddings(f, column([i.pid for i in loader.items]), column([i.cam for i in loader.items]))
 
-# %% ../nbs/05_retrieval.ipynb #4527418f
+# %% ../nbs/05_retrieval.ipynb #40b055d1
 def evaluate_loaders(
     net:nn.Module,          # as for `embed`
     query, gallery,         # test loaders
     same_cam_ok:bool=False, # do pictures by the query's own camera count?
     device=None,            # where to compute; None: where the network is
     protocol=as_given,      # called as protocol(queries, gallery, same_cam_ok)
+    gather=None,            # as for `embed`
 ) -> Ranking:
     "Embed, normalise and rank. Errors as `embed` and `rank`."
     def unit(loader, what):
-        e = embed(net, loader, device)
+        e = embed(net, loader, device, gather)
         return e._replace(f=F.normalize(valid_vectors(e.f, what, [i.path for i in loader.items])))
     q, g = unit(query, 'query'), unit(gallery, 'gallery')
     return protocol(q, g, same_cam_ok or q.cam is None or g.cam is None)

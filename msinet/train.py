@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'TrainStep', 'TrainConfig', 'build', 'start_from', 'open_net', 'Pixels', 'Trained', 'train']
 
-# %% ../nbs/23_train.ipynb #6af4a8c8
+# %% ../nbs/23_train.ipynb #4bf9d808
 from dataclasses import dataclass, asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -19,15 +19,17 @@ from .synth import *
 from .batches import *
 from .protocols import *
 from .retrieval import *
+from .ops import full
 from .space import *
 from .necks import *
 from .losses import *
 from .sam import *
+from .devices import *
 from .learner import *
 from .checkpoint import *
 from .search import *
 
-# %% ../nbs/23_train.ipynb #fc41f810
+# %% ../nbs/23_train.ipynb #ec773a04
 class TrainStep:
     "Identity and triplet loss on every branch, alignment on the last map, §3.2-3.3."
     def __init__(self,
@@ -38,28 +40,35 @@ class TrainStep:
         eps:float=.1,          # label smoothing; the paper's Eq. (5) has none
         m:float=.3,            # margin
         normalise:bool=True,   # triplets compare unit vectors, as released; Eq. (6) has raw ones
+        acc=None,              # of `accelerator`; None takes float32 and whole batches
     ):
         self.net, self.opt, self.sam, self.lambda_sa, self.eps, self.m, self.normalise = net, opt, sam, lambda_sa, eps, m, normalise
+        self.acc = acc or accelerator(str(device_of(net)))
 
-    def __call__(self, batch) -> dict:
-        x, y = batch
-        maps, branches = self.net(x)
-        parts = dict(id=sum(id_loss(b.logits, y, self.eps) for b in branches),
-                     triplet=sum(triplet(b.f, y, self.m, self.normalise) for b in branches))
+    def part(self, x:Tensor, y:Tensor) -> dict: # the losses of a part, and their gradient
+        with self.acc.autocast(): maps, branches = self.net(x)
+        both = [(gather(full(b.f)), gather(full(b.logits))) for b in branches]
+        parts = dict(id=sum(id_loss(s, y, self.eps) for _,s in both), triplet=sum(triplet(f, y, self.m, self.normalise) for f,_ in both))
         loss = sum(parts.values())
         if self.sam is not None:
-            parts['sa'] = self.sam(maps[-1], y)
+            parts['sa'] = self.sam(gather(full(maps[-1])), y)
             loss = loss + self.lambda_sa*parts['sa']
-        self.opt.zero_grad(); loss.backward(); self.opt.step()
-        acc = (branches[0].logits.argmax(1) == y).float().mean()
-        return dict(loss=loss.detach(), **{k: v.detach() for k,v in parts.items()}, acc=acc)
+        self.acc.backward(loss)
+        return dict(loss=loss.detach(), **{k: v.detach() for k,v in parts.items()}, acc=(both[0][1].argmax(1) == y).float().mean())
 
-    def stateful(self) -> dict: return {k: v for k,v in dict(net=self.net, opt=self.opt, sam=self.sam).items() if v is not None}
+    def __call__(self, batch) -> dict:
+        self.opt.zero_grad()
+        outs = [self.part(x, y) for x,y in in_parts(batch, self.acc.gradient_accumulation_steps)]
+        share_grads(held(self.opt))
+        self.opt.step()
+        return {k: torch.stack([o[k] for o in outs]).mean() for k in outs[0]}
+
+    def stateful(self) -> dict: return {k: v for k,v in dict(net=self.net, opt=self.opt, sam=self.sam, **scaler(self.acc)).items() if v is not None}
     def state_dict(self) -> dict: return {k: v.state_dict() for k,v in self.stateful().items()}
     def load_state_dict(self, s:dict):
         for k,v in self.stateful().items(): v.load_state_dict(s[k])
 
-# %% ../nbs/23_train.ipynb #77c6af7e
+# %% ../nbs/23_train.ipynb #120ee661
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
@@ -94,6 +103,12 @@ class TrainConfig:
     cache_dir:str=''               # folder for decoded pictures; empty keeps them in memory
     seed:int=0                     # of initial weights, batches, augmentation
     device:str=''                  # cpu, cuda, mps; empty takes the best
+    precision:Literal['no','bf16','fp16']='no' # of the network's forward pass; attention energies, alignment, memories and losses stay float32
+    channels_last:bool=False       # lay out maps position by position, which suits GPUs in half precision
+    compile:bool=False             # let torch.compile fuse the backbone; the first batches take minutes
+    accumulate:int=1               # compute a batch in so many parts of whole identities; hardest negatives and BN statistics are then found inside a part
+    recompute:bool=False           # run each cell again when its gradient is due instead of keeping its maps: less memory, more time
+    sync_bn:bool=False             # with several processes: BN statistics of the whole batch instead of each process's part
     threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
 
 # %% ../nbs/23_train.ipynb #98a7e62e
@@ -155,39 +170,45 @@ class Trained:
     history:list    # one dict per epoch
     run:Path        # the run's folder
 
-# %% ../nbs/23_train.ipynb #29683572
+# %% ../nbs/23_train.ipynb #9557ed66
 def train(
     cfg:TrainConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names
     progress:bool=False,  # show bars
 ) -> Trained:
     "Train for retrieval, and write a run folder. Raises `InputError` before anything is written."
-    device, run = def_device(cfg.device), run_folder(cfg.out, 'train', cfg.resume)
-    check_genotype(cfg.genotype); pk(cfg.batch, cfg.K)
-    if data is not None: cfg = replace(cfg, data=f'given:{data.name}')
-    data = data or get_data(cfg.data, cfg.size, progress)
-    target = get_data(cfg.target, cfg.size, progress) if cfg.target else data
+    acc = accelerator(cfg.device, cfg.precision, cfg.accumulate)
+    main, run = acc.is_main_process, agreed(lambda: run_folder(cfg.out, 'train', cfg.resume))
+    progress, given = progress and main, data
+    check_genotype(cfg.genotype); check_shares(pk(cfg.batch, cfg.K), acc.num_processes, cfg.accumulate, least=2)
+    if given is not None: cfg = replace(cfg, data=f'given:{data.name}')
+    with acc.local_main_process_first():
+        data = given or get_data(cfg.data, cfg.size, progress)
+        target = get_data(cfg.target, cfg.size, progress) if cfg.target else data
     with threads(cfg.threads):
-        dl = loader(data.train, cfg, cfg.seed, device, progress)
+        dl = loader(data.train, cfg, cfg.seed, acc.device, progress)
         set_seed(cfg.seed)
         net, sam = build(cfg, dl.n_ids)
         if cfg.weights: start_from(net, cfg.weights)
-        whole = nn.ModuleList([m.to(device) for m in (net, sam) if m is not None]).train()
-        opt = OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd)
+        whole = nn.ModuleList([m.to(acc.device) for m in (net, sam) if m is not None]).train()
+        suited(net, cfg)
+        opt = acc.prepare_optimizer(OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd))
         tests = test_loaders(target, cfg)
         protocol = PROTOCOLS.get(target.name, as_given)
-        measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, device, protocol))
+        measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, acc.device, protocol, shared(acc)))
         about = dict(kind='derived', genotype=check_genotype(cfg.genotype), channels=cfg.channels, rho=cfg.rho, size=cfg.size)
-        cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every),
-               Log(run/'history.jsonl', 'train'), Checkpoint(run/'train.pt')]
+        cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every)]
+        if main: cbs += [Log(run/'history.jsonl', 'train'), Checkpoint(run/'train.pt')]
         if progress: cbs.append(Progress('train'))
-        learn = Learner(whole, TrainStep(net, opt, sam, cfg.lambda_sa, cfg.eps, cfg.m, cfg.normalise), dl, cbs)
+        learn = Learner(whole, TrainStep(net, opt, sam, cfg.lambda_sa, cfg.eps, cfg.m, cfg.normalise, acc), dl, cbs)
         metrics = dict(pixels=measure(Pixels()), before=measure(net))
-        describe(run, dict(train=asdict(replace(cfg, out=str(run)))))
+        if main: describe(run, dict(train=asdict(replace(cfg, out=str(run)))))
         if cfg.resume: resume(learn, run/'train.pt')
         learn.fit(cfg.epochs)
         metrics['after'] = measure(net)
-    if not (run/'genotype.json').exists(): write_json(run/'genotype.json', dict(genotype=about['genotype']))
-    write_json(run/'metrics.json', metrics)
-    save_weights(net, run/'model.safetensors', about)
+    if main:
+        if not (run/'genotype.json').exists(): write_json(run/'genotype.json', dict(genotype=about['genotype']))
+        write_json(run/'metrics.json', metrics)
+        save_weights(net, run/'model.safetensors', about)
+    acc.wait_for_everyone()
     return Trained(net.eval(), metrics, learn.history, run)
