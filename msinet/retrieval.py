@@ -6,7 +6,7 @@
 __all__ = ['Nearest', 'first_k', 'nearest', 'device_of', 'embed', 'evaluate_loaders', 'evaluate', 'evaluate_all', 'Embeddings',
            'valid_vectors', 'checked', 'sq_dist', 'places', 'filtered_scores', 'Ranking', 'rank', 'metrics_table',
            'query_table', 'camera_table', 'as_given', 'one_image_galleries', 'image_to_track', 'single_shot',
-           'PROTOCOLS']
+           'PROTOCOLS', 'protocol_of']
 
 # %% ../nbs/05_retrieval.ipynb #4d0d0a33
 import numpy as np
@@ -24,7 +24,7 @@ from .ranking import *
 from .protocols import *
 
 # %% ../nbs/05_retrieval.ipynb #3f3240d1
-_all_ = ['Embeddings', 'valid_vectors', 'checked', 'sq_dist', 'places', 'filtered_scores', 'Ranking', 'rank', 'metrics_table', 'query_table', 'camera_table', 'as_given', 'one_image_galleries', 'image_to_track', 'single_shot', 'PROTOCOLS']
+_all_ = ['Embeddings', 'valid_vectors', 'checked', 'sq_dist', 'places', 'filtered_scores', 'Ranking', 'rank', 'metrics_table', 'query_table', 'camera_table', 'as_given', 'one_image_galleries', 'image_to_track', 'single_shot', 'PROTOCOLS', 'protocol_of']
 
 # %% ../nbs/05_retrieval.ipynb #da86ca95
 class Nearest(NamedTuple):
@@ -118,7 +118,7 @@ def evaluate(
     "How well a network finds the queries of a set in its gallery. Errors as `embed` and `rank`."
     device = device or device_of(net)
     query, gallery = (test_loader(items, size, bs, dir, device=device) for items in (data.query, data.gallery))
-    return evaluate_loaders(net, query, gallery, data.same_cam_ok, device, protocol or PROTOCOLS.get(data.name, as_given))
+    return evaluate_loaders(net, query, gallery, data.same_cam_ok, device, protocol or protocol_of(data.name))
 
 # %% ../nbs/05_retrieval.ipynb #2bec5bbe
 def evaluate_all(

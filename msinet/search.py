@@ -354,7 +354,7 @@ def search(
         step, dl = build_search(cfg, data, acc, progress)
         net = step.net
         tests = test_loaders(data, cfg) if cfg.evaluate else []
-        protocol = PROTOCOLS.get(data.name, as_given)
+        protocol = protocol_of(data.name)
         measure = lambda: scores(evaluate_loaders(net, *tests, data.same_cam_ok, acc.device, protocol, shared(acc))) if tests else {}
         history = AlphaHistory(run/'alphas.npy' if main else None)
         drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)

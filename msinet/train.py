@@ -194,7 +194,7 @@ def train(
         suited(net, cfg)
         opt = acc.prepare_optimizer(OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd))
         tests = test_loaders(target, cfg)
-        protocol = PROTOCOLS.get(target.name, as_given)
+        protocol = protocol_of(target.name)
         measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, acc.device, protocol, shared(acc)))
         about = dict(kind='derived', genotype=check_genotype(cfg.genotype), channels=cfg.channels, rho=cfg.rho, size=cfg.size)
         cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every)]
