@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETS', 'BENCHES', 'bench_rank', 'bench_pipeline', 'with_share', 'bench', 'write_bench', 'plot_faster']
 
-# %% ../nbs/51_bench_all.ipynb #7b06bf2b
+# %% ../nbs/51_bench_all.ipynb #e1c7fd10
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .core import *
 from .vis import *
@@ -91,7 +92,7 @@ def write_bench(
     rows = t.reset_index().astype(object)
     write_json(path, dict(rows=rows.where(rows.notna(), None).to_dict('records'), machine=m._asdict(), environment=environment()))
 
-# %% ../nbs/51_bench_all.ipynb #8d98ba4d
+# %% ../nbs/51_bench_all.ipynb #9c065355
 def plot_faster(
     t:pd.DataFrame, # rows of `ratio`
     ax=None,        # where
@@ -99,9 +100,9 @@ def plot_faster(
     "How many times as fast as the plain form, with the range over the rounds; logarithmic."
     ax = ax or plt.subplots(figsize=(5,.4+.25*len(t)), layout='constrained')[1]
     names = [' · '.join(k) if isinstance(k, tuple) else k for k in t.index]
-    ax.barh(names, t.faster, color=[QUERY if f == lo == hi == 1 else NETS[0] for f,lo,hi in zip(t.faster, t.least, t.greatest)], height=.6)
+    ax.barh(names, t.faster-1, left=1, color=NETS[0], height=.6)
     ax.errorbar(t.faster, names, xerr=[t.faster-t.least, t.greatest-t.faster], fmt='none', ecolor='black', elinewidth=1, capsize=2)
-    ax.axvline(1, color=QUERY, lw=.8); ax.invert_yaxis()
+    ax.axvline(1, color=QUERY, lw=1.5); ax.invert_yaxis()
     ax.set(xscale='log', xlabel='times as fast as the plain form')
-    ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter(plt.NullFormatter())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5))); ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_locator(NullLocator())
     return ax

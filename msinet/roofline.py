@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['clock_of', 'Machine', 'measure_machine', 'conv_gradients', 'Traffic', 'Work', 'work', 'share', 'plot_roof']
 
-# %% ../nbs/51_roofline.ipynb #b5509e54
+# %% ../nbs/51_roofline.ipynb #26c0fb39
 import time
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,7 +93,7 @@ def share(
     "Least possible time over the time it took."
     return max(w.flops/m.flops, w.bytes/m.bytes)/seconds
 
-# %% ../nbs/51_roofline.ipynb #dc431fb3
+# %% ../nbs/51_roofline.ipynb #97c4fee3
 def plot_roof(
     m:Machine,
     points:dict, # name -> (Work, seconds)
@@ -104,6 +105,6 @@ def plot_roof(
     edge = np.geomspace(min([*x.values(), m.flops/m.bytes])/3, max([*x.values(), m.flops/m.bytes])*3, 100)
     ax.loglog(edge, np.minimum(m.flops, m.bytes*edge)/1e9, c=QUERY, lw=1.5)
     for k,(name,marker) in enumerate(zip(points, 'osD^vP*X<>'*3)): ax.loglog(x[name], y[name], marker, c=NETS[k % len(NETS)], ms=6, label=name)
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:g}'); axis.set_minor_formatter(plt.NullFormatter())
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(LogLocator(subs=(1,2,5))); axis.set_major_formatter('{x:g}'); axis.set_minor_locator(NullLocator())
     ax.set(xlabel='calculations per byte', ylabel='GFLOP/s'); ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
     return ax
