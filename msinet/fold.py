@@ -79,7 +79,7 @@ class FoldedGate(nn.Module):
         g1, g2 = (self.mlp(x.mean((2,3), keepdim=True)).sigmoid() for x in (x1, x2))
         return g1*x1, g2*x2
 
-# %% ../nbs/31_fold.ipynb #6eac9008
+# %% ../nbs/31_fold.ipynb #29057707
 FOLDED = {CrossAttention: FoldedAttention, ChannelGate: FoldedGate}
 
 class FoldedCell(nn.Module):
@@ -95,11 +95,11 @@ class FoldedCell(nn.Module):
         self.close = joined(plain(cell.close1, cell.close2, *([] if self.same else [cell.shortcut])), 1)
 
     def forward(self, x:Tensor) -> Tensor:
-        x1, x2 = self.open(x).relu().chunk(2, 1)
+        x1, x2 = self.open(x).relu_().chunk(2, 1)
         x1, x2 = self.im1(self.small1(x1), self.large1(x2))
         x1, x2 = self.im2(self.small2(x1), self.large2(x2))
-        if self.same: return (self.close(torch.cat([x1, x2], 1)) + x).relu()
-        return self.close(torch.cat([x1, x2, x], 1)).relu()
+        if self.same: return self.close(torch.cat([x1, x2], 1)).add_(x).relu_()
+        return self.close(torch.cat([x1, x2, x], 1)).relu_()
 
 # %% ../nbs/31_fold.ipynb #bb64f306
 class FoldedNeck(nn.Module):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from .core import *
 
-# %% ../nbs/13_losses.ipynb #bc99d6c8
+# %% ../nbs/13_losses.ipynb #aca3597d
 def check_labels(
     y:Tensor, # (B,) labels
     n:int,    # how many identities there are
 ):
-    "Raise `InputError` for a label outside 0 … n-1. Labels on a GPU are not read, since it would have to stop and wait."
+    "Raise `InputError` for a label outside 0 … n-1. Labels on a GPU are not read, since that would make it wait; its own kernels stop at a wrong one."
     if y.device.type != 'cpu' or not len(y): return
     lo, hi = y.aminmax()
     if lo < 0 or hi >= n:

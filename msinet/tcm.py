@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['by_identity', 'deal', 'twin_split', 'released_split', 'rounds', 'check_groups', 'Memory']
 
-# %% ../nbs/14_tcm.ipynb #351d9b69
+# %% ../nbs/14_tcm.ipynb #226532a5
 import random
+from itertools import zip_longest
+
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -62,22 +64,21 @@ def released_split(
     groups = list(by_identity(items).values()); n = len(groups)//5
     return deal(groups[:n], groups[n:3*n], groups[3*n:] if n else [])
 
-# %% ../nbs/14_tcm.ipynb #9622308b
+# %% ../nbs/14_tcm.ipynb #8f5a6342
 def rounds(
     y:Tensor, # (B,) labels
     K:int=0,  # pictures per identity of a batch in groups, each identity once: nothing is read from `y` then; 0 takes any labels
 ) -> list[Tensor]: # places in the batch; round k holds each label's k-th occurrence, the commonest label first
     "Cut a batch into rounds in which no label comes twice."
-    place = torch.arange(len(y), device=y.device)
-    if K: return list(place.view(-1, K).T)
-    if not len(y): return []
-    order = y.argsort(stable=True)
-    ys = y[order].contiguous()
-    first, last = torch.searchsorted(ys, ys), torch.searchsorted(ys, ys, right=True)
-    k, n = place - first, last - first # how often the label came before, how often in all
-    return list(order[(k*(len(y)+1) - n).argsort(stable=True)].split(k.bincount().tolist()))
+    if K: return list(torch.arange(len(y), device=y.device).view(-1, K).T)
+    places = {}
+    for i,j in enumerate(y.tolist()): places.setdefault(j, []).append(i)
+    groups = sorted(places.values(), key=len, reverse=True)
+    rs = [[i for i in r if i is not None] for r in zip_longest(*groups)]
+    order = torch.tensor([i for r in rs for i in r], device=y.device)
+    return list(order.split([len(r) for r in rs])) if rs else []
 
-# %% ../nbs/14_tcm.ipynb #aff271b0
+# %% ../nbs/14_tcm.ipynb #65693970
 def check_groups(
     y:Tensor, # (B,) labels
     K:int,    # pictures per identity, 0 where nothing is promised
@@ -86,11 +87,11 @@ def check_groups(
     if not K: return
     fits = len(y) % K == 0
     if fits and y.device.type == 'cpu':
-        g = y.view(-1, K)
-        fits = (g == g[:,:1]).all() and len(g[:,0].unique()) == len(g)
+        who = y[::K].tolist()
+        fits = y.tolist() == [j for j in who for _ in range(K)] and len({*who}) == len(who)
     if not fits: raise InputError(f'found {len(y)} labels that are not groups of {K}, each identity once, expected P×K: leave K out for labels in another order')
 
-# %% ../nbs/14_tcm.ipynb #33c54dd9
+# %% ../nbs/14_tcm.ipynb #dd89175b
 class Memory(nn.Module):
     "One unit feature per identity, Eqs. (2), (3). Labels are 0 … n-1; `InputError` if not. Features of any length: only directions count."
     def __init__(self,
@@ -116,7 +117,8 @@ class Memory(nn.Module):
         f:Tensor, # (B, D) features
     ) -> Tensor: # (B, n) cosines over the temperature
         "How much each feature resembles each row; the largest names the identity."
-        return unit(f.to(self.c.dtype))@self.c.T/self.tau
+        c = self.c.clone() if torch.is_grad_enabled() else self.c # a backward pass needs the rows as they are now
+        return unit(f.to(self.c.dtype))@c.T/self.tau
 
     def loss(self,
         f:Tensor, # (B, D) features
@@ -136,9 +138,12 @@ class Memory(nn.Module):
         check_labels(y, len(self.c)); check_groups(y, K)
         if not len(y): return
         rs = rounds(y, K)
-        new = f[torch.cat(rs)].to(self.c.dtype)
-        new.mul_((1-self.beta)/new.norm(dim=1, keepdim=True).clamp_min(1e-12))
-        who = y[rs[0]]
-        rows = self.c[who]
-        for g in new.split([len(r) for r in rs]): rows[:len(g)] = F.normalize(g.add(rows[:len(g)], alpha=self.beta), dim=1)
-        self.c = self.c.index_copy(0, who, rows)
+        pick = lambda t, r: t.index_select(0, r) # t[r], without waking other threads for so little
+        length = lambda t: torch.linalg.vector_norm(t, dim=1, keepdim=True).clamp_min_(1e-12)
+        new, who = pick(f.to(self.c.dtype), torch.cat(rs)), pick(y, rs[0])
+        new.mul_((1-self.beta)/length(new))
+        rows = pick(self.c, who)
+        for g in new.split([len(r) for r in rs]):
+            now = rows[:len(g)] # a view: Eq. (3) in place
+            torch.add(g, now, alpha=self.beta, out=now).div_(length(now))
+        self.c.index_copy_(0, who, rows)

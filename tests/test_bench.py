@@ -1,10 +1,19 @@
 "The timing tool: medians of ratios; the pipeline's promise."
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from msinet.bench import bench_data, pillow_path, ratio
-from msinet.core import set_seed
+from msinet.bench_all import bench, with_share
+from msinet.bench_method import bench_infer, bench_memory
+from msinet.cli import BenchConfig, parse
+from msinet.core import InputError, set_seed, threads
+from msinet.necks import BNNeck, ReIDNet
+from msinet.roofline import Machine, Work, measure_machine, share, work
+from msinet.space import derived
 
 
 def test_ratio_is_of_rounds():
@@ -34,3 +43,46 @@ def test_bytes_from_the_cache_are_fast():
     t = bench_data(rounds=5)
     assert list(t) == ["per second", "seconds", "faster", "least", "greatest"] and (t["least"] <= t["greatest"]).all()
     assert t.loc["bytes", "per second"] > 10_000 and t.loc["bytes", "faster"] > 15
+
+
+def test_the_memory_is_faster_than_the_loop():
+    with threads(1): t = bench_memory(rounds=7)
+    assert t.faster["rounds, groups"] > 4 and t.faster["rounds, drawn"] > 2 and t.faster["rounds, one identity"] > .9
+
+
+def test_work_is_counted():
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert work(lambda: a@b) == Work(2*3*4*5, 4*(12+20+15))
+    assert work(lambda: a.expand(7, 3, 4)[0].T) == Work(0, 0)
+    assert work(lambda: a.add_(1)).bytes >= 2*48
+    for groups in (1, 2, 8):
+        conv, x = nn.Conv2d(8, 8, 3, 2, 1, groups=groups), torch.randn(2, 8, 6, 6)
+        one = work(lambda: conv(x)).flops
+        assert one == 2*2*8*9*9*8//groups
+        assert work(lambda: conv(x).sum().backward()).flops == 2*one # no gradient of the input
+        assert work(lambda: conv(x.requires_grad_()).sum().backward()).flops == 3*one
+    up = nn.ConvTranspose2d(4, 6, 3)
+    assert work(lambda: up(torch.randn(1, 4, 5, 5)).sum().backward()).flops == 2*work(lambda: up(torch.randn(1, 4, 5, 5))).flops
+
+
+def test_share_takes_the_tighter_limit():
+    m = Machine(100., 10.)
+    assert share(Work(50, 1), 1, m) == .5 and share(Work(50, 8), 1, m) == .8
+    t = with_share(pd.DataFrame(dict(seconds=[1., 1.], GFLOP=[50e-9, np.nan], GB=[1e-9, np.nan])), m)
+    assert abs(t.share[0]-.5) < 1e-9 and np.isnan(t.share[1])
+    assert min(measure_machine(n=128, mb=4, rounds=1)) > 0
+
+
+def test_any_network_can_be_measured():
+    class Mean(nn.Module):
+        channels = (3, 3, 3)
+        def forward(self, x): return [x]*3
+    for net in (ReIDNet(Mean(), BNNeck((3, 3, 3), 2)), ReIDNet(derived(channels=(8, 16, 24, 32), fuse=torch.maximum), BNNeck((16, 24, 32), 2))):
+        t = bench_infer((1, 2), (64, 32), net=net, rounds=1)
+        assert t.index.tolist() == ["as trained, 1", "as trained, 2"] and (t.GB > 0).all()
+
+
+def test_the_shell_asks_for_all_or_one():
+    assert parse(["bench"]) == BenchConfig() and BenchConfig().what == "all"
+    assert parse(["bench", "memory", "--rounds", "2"]) == BenchConfig("memory", 2)
+    with pytest.raises(InputError, match="not there"): bench(["fridge"])

@@ -223,3 +223,10 @@ def test_rounds_only_get_shorter():
     y = torch.randint(9, (50,), generator=torch.Generator().manual_seed(5))
     found = rounds(y)
     for a, b in zip(found, found[1:]): assert (y[b] == y[a][:len(b)]).all()
+
+
+def test_an_update_writes_into_the_table():
+    m = Memory(5, 6); m.fill(torch.randn(20, 6), torch.arange(20) % 5)
+    c, before = m.c, m.c.clone()
+    m.update(torch.randn(3, 6), torch.tensor([1, 4, 1]))
+    assert m.c is c and (c[[0, 2, 3]] == before[[0, 2, 3]]).all() and (c[[1, 4]] != before[[1, 4]]).any(1).all()
