@@ -7,11 +7,10 @@ __all__ = ['STYLE_SHEET', 'coloured_word', 'metrics_html', 'section', 'report', 
            'load_images', 'activation_figure', 'spread', 'embeddings', 'strip_rows', 'strips_of', 'strangers',
            'example_run', 'TINY', 'few_of', 'answers_figure']
 
-# %% ../nbs/30_report.ipynb #d6b7eca6
+# %% ../nbs/30_report.ipynb #eaf2dbc0
 import html, json
 from pathlib import Path
 
-from matplotlib import pyplot as plt
 
 from .core import *
 from .vis import *
