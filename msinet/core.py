@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['InputError', 'set_seed', 'rng_state', 'set_rng_state', 'def_device', 'threads', 'Hooks', 'n_params', 'macs',
-           'environment']
+           'environment', 'ensure_torchvision']
 
-# %% ../nbs/00_core.ipynb #c115ab18
-import os, platform, random, subprocess, sys
+# %% ../nbs/00_core.ipynb #e3570801
+import importlib.util, os, platform, random, subprocess, sys
 from contextlib import contextmanager
 from importlib.metadata import version, PackageNotFoundError
 
@@ -120,3 +120,17 @@ def environment() -> dict: # plain strings and numbers
     return dict(msinet=ver('msinet'), python=sys.version.split()[0], platform=platform.platform(), torch=torch.__version__,
                 numpy=np.__version__, pillow=ver('pillow'), threads=torch.get_num_threads(), cpus=os.cpu_count(), gpus=gpus,
                 deterministic=torch.are_deterministic_algorithms_enabled(), git=git('rev-parse', 'HEAD'))
+
+# %% ../nbs/00_core.ipynb #7fcdfbe4
+def ensure_torchvision() -> bool: # whether its compiled operators work
+    "Import torchvision, its pure Python parts at least. Raises `InputError` when it is not installed."
+    if 'torchvision' not in sys.modules and importlib.util.find_spec('torchvision') is None:
+        raise InputError('torchvision is not installed, expected it beside grad-cam and timm: pip install torchvision')
+    try: import torchvision
+    except RuntimeError as e:
+        if 'operator torchvision::' not in str(e): raise
+        ensure_torchvision.lib = torch.library.Library('torchvision', 'FRAGMENT') # kept: it lives as long as its object
+        for op in ('nms', 'qnms'): ensure_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        for m in [m for m in sys.modules if m.partition('.')[0] == 'torchvision']: del sys.modules[m]
+        import torchvision
+    return torchvision.extension._has_ops()
