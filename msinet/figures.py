@@ -248,7 +248,7 @@ def loss_figures(
         if have: out.append(Shown(f'losses_{name}', f'Losses of the {name}', text, curve(have).figure))
     return out
 
-# %% ../nbs/30_figures.ipynb #4817c705
+# %% ../nbs/30_figures.ipynb #5efa9183
 def network_figures(
     run:Path,
     data:ReIDData, # measured on
@@ -263,6 +263,7 @@ def network_figures(
     ap = rankings['trained'].ap
     which = spread(ap, 6)
     x = load_images([data.query[i] for i in which], size)
+    maps = cell_maps(net, x[-1:])
     items, words = few_of(data, which[-1])
     far = {k: d[:,d.isfinite().all(0)] for k,v in vectors.items() if (d := strangers(*v, data.same_cam_ok)).isfinite().all(0).any()}
     return [Shown('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
@@ -272,7 +273,7 @@ def network_figures(
             Shown('activation', 'Where it looks', 'Energy of the last map on the same six queries.', activation_figure(nets, x)),
             Shown('answers', 'Do two pictures agree?', 'How similar every place is to the ringed one, in pictures of the same identity and of strangers.', answers_figure(nets, load_images(items, size), words)),
             Shown('cells', 'What the cells see', 'The channels with the most energy after each cell, for the best of the six. Shallow cells follow contours; deeper ones answer to a few places.',
-                  feature_rows(cell_maps(net, x[-1:]), [f'cell {i+1}' for i in range(6)], denormalise(x[-1])))]
+                  feature_rows(maps, [f'cell {i+1}' for i in range(len(maps))], denormalise(x[-1])))]
 
 # %% ../nbs/30_figures.ipynb #3444c01d
 def run_figures(

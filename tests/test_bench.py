@@ -26,7 +26,7 @@ def test_ratio_is_of_rounds():
 def test_pillow_path_is_the_usual_one():
     "Without the dice, the same numbers as torchvision's transforms."
     try:
-        from tvcompat import ensure_torchvision
+        from msinet.core import ensure_torchvision
         ensure_torchvision()
         from torchvision import transforms as T
     except (ImportError, RuntimeError) as e: pytest.skip(f"torchvision does not import: {e}")

@@ -533,7 +533,7 @@ def test_jitter_range():
 @pytest.fixture
 def transforms():
     try:
-        from tvcompat import ensure_torchvision
+        from msinet.core import ensure_torchvision
         ensure_torchvision()
         from torchvision import transforms as T
     except (ImportError, RuntimeError) as e: pytest.skip(f"torchvision does not import: {e}")
