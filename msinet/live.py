@@ -158,7 +158,7 @@ class Pulse:
         self.player.playing = False; self.player.playing = True
         loop.call_later(self.every, self.beat, loop)
 
-# %% ../nbs/40_live.ipynb #1ffafc77
+# %% ../nbs/40_live.ipynb #fe8e48bc
 def live_search(
     cfg:SearchConfig, # what to search; `out` must name the run's folder, where a stopped search goes on
     data=None,        # instead of what `cfg.data` names
@@ -180,7 +180,7 @@ def live_search(
     run = LiveSearch(cfg, data, Soon(news))
     pulse = Pulse(lambda: run.state in ('running','paused'), run.stop)
     panel = Panel(lambda: live_figure(run, cfg), {}, more=[*buttons.values(), bar, said, pulse.player])
-    panel.search, panel.news = run, news
+    panel.search, panel.news, panel.pulse = run, news, pulse
     for k,act in dict(go=run.go, pause=run.pause, step=lambda: run.go(1), stop=run.stop).items():
         buttons[k].on_click(lambda _, act=act: (panel.attempt(act), pulse.start(), panel.error or news()))
     panel.observe(lambda c: c.new is None and run.stop(), 'comm')

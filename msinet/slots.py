@@ -27,7 +27,7 @@ def spot_of(
     "Where a slot is drawn in a band."
     return LEFT + PITCH*(slot//2) + .03 + .445*(slot%2), y+.43
 
-# %% ../nbs/01_slots.ipynb #3c08aca7
+# %% ../nbs/01_slots.ipynb #9f8a18c2
 def _frame(
     ax,        # a whole figure in inches, y downwards
     s:int, y:float, # slot and upper edge of the band
@@ -39,8 +39,8 @@ def _frame(
 ):
     "One slot: its letter, its curves, its shares now."
     (x, a), best = spot_of(s, y), p[now].argmax()
-    o = 'NEGA'[best]
-    ax.text(x+.21, y+.3, o, ha='center', va='center', weight='bold', fontsize=8, color='white' if o in 'A' else 'black', bbox=dict(boxstyle='round,pad=.22', fc=OP_COLORS[o], ec='none'))
+    o = 'NEGA'[best] if np.ptp(p[now]) > 1e-9 else '?'
+    ax.text(x+.21, y+.3, o, ha='center', va='center', weight='bold', fontsize=8, color='white' if o == 'A' else 'black', bbox=dict(boxstyle='round,pad=.22', fc=OP_COLORS.get(o, 'white'), ec='none'))
     line = lambda k, part: np.column_stack([x + .41*np.concatenate([[0.],t])[part]/end, a + .75*(1-np.concatenate([[.25],p[:,k]])[part]/top)])
     for part,alpha in ((slice(0,now+2),1), (slice(now+1,None),.25)):
         ax.add_collection(LineCollection([line(k, part) for k in range(4)], colors=list(OP_COLORS.values()), linestyles=list(OP_LINES.values()), alpha=alpha, lw=[2 if k == best else 1 for k in range(4)]))
@@ -73,7 +73,7 @@ def _band(
     ax.imshow(np.linspace(top,0,64)[:,None], cmap=HEAT, vmin=0, vmax=top, extent=(COL2-.36,COL2-.28,y+1.7,y+1.26), aspect='auto')
     for v,dy in ((top,1.27),(0,1.69)): ax.text(COL2-.25, y+dy, f'{v:.2g}', va='center', fontsize=6)
 
-# %% ../nbs/01_slots.ipynb #e79c9a84
+# %% ../nbs/01_slots.ipynb #4fe35731
 @style()
 def moment(
     hs:dict,     # name of a search -> (T, 12, 4) alpha
@@ -88,13 +88,13 @@ def moment(
         if np.ndim(h) != 3 or np.shape(h)[1:] != (12,4) or not len(h): raise InputError(f'alpha of {k!r} has shape {np.shape(h)}, expected (T, 12, 4): stack one (12, 4) alpha per epoch')
     ts = ts or {k: np.arange(1, len(h)+1) for k,h in hs.items()}
     end, top = end or max(t[-1] for t in ts.values()), max(float(torch.as_tensor(h).softmax(-1).max()) for h in hs.values())
-    tall = [BAND*len(hs), 1.55*bool(net), 1.5*bool(losses)]
+    tall = [BAND*len(hs) + .03, 1.55*bool(net), 1.5*bool(losses)]
     fig = plt.figure(figsize=(COL2,sum(tall)))
     place = lambda i: (0, sum(tall[i+1:])/sum(tall), 1, tall[i]/sum(tall))
     ax = fig.add_axes(place(0)); ax.axis('off')
     at = {k: range(len(h))[now if now < 0 else min(now, len(h)-1)] for k,h in hs.items()}
     for i,(k,h) in enumerate(hs.items()): _band(ax, BAND*i, k, h, ts[k], at[k], max(top,.3), end)
-    ax.set(xlim=(0,COL2), ylim=(tall[0],0))
+    ax.set(xlim=(0,COL2), ylim=(tall[0],-.03))
     if net: draw_genotype(''.join('NEGA'[i] for i in np.asarray(hs[net][at[net]]).argmax(-1)), ax=fig.add_axes(place(1)))
     if losses:
         _, y, _, h = place(2)

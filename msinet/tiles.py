@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import *
 from .vis import *
 
-# %% ../nbs/01_tiles.ipynb #632ed0c4
+# %% ../nbs/01_tiles.ipynb #7e063dd0
 @dataclass(frozen=True)
 class Tiling:
     "Where the tiles of a table are, in inches from the top left corner."
@@ -28,9 +28,10 @@ class Tiling:
     above:float=.17  # room for a line of text above each tile
     right:float=.6   # room for a colour bar
     gap:float=.05    # between tiles
+    below:float=.03  # room for frames of the last row
 
     @property
-    def size(self) -> tuple: return self.left + self.cols*(self.width+self.gap) - self.gap + self.right, self.rows*(self.height+self.above+self.gap) - self.gap
+    def size(self) -> tuple: return self.left + self.cols*(self.width+self.gap) - self.gap + self.right, self.rows*(self.height+self.above+self.gap) - self.gap + self.below
     def place(self, r:int, k:int) -> tuple: # its left and upper edge
         return self.left + k*(self.width+self.gap), self.above + r*(self.height+self.above+self.gap)
 

@@ -94,7 +94,7 @@ def response(
     with Hooks(net.cells, lambda i, m, inp, y: activation(y)[0]) as h: net.eval()(x)
     return [h.out[i] for i in range(6)]
 
-# %% ../nbs/40_widgets.ipynb #6372aa13
+# %% ../nbs/40_widgets.ipynb #dd70c74a
 def interaction_lab(
     items,         # pictures to choose from, (H, W, 3) bytes each
     supernet=None, # the searched `MSINet` whose weights may answer; None: untrained weights alone
@@ -106,7 +106,7 @@ def interaction_lab(
     t = tiling(1, 7, np.divide(*np.shape(items[0])[:2]), most=1.5, left=.1, right=.5)
     W, tall = COL2, H + .55 + t.size[1]
     weights = ['untrained'] if supernet is None else ['searched','untrained']
-    answers = lru_cache(64)(lambda word, i, kind: response(word, normalise(torch.as_tensor(items[i]).permute(2,0,1)[None]), supernet if kind == 'searched' else None))
+    answers = lru_cache(64)(lambda word, i, kind: response(word, normalise(torch.tensor(np.array(items[i])).permute(2,0,1)[None]), supernet if kind == 'searched' else None))
     def draw(word, picture, weights):
         word = check_genotype(word)
         fig = tiles([[rgb(items[picture]), *answers(word, picture, weights)]], t, texts={(0,0): 'picture'} | {(0,i): f'cell {i}' for i in range(1,7)}, vmin=0, vmax=1, label='energy / largest')
@@ -114,8 +114,8 @@ def interaction_lab(
         fig.axes[0].set_position((0, 0, t.size[0]/W, t.size[1]/tall))
         draw_genotype(word, ax=fig.add_axes((0, 1-H/tall, 1, H/tall)))
         (p, m), (p1, m1) = known(word), known(TABLE1)
-        fig.text(.5, (t.size[1]+.3)/tall, f'{p/1e6:.3f} M parameters, {m/1e9:.3f} G multiply-accumulates at 256×128   (Table 1: {p1/1e6:.3f} M, {m1/1e9:.3f} G)', ha='center', va='center', fontsize=9, weight='bold')
-        fig.text(.5, (t.size[1]+.12)/tall, f'{sum(a == b for a,b in zip(word, TABLE1))} of 12 letters are those of Table 1', ha='center', va='center', fontsize=7)
+        fig.text(.5, (t.size[1]+.3)/tall, f'{p/1e6:.3f} M parameters, {m/1e9:.3f} G multiply-accumulates at 256×128  (Table 1: {p1/1e6:.3f} M, {m1/1e9:.3f} G)', ha='center', va='center', fontsize=9, weight='bold')
+        fig.text(.5, (t.size[1]+.12)/tall, f'{sum(a == b for a,b in zip(word, TABLE1))} of 12 letters are those of Table 1; counted without the neck', ha='center', va='center', fontsize=7)
         return fig
     def spots(**v): return [(((xs[i//2]+.32+.34*(i%2)-.15)/W, (H-.86-.42)/tall, .3/W, .84/tall), f'slot {i+1}: next letter') for i in range(12)]
     def turn(i, word, **v): word = check_genotype(word); return dict(word=word[:i] + 'NEGA'[('NEGA'.index(word[i])+1)%4] + word[i+1:])
