@@ -148,7 +148,7 @@ def test_augmentation_sliders_move(lab, page, shot):
 
 PANELS = ["interaction_lab", "alpha_player", "live_search", "cell_browser", "activation_lens", "retrieval_browser", "sam_explorer", "embedding_map", "augment_lab"]
 SLIDERS = dict(interaction_lab="picture", alpha_player="epoch", cell_browser="cell", activation_lens="query", retrieval_browser="query", sam_explorer="place", embedding_map="point", augment_lab="seed")
-CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=10)
+CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=-1)
 EXECUTE = """async code => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, f = k.requestExecute({code, store_history: false}); let out = '';
   f.onIOPub = m => { out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') }; await f.done; return out }"""
 CHANGED = "([e, before]) => e.getAttribute('src') !== before && e.complete"
@@ -176,7 +176,9 @@ class TourPanel:
         return sorted(self.timed(lambda k=k: self.page.keyboard.press(k)) for k in keys)[len(keys) // 2]
 
     def spot(self, i):
-        place = self.panel.locator(".widget-gridbox .widget-gridbox button").nth(i)
+        grid = self.panel.locator(".widget-gridbox .widget-gridbox")
+        place, over, under = grid.locator("button").nth(i), grid.bounding_box(), self.image.bounding_box()
+        assert all(abs(over[k] - under[k]) < 1.5 for k in over), f"buttons lie on {over}, the picture on {under}"
         place.scroll_into_view_if_needed()
         return self.timed(lambda: place.click())
 
