@@ -33,10 +33,10 @@ def png_size(
     "How large a PNG is, from its head."
     return int.from_bytes(b[16:20], 'big'), int.from_bytes(b[20:24], 'big')
 
-# %% ../nbs/40_controls.ipynb #66d353aa
+# %% ../nbs/40_controls.ipynb #65a0435b
 def to_keep(
     b:bytes,      # a PNG
-    most=120_000, # bytes
+    most=60_000, # bytes
 ) -> bytes:
     "A picture for a stored page: a large one in its 256 most needed colours, a third of the bytes."
     if len(b) <= most: return b
