@@ -156,4 +156,4 @@ def choice(
     "A choice in the kit's look."
     options = list(options)
     first = options[0][1] if isinstance(options[0], tuple) else options[0]
-    return w.Dropdown(options=options, value=first if value is None else value, description=name, layout=dict(width='250px'), style=dict(description_width='80px'))
+    return w.Dropdown(options=options, value=first if value is None else value, description=name, layout=dict(width='270px'), style=dict(description_width='95px'))

@@ -69,7 +69,6 @@ def _band(
     for dy,text in says.items(): ax.text(LEFT-.06, y+dy, text, ha='right', va='center', fontsize=6.5)
     for i,o in enumerate('NEGA'): ax.text(LEFT-.06, y+1.315+.11*i, f'{o} now', ha='right', va='center', fontsize=6.5)
     ax.text(.04, y+.1, name, va='bottom', fontsize=8, weight='bold')
-    shares = plt.cm.ScalarMappable(plt.Normalize(0, top), HEAT)
     ax.imshow(np.linspace(top,0,64)[:,None], cmap=HEAT, vmin=0, vmax=top, extent=(COL2-.36,COL2-.28,y+1.7,y+1.26), aspect='auto')
     for v,dy in ((top,1.27),(0,1.69)): ax.text(COL2-.25, y+dy, f'{v:.2g}', va='center', fontsize=6)
 
