@@ -342,6 +342,7 @@ def search(
     cfg:SearchConfig,
     data:ReIDData=None,  # instead of what `cfg.data` names
     progress:bool=False, # show bars
+    cbs=(),              # more callbacks for the `Learner`
 ) -> Found:
     "Search an architecture, and write a run folder. Raises `InputError` before anything is written."
     acc = accelerator(cfg.device, cfg.precision, cfg.accumulate)
@@ -358,7 +359,7 @@ def search(
         measure = lambda: scores(evaluate_loaders(net, *tests, data.same_cam_ok, acc.device, protocol, shared(acc))) if tests else {}
         history = AlphaHistory(run/'alphas.npy' if main else None)
         drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)
-        cbs = [Guard(), history, Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.drops)),
+        cbs = [*cbs, Guard(), history, Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.drops)),
                Schedule(step.opt_alpha, drop(cfg.lr_alpha, 0, cfg.drops_alpha or cfg.drops))]
         if main: cbs += [Log(run/'history.jsonl', 'search'), Checkpoint(run/'search.pt')]
         if progress: cbs.append(Progress('search'))

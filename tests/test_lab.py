@@ -31,21 +31,35 @@ PICTURES = "() => document.querySelectorAll('.jp-Notebook .jp-OutputArea img').l
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    "A JupyterLab on a copy of the notebooks, on the loopback address, behind a token."
+def notebooks(tmp_path_factory):
+    "A folder with a copy of the notebooks, and settings for a server of its own."
     tmp = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", tmp / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs", "figures"))
     for name, value in SETTINGS.items():
         f = tmp / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         f.parent.mkdir(parents=True, exist_ok=True)
         f.write_text(json.dumps(value))
+    return tmp
+
+
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
+        return s.getsockname()[1]
+
+
+def environment(tmp):
     dirs = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="run", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="ws", IPYTHONDIR="ipython", MPLCONFIGDIR="mpl")
     env = dict(os.environ, **{k: str(tmp / v) for k, v in dirs.items()})
     env.pop("IN_TEST", None)
+    return env
+
+
+@pytest.fixture(scope="session")
+def lab(notebooks):
+    "A JupyterLab on the loopback address, behind a token."
+    tmp, port, env = notebooks, free_port(), environment(notebooks)
+    token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
     command = f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token={token} --allow-root --LabApp.expose_app_in_browser=True"
     command += f" --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly --ServerApp.root_dir={tmp / 'nbs'}"
     with open(tmp / "server.log", "w") as log:
@@ -130,3 +144,120 @@ def test_augmentation_sliders_move(lab, page, shot):
     seconds.append(move(page, "erase", "Home"))
     shot("augment_lab")
     assert sorted(seconds)[len(seconds) // 2] < 2, seconds
+
+
+PANELS = ["interaction_lab", "alpha_player", "live_search", "cell_browser", "activation_lens", "retrieval_browser", "sam_explorer", "embedding_map", "augment_lab"]
+SLIDERS = dict(interaction_lab="picture", alpha_player="epoch", cell_browser="cell", activation_lens="query", retrieval_browser="query", sam_explorer="place", embedding_map="point", augment_lab="seed")
+CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=-1)
+EXECUTE = """async code => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, f = k.requestExecute({code, store_history: false}); let out = '';
+  f.onIOPub = m => { out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') }; await f.done; return out }"""
+CHANGED = "([e, before]) => e.getAttribute('src') !== before && e.complete"
+
+
+class TourPanel:
+    "One panel of the tour, in whatever page it is."
+    def __init__(self, page, name):
+        self.page, self.panel = page, page.locator(".widget-vbox").nth(PANELS.index(name))
+        self.image = self.panel.locator("img").first
+
+    def timed(self, act):
+        "Seconds from an act until the picture is another one."
+        before, start = self.image.get_attribute("src"), time.perf_counter()
+        act()
+        self.page.wait_for_function(CHANGED, arg=[self.image.element_handle(), before])
+        return time.perf_counter() - start
+
+    def slide(self, name, keys=("ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowRight")):
+        handle = self.panel.locator(".widget-inline-hbox", has=self.page.get_by_text(name, exact=True)).locator(".noUi-handle").first
+        handle.scroll_into_view_if_needed()
+        handle.focus()
+        if handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemin"):
+            keys = keys[1:]
+        return sorted(self.timed(lambda k=k: self.page.keyboard.press(k)) for k in keys)[len(keys) // 2]
+
+    def spot(self, i):
+        grid = self.panel.locator(".widget-gridbox .widget-gridbox")
+        place, over, under = grid.locator("button").nth(i), grid.bounding_box(), self.image.bounding_box()
+        assert all(abs(over[k] - under[k]) < 1.5 for k in over), f"buttons lie on {over}, the picture on {under}"
+        place.scroll_into_view_if_needed()
+        return self.timed(lambda: place.click())
+
+    def press(self, name):
+        self.panel.get_by_role("button", name=name).click()
+
+    def says(self, text):
+        self.panel.locator(".widget-label", has_text=text).first.wait_for()
+
+
+@pytest.fixture(scope="session")
+def tour(lab, page):
+    open_and_run(lab, page, "40a_tour")
+    page.wait_for_function(f"() => document.querySelectorAll('.widget-vbox img').length === {len(PANELS)}")
+    return page
+
+
+def test_tour_answers_to_sliders_and_clicks(tour):
+    seconds = {name: TourPanel(tour, name).slide(label) for name, label in SLIDERS.items()}
+    clicks = {name: TourPanel(tour, name).spot(i) for name, i in CLICKS.items()}
+    print("seconds to the new picture:", {k: round(v, 2) for k, v in seconds.items()}, "clicks:", {k: round(v, 2) for k, v in clicks.items()})
+    for name in PANELS:
+        panel = TourPanel(tour, name).panel
+        assert "Error" not in panel.inner_text(), name
+        if "MSINET_SHOTS" in os.environ:
+            panel.screenshot(path=Path(os.environ["MSINET_SHOTS"]) / f"{name}.png")
+    assert sorted(seconds.values())[len(seconds) // 2] < 2, seconds
+
+
+def test_search_is_started_paused_stepped_stopped_and_resumed(lab, tour, shot):
+    live, lens = TourPanel(tour, "live_search"), TourPanel(tour, "alpha_player")
+    live.timed(lambda: live.press("start"))
+    live.says("running")
+    lens.slide("epoch", ("ArrowLeft", "ArrowRight"))  # the notebook answers meanwhile
+    live.press("pause")
+    live.says("paused")
+    iteration = live.panel.locator(".widget-label", has_text="iteration").inner_text()
+    live.timed(lambda: live.press("step"))
+    live.says("paused")
+    tour.wait_for_function("([e, was]) => e.innerText !== was", arg=[live.panel.locator(".widget-label", has_text="iteration").element_handle(), iteration])
+    shot("live_paused")
+    live.press("stop")
+    live.says("stopped")
+    assert tour.evaluate(EXECUTE, "import threading; print(any('search' in t.name for t in threading.enumerate()), live.pulse.answered)").strip() == "False True"
+    tour.evaluate(EXECUTE, "live.pulse.every, live.pulse.patience, live.pulse.silent = .3, 5, 0")
+    live.press("go on")
+    live.says("running")
+    tour.goto("about:blank")  # the reader leaves: after a while the search does, too
+    time.sleep(5)
+    url, token = lab
+    tour.goto(f"{url}/lab/tree/40a_tour.ipynb?token={token}&reset", wait_until="domcontentloaded")
+    tour.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext")
+    tour.evaluate(READY)
+    assert tour.evaluate(EXECUTE, "print(live.search.state)").strip() in ("stopped", "finished")
+
+
+def test_tour_as_a_web_page(notebooks, page, shot):
+    pytest.importorskip("voila")
+    port = free_port()
+    command = f"-m voila {notebooks / 'nbs' / '40a_tour.ipynb'} --no-browser --Voila.ip=127.0.0.1 --port={port} --port_retries=0 --theme=light"
+    with open(notebooks / "voila.log", "w") as log:
+        server = subprocess.Popen([sys.executable, *command.split()], env=environment(notebooks), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(300):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert server.poll() is None, (notebooks / "voila.log").read_text()[-2000:]
+                time.sleep(0.2)
+        page.goto(f"http://127.0.0.1:{port}/", wait_until="domcontentloaded")
+        page.wait_for_function(f"() => document.querySelectorAll('.widget-vbox img').length === {len(PANELS)}")
+        cells, places = TourPanel(page, "cell_browser"), TourPanel(page, "sam_explorer")
+        cells.slide("cell")
+        places.spot(9)
+        assert "Traceback" not in page.inner_text("body") and page.locator(".jp-InputArea-editor").count() == 0
+        shot("voila")
+        if "MSINET_SHOTS" in os.environ:
+            page.screenshot(path=Path(os.environ["MSINET_SHOTS"]) / "voila_whole.png", full_page=True)
+    finally:
+        server.terminate()
+        server.wait(20)

@@ -1,6 +1,9 @@
 "Panels: what holds for all of them, without a browser."
 import base64
 import json
+import threading
+import time
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -8,7 +11,8 @@ import torch
 from tidy import VIEW, tidy
 
 from msinet.core import InputError
-from msinet.widgets import Panel, augment_lab, slider
+from msinet.search import SEARCH, search
+from msinet.widgets import LiveSearch, Panel, alpha_player, augment_lab, interaction_lab, live_search, slider
 
 
 def bar(n):
@@ -58,3 +62,84 @@ def test_augment_lab(shape):
         assert p.error is None and p.picture.value != before, c.description
     with pytest.raises(InputError, match="one picture"):
         augment_lab(torch.rand(shape))
+
+
+def test_a_click_sets_controls_and_draws_once():
+    drawn = []
+    p = Panel(lambda a, b: drawn.append((a, b)) or bar(a + b), dict(a=slider("a", 1, 0, 9), b=slider("b", 1, 0, 9)),
+              spots=lambda a, b: [((0, 0, 0.5, 1), "left"), ((0.5, 0, 0.5, 1), "right")], click=lambda i, a, b: dict(a=i + 3, b=i + 5))
+    p.stage.places.children[1].click()
+    assert drawn == [(1, 1), (4, 6)] and p.values() == dict(a=4, b=6)
+    p.click = lambda i, a, b: 1 / 0
+    p.stage.places.children[0].click()
+    assert "ZeroDivisionError" in p.said.value
+
+
+def test_an_error_closes_its_own_figure_alone():
+    mine = plt.figure()
+    def draw(n): plt.figure(); raise ValueError("no")
+    Panel(draw, dict(n=slider("n", 1, 0, 9)))
+    assert plt.get_fignums() == [mine.number]
+    plt.close(mine)
+
+
+def test_alpha_player_takes_one_search_or_two():
+    h = torch.randn(5, 12, 4, generator=torch.Generator().manual_seed(0))
+    for hs in (h, {"a": h, "b": h[:3]}):
+        p = alpha_player(hs)
+        p.controls["epoch"].value = 1
+        assert p.error is None, p.error
+
+
+def test_a_letter_is_turned_by_a_click():
+    p = interaction_lab([torch.randint(256, (64, 32, 3), dtype=torch.uint8).numpy()], word="N" * 12)
+    for letter in "EGAN":
+        p.stage.places.children[11].click()
+        assert p.error is None and p.values()["word"] == "N" * 11 + letter
+
+
+TINY = replace(SEARCH["smoke"], data="synth:n_ids=8,n_test=2,cams=3,visits=2,frames=2", size=(32, 16), batch=4, evaluate=False, threads=1)
+
+
+def searching():
+    return [t for t in threading.enumerate() if t.name.startswith("search ")]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5])
+def test_a_search_goes_on_where_it_was_left(tmp_path, steps):
+    straight = search(replace(TINY, out=str(tmp_path / "a")))
+    s = LiveSearch(replace(TINY, out=str(tmp_path / "b")))
+    s.go(steps)
+    s.join()
+    assert s.state == "paused" and len(s.reins.h) == steps
+    s.stop(wait=True)
+    assert s.state == "stopped" and not searching()
+    s.go()
+    s.join()
+    assert s.state == "finished" and (s.found.alphas == straight.alphas).all() and not searching()
+
+
+def test_one_folder_is_searched_once_at_a_time(tmp_path):
+    a, b = (LiveSearch(replace(TINY, out=str(tmp_path / "a"))) for _ in range(2))
+    a.go(1)
+    a.join()
+    with pytest.raises(InputError, match="being searched already"):
+        b.go()
+    a.stop(wait=True)
+
+
+def test_closing_the_panel_ends_its_thread_and_errors_are_shown(tmp_path):
+    p = live_search(replace(TINY, out=str(tmp_path / "a")))
+    p.search.go(2)
+    p.search.join()
+    p.close()
+    for _ in range(200):
+        if not searching():
+            break
+        time.sleep(0.02)
+    assert not searching()
+    bad = live_search(replace(TINY, out=str(tmp_path / "b"), K=3))
+    bad.search.go()
+    bad.search.join()
+    bad.news()
+    assert "does not divide" in bad.said.value and not searching()
