@@ -27,7 +27,7 @@ from .sam import *
 from .checkpoint import *
 from .train import *
 from .cam import *
-from .report import *
+from .figures import *
 from .controls import *
 
 # %% ../nbs/40_explorers.ipynb #1c8c3565

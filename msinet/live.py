@@ -20,7 +20,7 @@ from .space import *
 from .learner import *
 from .checkpoint import *
 from .search import *
-from .report import *
+from .figures import *
 from .controls import *
 
 # %% ../nbs/40_live.ipynb #a29b9f36
