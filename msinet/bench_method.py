@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['kept_bytes', 'peak_mb', 'with_work', 'plain_sam', 'bench_sam', 'plain_update', 'bench_memory', 'plain_mix',
-           'bench_search', 'bench_train', 'forms_of', 'bench_infer']
+           'bench_search', 'bench_train', 'forms_of', 'bench_infer', 'bench_networks']
 
-# %% ../nbs/51_bench_method.ipynb #30e76039
+# %% ../nbs/51_bench_method.ipynb #f314fa8a
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from .core import *
 from .space import *
 from .necks import *
 from .tcm import *
+from .backbones import *
 from .sam import *
 from .search import *
 from .train import *
@@ -194,4 +195,28 @@ def bench_infer(
             if 'ONNX Runtime' in forms: t.loc['ONNX Runtime', ['GFLOP','GB']] = t.loc['folded', ['GFLOP','GB']]
             t = t.assign(**{'per second': b/t.seconds})
             rows.append(t.rename(lambda k: f'{k}, {b}') if many else t)
+    return pd.concat(rows)
+
+# %% ../nbs/51_bench_method.ipynb #04d56b03
+def bench_networks(
+    B=(1,16,64),                    # pictures to embed, one group of rows each
+    train_B:int=16,                 # pictures of a training step, four of each identity; 0 leaves it out
+    size:tuple[int,int]=(256,128),  # (H, W) in pixels
+    names=('resnet50','osnet','cdnet','deit_s','deit_b','vit_b','msinet'), # of `BACKBONES`, the one to compare with first
+    rounds:int=5,                   # see `ratio`
+    device='cpu',                   # where
+) -> pd.DataFrame: # as `ratio`, pictures a second and, of a training step, MB at the peak
+    "Every network of the kit: embedding, and a training step."
+    nets = {n: network(n, TABLE1, (64,256,384,512), 3, size, 100).to(device) for n in names}
+    rows = []
+    for b in B:
+        x = torch.randn(b, 3, *size, device=device)
+        forms = {f'{n}, embeds {b}': torch.no_grad()(partial(net.eval().embed, x)) for n,net in nets.items()}
+        rows.append(with_work(ratio(forms, rounds, clock_of(device)), forms).assign(**{'per second': lambda t: b/t.seconds}))
+    if train_B:
+        x, y = torch.randn(train_B, 3, *size, device=device), torch.arange(train_B, device=device)//4
+        steps = {f'{n}, trains {train_B}': TrainStep(net.train(), torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-6)) for n,net in nets.items()}
+        forms = {k: partial(s, (x, y)) for k,s in steps.items()}
+        t = with_work(ratio(forms, rounds, clock_of(device)), forms)
+        rows.append(t.assign(MB=[peak_mb(f, device) for f in forms.values()], **{'per second': train_B/t.seconds}))
     return pd.concat(rows)

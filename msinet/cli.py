@@ -54,11 +54,11 @@ class FiguresConfig:
     out:str=''           # folder to write to; empty: `figures` in the run's
     data:str=''          # another set than the run's, as for evaluate
 
-# %% ../nbs/52_cli.ipynb #326312c0
+# %% ../nbs/52_cli.ipynb #0678ee97
 @dataclass(frozen=True)
 class BenchConfig:
     "What things cost on this machine, as ratios with their spread, in one table."
-    what:tyro.conf.Positional[Literal['all','data','retrieval','search','train','sam','memory','infer']]='all' # files to batches; exact ranking; half-step of α; training step; alignment; memory; embedding
+    what:tyro.conf.Positional[Literal['all','data','retrieval','search','train','sam','memory','infer','networks']]='all' # files to batches; exact ranking; half-step of α; training step; alignment; memory; embedding; all networks
     rounds:int=5         # each version is measured so often, in turn
     out:str='bench.json' # the rows as JSON, with versions and the machine's limits; empty writes none
     device:str='cpu'     # cpu or cuda; empty takes the best
