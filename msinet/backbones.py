@@ -44,7 +44,7 @@ class ScaleBlock(nn.Module):
         gates = self.gate.mlp(torch.cat([x.mean((2,3), keepdim=True) for x in xs])).sigmoid().chunk(len(xs))
         return (self.close(sum(g*x for g,x in zip(gates, xs))) + self.shortcut(x)).relu()
 
-# %% ../nbs/16_backbones.ipynb #3e33c41d
+# %% ../nbs/16_backbones.ipynb #7086ded0
 class ScaleNet(nn.Module):
     "Stem and three stages of `ScaleBlock`s. A backbone."
     def __init__(self,
@@ -65,12 +65,7 @@ class ScaleNet(nn.Module):
     @property
     def cells(self) -> list: return [b for s in self.stages for b in s.blocks]
 
-    def forward(self,
-        x:Tensor, # (B, 3, H, W) normalised images
-    ) -> list[Tensor]: # maps after stage 1, 2 and 3
-        x, maps = self.stem(x), []
-        for s in self.stages: x = s(x); maps.append(x)
-        return maps
+    forward = MSINet.forward # the stem, then the map of each stage
 
 # %% ../nbs/16_backbones.ipynb #4d6e22ad
 def osnet(

@@ -147,7 +147,7 @@ def slider(
     return (w.IntSlider if whole else w.FloatSlider)(value, min=lo, max=hi, step=step or (1 if whole else (hi-lo)/20), description=name, continuous_update=live,
                                                      layout=dict(width='300px'), style=dict(description_width='80px'))
 
-# %% ../nbs/40_controls.ipynb #47209651
+# %% ../nbs/40_controls.ipynb #26218e4e
 def choice(
     name:str, # shown
     options,  # texts, or (text, value) pairs

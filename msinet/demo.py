@@ -17,6 +17,7 @@ from .learner import *
 from .checkpoint import *
 from .search import *
 from .train import *
+from .figures import *
 from .report import *
 
 # %% ../nbs/32_demo.ipynb #e518c6dc

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_precision', 'accelerator', 'part_of', 'agreed', 'Gather', 'gather', 'share_grads', 'check_shares', 'in_parts',
-           'pooled', 'SyncBN', 'sync_bn', 'scaler', 'shared', 'work', 'work_on_cpu', 'spawn', 'launch']
+           'pooled', 'SyncBN', 'sync_bn', 'scaler', 'shared', 'answer', 'beside_others', 'spawn', 'launch']
 
 # %% ../nbs/20_devices.ipynb #1140ca2e
 import os, pickle, sys, tempfile, time
@@ -179,7 +179,7 @@ def shared(
     return gather if acc.num_processes > 1 else None
 
 # %% ../nbs/20_devices.ipynb #a185b47c
-def work(f, args:tuple, dir:str):
+def answer(f, args:tuple, dir:str):
     "In a process that was started: call `f`, and leave in `dir` what it gave or why it failed."
     r = int(os.environ['RANK'])
     try: out = f(*args)
@@ -191,11 +191,11 @@ def work(f, args:tuple, dir:str):
     if r == 0: torch.save(out, Path(dir)/'out')
 
 # %% ../nbs/20_devices.ipynb #ba94d76e
-def work_on_cpu(r:int, f, args:tuple, dir:str, n:int):
+def beside_others(r:int, f, args:tuple, dir:str, n:int):
     "The r-th of n processes on a processor."
     os.environ.update(RANK=str(r), LOCAL_RANK=str(r))
     dist.init_process_group('gloo', rank=r, world_size=n, store=dist.FileStore(f'{dir}/meet', n))
-    try: work(f, args, dir)
+    try: answer(f, args, dir)
     finally: dist.destroy_process_group()
 
 # %% ../nbs/20_devices.ipynb #6a069af8
@@ -205,7 +205,7 @@ def spawn(f, args:tuple, dir:str, n:int, limit:float):
                omp_num_threads=os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1)//n)))
     if sys.platform == 'linux': env['gloo_socket_ifname'] = 'lo'
     with patch_environment(**env):
-        started = torch.multiprocessing.start_processes(work_on_cpu, (f, args, dir, n), n, join=False, start_method='spawn')
+        started = torch.multiprocessing.start_processes(beside_others, (f, args, dir, n), n, join=False, start_method='spawn')
     end = time.monotonic() + (limit or float('inf'))
     try:
         while not started.join(1):
@@ -227,7 +227,7 @@ def launch(
     if not gpus and f.__module__ == '__main__': raise InputError(f'{f.__name__} is defined in the notebook, where new processes cannot find it; expected a function of a module: put it into a file and import it')
     AcceleratorState._reset_state(True)
     with tempfile.TemporaryDirectory() as d:
-        try: notebook_launcher(work, (f, args, d), num_processes=n) if gpus else spawn(f, args, d, n, limit)
+        try: notebook_launcher(answer, (f, args, d), num_processes=n) if gpus else spawn(f, args, d, n, limit)
         except Exception:
             first = min(Path(d).glob('error*'), key=lambda p: p.stat().st_mtime_ns, default=None)
             if first is None: raise

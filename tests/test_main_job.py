@@ -13,8 +13,9 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
+from msinet.figures import config_of, read_run
 from msinet.learner import Callback, Learner, lr_at
-from msinet.report import config_of, read_run, report
+from msinet.report import report
 from msinet.search import SEARCH, SMOKE_SYNTH, SearchConfig, search
 from msinet.synth import get_data
 from msinet.train import TRAIN, TrainConfig, open_net, train
