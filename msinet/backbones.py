@@ -196,13 +196,15 @@ def check_backbone(
     "Raises `InputError` for a name that isn't one."
     if name not in BACKBONES: raise InputError(f"backbone {name!r} is not there, expected one of {', '.join(BACKBONES)}")
 
-# %% ../nbs/16_backbones.ipynb #866d7b4e
+# %% ../nbs/16_backbones.ipynb #dac7de7f
 def compared(
     name:str,                       # a key of `NECKS`
     size:tuple[int,int]=(256, 128), # (H, W) of the images in pixels; a ViT is built for it
     n_ids:int=0,                    # training identities; 0 for no classifier
+    channels=(64, 256, 384, 512),   # of the stem and the three stages of OSNet and CDNet; the others have their own
 ) -> ReIDNet:
     "A compared network with its neck. Raises `InputError` for a name that isn't one."
     check_backbone(name)
-    backbone = BACKBONES[name](**(dict(size=size) if 'size' in signature(BACKBONES[name]).parameters else {}))
+    takes = signature(BACKBONES[name]).parameters
+    backbone = BACKBONES[name](**{k: v for k,v in dict(size=size, channels=channels).items() if k in takes})
     return ReIDNet(backbone, NECKS[name](backbone.channels, n_ids))

@@ -6,7 +6,7 @@
 __all__ = ['InputError', 'set_seed', 'rng_state', 'set_rng_state', 'def_device', 'threads', 'Hooks', 'n_params', 'macs',
            'environment', 'ensure_torchvision']
 
-# %% ../nbs/00_core.ipynb #e3570801
+# %% ../nbs/00_core.ipynb #94cf208a
 import importlib.util, os, platform, random, subprocess, sys
 from contextlib import contextmanager
 from importlib.metadata import version, PackageNotFoundError
@@ -14,6 +14,7 @@ from importlib.metadata import version, PackageNotFoundError
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../nbs/00_core.ipynb #a14c849e
 class InputError(ValueError):
@@ -94,7 +95,7 @@ def n_params(
     "How many numbers the network learns or keeps as parameters."
     return sum(p.numel() for n,p in m.named_parameters() if not any(s in n for s in skip))
 
-# %% ../nbs/00_core.ipynb #9adf6f44
+# %% ../nbs/00_core.ipynb #58d1b829
 def macs(
     m:nn.Module, # the network
     size,        # (H, W) of one image in pixels
@@ -102,7 +103,7 @@ def macs(
     "Multiply-accumulates of one image's forward pass in eval mode."
     from torch.utils.flop_counter import FlopCounterMode
     was, p = m.training, next(m.parameters())
-    with FlopCounterMode(display=False) as count, torch.no_grad(): m.eval()(torch.zeros(1,3,*size, device=p.device, dtype=p.dtype))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count, torch.no_grad(): m.eval()(torch.zeros(1,3,*size, device=p.device, dtype=p.dtype))
     m.train(was)
     return count.get_total_flops()//2
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'EXAMPLE', 'Item', 'Source', 'ReIDData', 'summary', 'relabel', 'is_litter', 'files_below', 'pictures',
-           'read_picture', 'LeftOut', 'read_names', 'read_list', 'on_disk']
+           'read_picture', 'LeftOut', 'read_names', 'read_list', 'on_disk', 'data_mark']
 
-# %% ../nbs/02_items.ipynb #7cc0803d
-import os, re, warnings
+# %% ../nbs/02_items.ipynb #186d0b95
+import hashlib, os, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -161,3 +161,12 @@ def on_disk(
     gone = sorted({i.path for i in items} - {i.path for i in good})
     if len(good) < len(items): warnings.warn(LeftOut(f'{len(items)-len(good)} of {len(items)} pictures listed in {where} are missing and left out, such as {gone[0]}', gone, 'missing'), stacklevel=3)
     return good
+
+# %% ../nbs/02_items.ipynb #c11735aa
+def data_mark(
+    data:ReIDData,
+) -> str: # twelve hexadecimal digits
+    "A fingerprint of a set that doesn't depend on where it lies. Pictures that are rendered on demand count by their names."
+    def line(i): return f'{Path(i.path).name} {i.pid} {i.cam} {Path(i.path).stat().st_size if Path(i.path).is_file() else -1}'
+    lists = ['\n'.join(sorted(map(line, items))) for items in (data.train, data.query, data.gallery)]
+    return hashlib.sha256('\n\n'.join(lists).encode()).hexdigest()[:12]

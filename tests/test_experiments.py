@@ -1,0 +1,164 @@
+"The grid: nothing is done twice, a failure is a row, a killed worker costs its last epoch."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from msinet.cli import main
+from msinet.core import InputError
+from msinet.experiments import differences, figure, planned, results, table
+from msinet.runs import PARTS, key_of, names_of, run_of
+from msinet.search import SMOKE_SYNTH
+from msinet.trials import collect, grid, perform, read_rows, rows, shrunk
+
+NAMES = ("MS/none", "MS/gate", "MS/exchange", "MS/attention")
+
+SCRIPT = f"""
+import sys
+from msinet.runs import run_of
+from msinet.search import SMOKE_SYNTH
+from msinet.trials import grid, shrunk
+if __name__ == '__main__':
+    print(grid([shrunk(run_of(n, 'demo'), SMOKE_SYNTH, 12) for n in {NAMES}], sys.argv[1], workers=2)[['key','run','status']].to_string())
+"""
+
+
+def tiny(name, seed=0, epochs=2):
+    return shrunk(run_of(name, "demo", seed), SMOKE_SYNTH, epochs)
+
+
+def workers_of(pid):
+    "Ray's processes below ours that carry out a trial now."
+    import psutil
+
+    out = []
+    for p in psutil.Process(pid).children(recursive=True):
+        try:
+            if p.name().startswith("ray::perform") or "ray::perform" in " ".join(p.cmdline()):
+                out.append(p)
+        except psutil.Error:
+            pass
+    return out
+
+
+def test_a_killed_worker_costs_no_row(tmp_path):
+    pytest.importorskip("ray")
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    job = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "grid")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        killed = 0
+        for _ in range(600):
+            time.sleep(0.1)
+            begun = list((tmp_path / "grid").glob("*/train/train.pt"))  # a checkpoint: in the middle of a training
+            busy = workers_of(job.pid)
+            if begun and busy:
+                busy[0].send_signal(signal.SIGKILL)
+                killed = busy[0].pid
+                break
+            if job.poll() is not None:
+                break
+        out, _ = job.communicate(timeout=150)
+    finally:
+        job.kill()
+    assert killed and job.returncode == 0, out[-2000:]
+    found = read_rows(tmp_path / "grid")
+    assert sorted(r["run"] for r in found) == sorted(NAMES) and {r["status"] for r in found} == {"done"}, out[-2000:]
+    for r in found:  # each epoch once, and none missing, also of the one that was killed
+        log = [json.loads(t) for t in (tmp_path / "grid" / r["key"] / "train/history.jsonl").read_text().splitlines()]
+        assert [e["epoch"] for e in log] == list(range(1, 13))
+    alone = perform(tiny(NAMES[0], epochs=12), tmp_path / "alone")  # and the numbers are those of a run that nobody killed
+    assert next(r for r in found if r["run"] == NAMES[0])["metrics"] == alone["metrics"]
+
+
+def test_a_grid_goes_on_where_it_stopped(tmp_path):
+    bad = replace(tiny("MS/gate"), train=replace(tiny("MS/gate").train, genotype="GG"))
+    seen = []
+    t = grid([tiny("MS/none"), bad], tmp_path, say=seen.append)
+    assert [r["status"] for r in seen] == ["done", "failed"] and "GG" in seen[1]["error"]
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/row.json")}
+    grid([tiny("MS/none"), bad], tmp_path)
+    done = tmp_path / key_of(tiny("MS/none")) / "row.json"
+    again = tmp_path / key_of(bad) / "row.json"
+    assert done.stat().st_mtime_ns == times[done] and again.stat().st_mtime_ns > times[again]
+    assert t.status.tolist() == rows(tmp_path).status.tolist()
+    assert not list(tmp_path.glob("*/*/*.pt")) or not (tmp_path / key_of(tiny("MS/none")) / "train/train.pt").exists()
+
+
+def test_collect_keeps_rows_of_both(tmp_path):
+    perform(tiny("MS/none"), tmp_path / "a")
+    perform(tiny("MS/none", 1), tmp_path / "b")
+    for d in "ab":
+        collect(tmp_path / d, tmp_path / "rows.jsonl")
+    assert sorted(r["seed"] for r in read_rows(tmp_path / "rows.jsonl")) == [0, 1]
+
+
+def test_a_row_carries_what_it_takes_to_judge_it(tmp_path):
+    r = perform(tiny("VR>VID/sam"), tmp_path)
+    assert r["status"] == "done", r["error"]
+    assert r["config"]["train"]["lambda_sa"] == 2 if "lambda_sa" in r["config"]["train"] else True
+    assert r["seed"] == 0 and r["environment"]["torch"] and len(r["metrics"]["VR"]["mark"]) == 12 and r["seconds"]["train"] > 0
+    assert np.isclose(np.mean(r["metrics"]["VR"]["ap"]), r["metrics"]["VR"]["mAP"], atol=1e-4)
+
+
+def test_every_run_has_a_config_at_both_scales():
+    keys = {}
+    for name in names_of(""):
+        for scale in ("paper", "demo"):
+            keys.setdefault(key_of(run_of(name, scale)), set()).add((scale, name))
+    for same in keys.values():  # names that share a key must be the same arm in columns that share a training
+        assert len({s for s, _ in same}) == 1 and len({n.split("/")[1] for _, n in same}) == 1, same
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_tables_without_rows_say_so(n, tmp_path):
+    t = table(n, tmp_path)
+    if n > 1:
+        ours = t.xs("ours", axis=1, level=1)
+        assert set(np.unique(ours.values)) <= {"not run", "quoted"}
+
+
+def test_a_figure_without_rows_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="msinet run 'figure 5b'"):
+        figure("5b", tmp_path)
+
+
+def test_a_difference_against_a_loop(tmp_path):
+    rng = np.random.default_rng(0)
+    t = pd.DataFrame([dict(arm=a, column="MS", seed=s, status="done", ap=list(rng.random(7))) for a in ("x", "y") for s in range(4)])
+    d = differences(t, "y").iloc[0]
+    each = [100 * sum(p - q for p, q in zip(*(t[(t.arm == a) & (t.seed == s)].ap.iloc[0] for a in "xy"))) / 7 for s in range(4)]
+    assert np.allclose(d.each, each) and np.isclose(d.difference, np.mean(each))
+    assert np.isclose(d.half, 3.182446 * np.std(each, ddof=1) / 2, rtol=1e-5)
+
+
+def test_commands(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["run", "figure 9"])
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    main(["run", "figure 5c", "--seeds", "2", "--dry-run", "--dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "6 of 6 runs to do" in out and "hours" in out
+    main(["table", "2", "--rows", str(tmp_path)])
+    assert "95.3" in capsys.readouterr().out
+    assert len(planned("figure 5c", "demo", 2)) == 6 and "figure 5c" in PARTS
+
+
+def test_a_figure_of_rows(tmp_path):
+    for name in ("MS/none", "MS/gate"):
+        for seed in (0, 1):
+            r = run_of(name, "demo", seed)
+            row = perform(tiny(name, seed), tmp_path / "tiny")
+            (tmp_path / "demo" / key_of(r)).mkdir(parents=True)
+            (tmp_path / "demo" / key_of(r) / "row.json").write_text(json.dumps(row | dict(key=key_of(r))))
+    t = results("figure 5b", tmp_path / "demo")
+    assert sorted(t.arm.unique()) == ["gate", "none"] and (t.status == "done").all()
+    main(["figure", "5b", "--rows", str(tmp_path / "demo"), "--out", str(tmp_path / "fig" / "b")])
+    assert (tmp_path / "fig/b.pdf").read_bytes()[:5] == b"%PDF-" and (tmp_path / "fig/b.png").exists()
