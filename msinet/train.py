@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAIN', 'TrainStep', 'TrainConfig', 'network', 'build', 'start_from', 'open_net', 'Pixels', 'Trained', 'train']
 
-# %% ../nbs/23_train.ipynb #d7409b52
+# %% ../nbs/23_train.ipynb #32378f37
 from dataclasses import dataclass, asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from .losses import *
 from .backbones import *
 from .weights import *
 from .sam import *
+from .align import *
 from .devices import *
 from .learner import *
 from .checkpoint import *
@@ -70,7 +71,7 @@ class TrainStep:
     def load_state_dict(self, s:dict):
         for k,v in self.stateful().items(): v.load_state_dict(s[k])
 
-# %% ../nbs/23_train.ipynb #1573d749
+# %% ../nbs/23_train.ipynb #19da4d5a
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
@@ -85,6 +86,7 @@ class TrainConfig:
     size:tuple[int,int]=(256,128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
     channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages
     rho:int=3                      # scale ratio of the two branches, Fig. 5d
+    fuse:Literal['sum','minus','multiply']='sum' # how the two branches of a cell become one, Fig. 5c
     epochs:int=350                 # §4.3; cross-domain 250
     batch:int=64                   # images in a batch, P·K
     K:int=4                        # images of each identity in a batch; P = batch/K
@@ -97,6 +99,8 @@ class TrainConfig:
     m:float=.3                     # margin of the triplet loss, Eq. 6
     normalise:bool=True            # triplets compare unit vectors, as released; no is Eq. 6 to the letter
     lambda_sa:float=2.             # weight of the spatial alignment, §4.3; 0 trains without SAM
+    align:Literal['pam','separated','unified','positives','negatives']='pam' # which vectors are aligned, Table 5
+    centred:bool=False             # alignment of vectors without their mean; a diagnosis, not in the paper
     sam_released:bool=False        # alignment over positions of the other image, as released
     erase:float=.5                 # probability of random erasing; cross-domain 0
     pad:int=10                     # pixels of padding before the random crop
@@ -123,26 +127,27 @@ TRAIN = dict(
     smoke=TrainConfig(epochs=2, lr=3e-3, warmup=1, drops=(), **smoke))
 TRAIN = {k: replace(c, preset=k) for k,c in TRAIN.items()}
 
-# %% ../nbs/23_train.ipynb #4496811e
+# %% ../nbs/23_train.ipynb #33dc171f
 def network(
     backbone:str, # msinet, or the name of a compared network
     genotype:str, channels, rho:int, # of MSINet, as for `derived`
     size,         # (H, W) of the images in pixels; a ViT is built for it
     n_ids:int,    # training identities; 0 for no classifiers
+    fuse=torch.add, # of MSINet: how branches become one
 ) -> ReIDNet:
     "A network with the neck it is published with. Raises `InputError` for a genotype or a name that isn't one."
     if backbone != 'msinet': return compared(backbone, size, n_ids)
-    b = derived(genotype, channels, rho)
+    b = derived(genotype, channels, rho, fuse)
     return ReIDNet(b, FBLNeck(b.channels, n_ids))
 
-# %% ../nbs/23_train.ipynb #74cf5072
+# %% ../nbs/23_train.ipynb #e9b7c83f
 def build(
     cfg:TrainConfig,
     n_ids:int, # training identities; 0 for no classifiers
 ) -> tuple[ReIDNet,SAM]: # the network, and the alignment module or None
     "The network of a configuration. Errors as `network`."
-    net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids)
-    return net, SAM(net.backbone.channels[-1], released=cfg.sam_released) if cfg.lambda_sa else None
+    net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, one_of(FUSES, cfg.fuse, 'fuse'))
+    return net, one_of(ALIGN, cfg.align, 'align')(net.backbone.channels[-1], released=cfg.sam_released, centred=cfg.centred) if cfg.lambda_sa else None
 
 # %% ../nbs/23_train.ipynb #c1e1e45a
 def start_from(
@@ -158,7 +163,7 @@ def start_from(
     if wrong: raise InputError(f'{path} does not fit: {len(wrong)} tensors differ, the first is {wrong[0]}; expected weights of the same genotype and channels')
     net.load_state_dict(sd, strict=False)
 
-# %% ../nbs/23_train.ipynb #1a1b83dd
+# %% ../nbs/23_train.ipynb #e2e3d44b
 def open_net(
     run, # a run folder with model.safetensors, or such a file
 ) -> tuple[ReIDNet,dict]: # the network in eval mode, and what it is: genotype, channels, size, ...
@@ -167,7 +172,7 @@ def open_net(
     sd, about = load_weights(path/'model.safetensors' if path.is_dir() else path)
     if not {'backbone','genotype'} & set(about): raise InputError(f'{path} does not say what network it belongs to, expected weights written by `train`')
     n_ids = sd['neck.classifier.weight'].shape[0] if 'neck.classifier.weight' in sd else 0
-    net = network(about.get('backbone', 'msinet'), *map(about.get, ('genotype', 'channels', 'rho', 'size')), n_ids)
+    net = network(about.get('backbone', 'msinet'), *map(about.get, ('genotype', 'channels', 'rho', 'size')), n_ids, FUSES[about.get('fuse', 'sum')]) # files from before Fig. 5c's arms say nothing
     net.load_state_dict(sd)
     return net.eval(), about
 
@@ -185,7 +190,7 @@ class Trained:
     history:list    # one dict per epoch
     run:Path        # the run's folder
 
-# %% ../nbs/23_train.ipynb #493c0575
+# %% ../nbs/23_train.ipynb #3f0fa557
 def train(
     cfg:TrainConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names
@@ -212,7 +217,7 @@ def train(
         protocol = protocol_of(target.name)
         measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, acc.device, protocol, shared(acc)))
         about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size)
-        if cfg.backbone == 'msinet': about |= dict(genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho)
+        if cfg.backbone == 'msinet': about |= dict(genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse)
         cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every)]
         if main: cbs += [Log(run/'history.jsonl', 'train'), Checkpoint(run/'train.pt')]
         if progress: cbs.append(Progress('train'))

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from msinet.align import ALIGN, pairwise, unified
+from msinet.backbones import compared
 from msinet.core import InputError, n_params
-from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation
+from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation, less_mean
 
 G = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent/'golden'/'d_losses.npz').items() if k.startswith('sam.')}
 TERMS = dict(pos=(1., 0.), neg=(0., 1.), pos_neg=(1., 1.))
@@ -186,3 +188,47 @@ def test_no_grad_and_a_frozen_map():
     with torch.no_grad(): still = sam(x, y)
     loss = sam(x, y); loss.backward() # only the module learns
     assert_close(still, loss.detach()); assert all(p.grad.isfinite().all() for p in sam.parameters())
+
+
+# the rows of Table 5
+
+def group_loop(a, y, pos, neg):
+    S = lambda v, w: F.cosine_similarity(v, w, dim=0)
+    total = 0.
+    for i in range(len(y)):
+        for weight, group in ((pos, [j for j in range(len(y)) if y[j] == y[i]]), (neg, [j for j in range(len(y)) if y[j] != y[i]])):
+            total += weight*sum(1-S(a[i, j], a[i, k]) for j in group for k in group)/max(1, len(group))**2
+    return total/len(y)
+
+
+@pytest.mark.parametrize('y', [[0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 2, 1, 0, 1, 3], [4]*8, list(range(8))], ids=str)
+@pytest.mark.parametrize('w', [(1, 1), (1, 0), (0, 1), (.5, 2)], ids=str)
+def test_pairs_without_pam(y, w):
+    a = torch.rand(8, 8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    assert_close(pairwise(a, torch.tensor(y), *w), group_loop(a, y, *w), rtol=0, atol=1e-12)
+    assert_close(unified(a), group_loop(a, [0]*8, 1, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ALIGN)
+@pytest.mark.parametrize('centred', [False, True])
+def test_every_arm_learns_and_only_pam_has_parameters(name, centred):
+    y, x = torch.tensor([0, 0, 1, 2]), torch.rand(4, 8, 2, 3, dtype=torch.double, requires_grad=True)
+    for released in (False, True):
+        sam = ALIGN[name](8, released=released, centred=centred).double()
+        assert (n_params(sam) > 0) == (name == 'pam')
+        assert gradcheck(lambda x, *_: sam(x, y), (x, *sam.parameters()))
+        assert sam(x[:1], y[:1]).isfinite()
+        sam.load_state_dict(sam.state_dict())
+
+
+def test_centred_vectors_do_not_see_brightness():
+    a = torch.rand(4, 4, 6, dtype=torch.double)
+    assert_close(less_mean(a + 7), less_mean(a)); assert_close(unified(less_mean(a + 7)), unified(less_mean(a)))
+    assert unified(a + 7) < unified(a)/10
+
+
+def test_on_osnet():
+    net, y = compared('osnet', n_ids=2), torch.tensor([0, 0, 1, 1])
+    for make in ALIGN.values():
+        net.zero_grad(); make(net.backbone.channels[-1])(net(torch.randn(4, 3, 64, 32)).maps[-1], y).backward()
+        assert net.backbone.stem.conv.conv.weight.grad.abs().sum() > 0

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,14 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from msinet.checkpoint import save_weights
 from msinet.core import InputError
 from msinet.data import Item, relabel
+from msinet.devices import accelerator
+from msinet.search import SEARCH, build_search, held, search
+from msinet.synth import get_data
 from msinet.tcm import Memory, released_split, rounds, twin_split
+from msinet.train import network, open_net
 
 GOLD = Path(__file__).parent/'golden'
 G = {k: torch.from_numpy(v) for k, v in np.load(GOLD/'e_memory.npz').items() if v.dtype.kind in 'fi'}
@@ -230,3 +236,60 @@ def test_an_update_writes_into_the_table():
     c, before = m.c, m.c.clone()
     m.update(torch.randn(3, 6), torch.tensor([1, 4, 1]))
     assert m.c is c and (c[[0, 2, 3]] == before[[0, 2, 3]]).all() and (c[[1, 4]] != before[[1, 4]]).any(1).all()
+
+
+# the arms of the search
+
+SMOKE = replace(SEARCH['smoke'], epochs=2, evaluate=False)
+
+
+@pytest.mark.parametrize('overlap', [1., .75, .5, .25, 0.])
+def test_every_overlap_searches(overlap, tmp_path):
+    found = search(replace(SMOKE, epochs=1, overlap=overlap, out=str(tmp_path/'run')))
+    assert np.isfinite(found.history[0]['val']) and found.alphas.shape == (1, 12, 4)
+
+
+def test_a_classifier_needs_the_same_people(tmp_path):
+    for overlap in (.75, 0.):
+        with pytest.raises(InputError, match='objective ce found') as e: search(replace(SMOKE, objective='ce', overlap=overlap, out=str(tmp_path/'run')))
+        assert '\n' not in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_classifier_moves_with_omega_alone():
+    cfg = replace(SMOKE, objective='ce', overlap=1.)
+    step, dl = build_search(cfg, get_data(cfg.data, cfg.size), accelerator('cpu'))
+    assert step.c_tr is step.c_val and any(p is step.c_tr.classifier.weight for p in held(step.opt_omega))
+    w = step.c_tr.classifier.weight.detach().clone()
+    step.alpha(); assert torch.equal(step.c_tr.classifier.weight, w) and step.c_tr.classifier.weight.grad is None
+    step.omega(next(iter(dl))); assert not torch.equal(step.c_tr.classifier.weight, w)
+
+
+@pytest.mark.parametrize('arm', [dict(objective='ce', overlap=1.), dict(unrolled=True), dict(cost=.5), dict(fuse='multiply'), dict(unrolled=True, cost=.5, alpha_first=True)], ids=str)
+def test_arms_resume_bit_for_bit(arm, tmp_path):
+    cfg = replace(SMOKE, **arm)
+    whole = search(replace(cfg, out=str(tmp_path/'whole')))
+    search(replace(cfg, out=str(tmp_path/'part'), epochs=1, drops=()))
+    again = search(replace(cfg, out=str(tmp_path/'part'), resume=True))
+    assert np.array_equal(whole.alphas, again.alphas)
+    assert all(torch.equal(a, b) for a, b in zip(whole.net.state_dict().values(), again.net.state_dict().values()))
+    assert not np.array_equal(whole.alphas, search(replace(SMOKE, out=str(tmp_path/'plain'))).alphas)
+
+
+def test_a_price_pushes_attention_down(tmp_path):
+    share = lambda cost: np.exp(a := search(replace(SMOKE, cost=cost, epochs=4, lr_alpha=.1, out=str(tmp_path/f'run{cost}'))).alphas[-1])[:, 3].sum()/np.exp(a).sum()
+    assert share(100.) < share(0.)
+
+
+@pytest.mark.parametrize('wrong', [dict(unrolled=True, leak=True, alpha_first=True), dict(objective='softmax'), dict(fuse='concat')], ids=str)
+def test_arms_that_do_not_go_together(wrong, tmp_path):
+    with pytest.raises(InputError, match='expected'): search(replace(SMOKE, out=str(tmp_path/'run'), **wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_from_before_the_arms_are_sums(tmp_path):
+    net = network('msinet', 'N'*12, (8, 16, 24, 32), 3, (64, 32), 4)
+    save_weights(net, tmp_path/'old.safetensors', dict(kind='derived', backbone='msinet', genotype='N'*12, channels=(8, 16, 24, 32), rho=3, size=(64, 32)))
+    opened = open_net(tmp_path/'old.safetensors')[0]
+    assert all(c.fuse is torch.add for c in opened.backbone.cells)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), opened.state_dict().values()))
