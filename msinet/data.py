@@ -6,7 +6,7 @@
 __all__ = ['VID_QUERIES', 'PUBLISHED', 'RENDERED', 'MARKET', 'MSMT', 'DATASETS', 'levels', 'find_layout', 'sourced', 'market1501',
            'msmt_camera', 'msmt17', 'msmt_renamed', 'veri776', 'vehicleid', 'join', 'without', 'choices', 'load_one',
            'split_spec', 'load_data', 'Item', 'Source', 'ReIDData', 'LeftOut', 'relabel', 'summary', 'pictures',
-           'read_picture', 'folder']
+           'read_picture', 'data_mark', 'folder']
 
 # %% ../nbs/02_data.ipynb #7652ab82
 import re, warnings
@@ -20,8 +20,8 @@ from .core import *
 from .items import *
 from .folder import *
 
-# %% ../nbs/02_data.ipynb #f7628c37
-_all_ = ['Item', 'Source', 'ReIDData', 'LeftOut', 'relabel', 'summary', 'pictures', 'read_picture', 'folder'] # one import for readers of sets
+# %% ../nbs/02_data.ipynb #e9c38be8
+_all_ = ['Item', 'Source', 'ReIDData', 'LeftOut', 'relabel', 'summary', 'pictures', 'read_picture', 'data_mark', 'folder'] # one import for readers of sets
 
 # %% ../nbs/02_data.ipynb #aebc1aa3
 def levels(

@@ -71,7 +71,7 @@ class TrainStep:
     def load_state_dict(self, s:dict):
         for k,v in self.stateful().items(): v.load_state_dict(s[k])
 
-# %% ../nbs/23_train.ipynb #19da4d5a
+# %% ../nbs/23_train.ipynb #cfc649e3
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
@@ -84,7 +84,7 @@ class TrainConfig:
     genotype:str=TABLE1            # of MSINet: twelve letters of N E G A; the default is Table 1's
     weights:str=''                 # start from this .safetensors file, or from released weights (.pth); classifiers may differ
     size:tuple[int,int]=(256,128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
-    channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages
+    channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages; ResNet50 and the transformers have their own
     rho:int=3                      # scale ratio of the two branches, Fig. 5d
     fuse:Literal['sum','minus','multiply']='sum' # how the two branches of a cell become one, Fig. 5c
     epochs:int=350                 # §4.3; cross-domain 250
@@ -127,16 +127,16 @@ TRAIN = dict(
     smoke=TrainConfig(epochs=2, lr=3e-3, warmup=1, drops=(), **smoke))
 TRAIN = {k: replace(c, preset=k) for k,c in TRAIN.items()}
 
-# %% ../nbs/23_train.ipynb #33dc171f
+# %% ../nbs/23_train.ipynb #497c392d
 def network(
     backbone:str, # msinet, or the name of a compared network
-    genotype:str, channels, rho:int, # of MSINet, as for `derived`
+    genotype:str, channels, rho:int, # as for `derived`; OSNet and CDNet have channels, too
     size,         # (H, W) of the images in pixels; a ViT is built for it
     n_ids:int,    # training identities; 0 for no classifiers
     fuse=torch.add, # of MSINet: how branches become one
 ) -> ReIDNet:
     "A network with the neck it is published with. Raises `InputError` for a genotype or a name that isn't one."
-    if backbone != 'msinet': return compared(backbone, size, n_ids)
+    if backbone != 'msinet': return compared(backbone, size, n_ids, *[channels]*bool(channels)) # old files don't say their channels
     b = derived(genotype, channels, rho, fuse)
     return ReIDNet(b, FBLNeck(b.channels, n_ids))
 
@@ -149,15 +149,16 @@ def build(
     net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, one_of(FUSES, cfg.fuse, 'fuse'))
     return net, one_of(ALIGN, cfg.align, 'align')(net.backbone.channels[-1], released=cfg.sam_released, centred=cfg.centred) if cfg.lambda_sa else None
 
-# %% ../nbs/23_train.ipynb #c1e1e45a
+# %% ../nbs/23_train.ipynb #2283fc47
 def start_from(
     net:ReIDNet, # changed in place
     path:str,    # .safetensors of this kit, or released weights
 ):
-    "Take in weights; classifiers of another number of identities stay fresh. Raises `InputError` when anything else doesn't fit."
+    "Take in weights; classifiers of another number of identities stay fresh, and the neck where the file is a backbone alone. Raises `InputError` when anything else doesn't fit."
     released = from_osnet if isinstance(net.neck, FCNeck) else from_official
     sd = load_weights(path)[0] if str(path).endswith('.safetensors') else released(load(path))
     own = net.state_dict()
+    if all(k.startswith('backbone.') for k in sd): sd = {k: v for k,v in own.items() if not k.startswith('backbone.')} | sd
     sd = {k: v for k,v in sd.items() if not ('classifier' in k and (k not in own or own[k].shape != v.shape))}
     wrong = [k for k in own if 'classifier' not in k and (k not in sd or sd[k].shape != own[k].shape)] + [k for k in sd if k not in own]
     if wrong: raise InputError(f'{path} does not fit: {len(wrong)} tensors differ, the first is {wrong[0]}; expected weights of the same genotype and channels')
@@ -190,7 +191,7 @@ class Trained:
     history:list    # one dict per epoch
     run:Path        # the run's folder
 
-# %% ../nbs/23_train.ipynb #3f0fa557
+# %% ../nbs/23_train.ipynb #f19c765c
 def train(
     cfg:TrainConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names
@@ -216,8 +217,8 @@ def train(
         tests = test_loaders(target, cfg)
         protocol = protocol_of(target.name)
         measure = lambda net: scores(evaluate_loaders(net, *tests, target.same_cam_ok, acc.device, protocol, shared(acc)))
-        about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size)
-        if cfg.backbone == 'msinet': about |= dict(genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse)
+        about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size, channels=cfg.channels)
+        if cfg.backbone == 'msinet': about |= dict(genotype=cfg.genotype, rho=cfg.rho, fuse=cfg.fuse)
         cbs = [Guard(), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every)]
         if main: cbs += [Log(run/'history.jsonl', 'train'), Checkpoint(run/'train.pt')]
         if progress: cbs.append(Progress('train'))
