@@ -6,7 +6,7 @@
 __all__ = ['CDNET', 'BACKBONES', 'NECKS', 'ScaleBlock', 'ScaleNet', 'osnet', 'FCNeck', 'cdnet', 'timm_tools', 'resnet50', 'ToMap',
            'ViT', 'vit', 'check_backbone', 'compared']
 
-# %% ../nbs/16_backbones.ipynb #64b21e95
+# %% ../nbs/16_backbones.ipynb #7f9d56e2
 from collections import OrderedDict
 from functools import partial
 from inspect import signature
@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from einops import rearrange, reduce
 
 from .core import *
+from .batches import *
 from .ops import *
 from .space import *
 from .necks import *
@@ -132,7 +133,7 @@ class ToMap(nn.Module):
     ) -> Tensor: # (B, C, h, w)
         return rearrange(x, 'b (h w) c -> b c h w', h=h)
 
-# %% ../nbs/16_backbones.ipynb #ce5bbad4
+# %% ../nbs/16_backbones.ipynb #0e5349f3
 class ViT(nn.Module):
     "A vision transformer whose tokens are maps. A backbone."
     def __init__(self,
@@ -154,13 +155,16 @@ class ViT(nn.Module):
         net.pos_embed = nn.Parameter(resample_abs_pos_embed(pos, [self.rows, (size[1]-patch)//stride + 1], num_prefix_tokens=1))
         self.cells = nn.ModuleList(ToMap() for _ in self.at)
         self.channels = (d,)*(3+cls)
+        mean, std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean','std'))
+        self.register_buffer('scale', torch.tensor(STD).view(3, 1, 1)/std, persistent=False) # from our normalisation to that of its weights
+        self.register_buffer('shift', (torch.tensor(MEAN).view(3, 1, 1)-mean)/std, persistent=False)
 
     def forward(self,
         x:Tensor, # (B, 3, H, W) normalised images of the size it was built for
     ) -> list[Tensor]: # maps after a third, two thirds and all of the blocks
         if tuple(x.shape[-2:]) != self.size: raise InputError(f'images have {x.shape[-2]}×{x.shape[-1]} pixels, expected {self.size[0]}×{self.size[1]}: build the ViT with their size')
         net, maps = self.net, []
-        x = rearrange(net.patch_embed.proj(x), 'b c h w -> b (h w) c')
+        x = rearrange(net.patch_embed.proj(x*self.scale + self.shift), 'b c h w -> b (h w) c')
         x = net.pos_drop(torch.cat([net.cls_token.expand(len(x), -1, -1), x], 1) + net.pos_embed)
         for i,block in enumerate(net.blocks, 1):
             x = block(x)
@@ -196,15 +200,17 @@ def check_backbone(
     "Raises `InputError` for a name that isn't one."
     if name not in BACKBONES: raise InputError(f"backbone {name!r} is not there, expected one of {', '.join(BACKBONES)}")
 
-# %% ../nbs/16_backbones.ipynb #dac7de7f
+# %% ../nbs/16_backbones.ipynb #3789cfd0
 def compared(
     name:str,                       # a key of `NECKS`
     size:tuple[int,int]=(256, 128), # (H, W) of the images in pixels; a ViT is built for it
     n_ids:int=0,                    # training identities; 0 for no classifier
     channels=(64, 256, 384, 512),   # of the stem and the three stages of OSNet and CDNet; the others have their own
+    pretrained:bool=False,          # fetch timm's ImageNet weights, where timm has the network
 ) -> ReIDNet:
-    "A compared network with its neck. Raises `InputError` for a name that isn't one."
+    "A compared network with its neck. Raises `InputError` for a name that isn't one, and for weights that timm doesn't have."
     check_backbone(name)
     takes = signature(BACKBONES[name]).parameters
-    backbone = BACKBONES[name](**{k: v for k,v in dict(size=size, channels=channels).items() if k in takes})
+    if pretrained and 'pretrained' not in takes: raise InputError(f'timm has no weights of {name}, expected resnet50, deit_s, deit_b or vit_b: give a file, as `pretrain` or a release has it')
+    backbone = BACKBONES[name](**{k: v for k,v in dict(size=size, channels=channels, pretrained=pretrained).items() if k in takes})
     return ReIDNet(backbone, NECKS[name](backbone.channels, n_ids))

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportConfig', '
            'parse', 'table', 'closing', 'run_search', 'run_train', 'run_evaluate', 'run_demo', 'run_report',
            'run_figures_of', 'run_bench', 'ask', 'pair', 'check', 'main']
 
-# %% ../nbs/52_cli.ipynb #2bacf15a
+# %% ../nbs/52_cli.ipynb #5388780c
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from .demo import *
 from .deploy import *
 from .fold import *
 from .bench_all import BENCHES, bench, write_bench
+from .pretrain import PretrainConfig, pretrain
+from .experiments import RunConfig, TableConfig, FigureConfig, run_command, table_command, figure_command
 
 # %% ../nbs/52_cli.ipynb #b8ae866a
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def preset_of(
     if name not in PRESETS: raise InputError(f"preset {name!r} is not there, expected one of {', '.join(PRESETS)}: leave it out to take laptop")
     return name
 
-# %% ../nbs/52_cli.ipynb #2de6a42c
+# %% ../nbs/52_cli.ipynb #c7b665da
 def parse(
     args:list, # words of a command line
 ):
@@ -90,7 +92,7 @@ def parse(
     command = lambda kind, name, **kw: Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **kw)]
     kinds = [command(type(c[preset]), name, default=c[preset]) for name,c in CONFIGS.items()]
     kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(FiguresConfig, 'figures'), command(QueryConfig, 'query'), command(CompareConfig, 'compare'), command(ExportConfig, 'export'), command(BenchConfig, 'bench'),
-              command(CheckConfig, 'data')]
+              command(RunConfig, 'run'), command(TableConfig, 'table'), command(FigureConfig, 'figure'), command(PretrainConfig, 'pretrain'), command(CheckConfig, 'data')]
     return tyro.cli(Union[tuple(kinds)], args=args, prog='msinet', description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.')
 
 # %% ../nbs/52_cli.ipynb #95fb6c35
@@ -111,7 +113,7 @@ def closing(
     "Where the results are, and how to open them."
     return f'report    {page}  (open it in a browser)\nnotebooks make lab, and on the first page RUN = {str(Path(run).resolve())!r}'
 
-# %% ../nbs/52_cli.ipynb #e04c2d33
+# %% ../nbs/52_cli.ipynb #c00515dd
 def run_search(cfg:SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
@@ -168,7 +170,8 @@ def check(cfg:CheckConfig):
     sys.exit(run_check(cfg, progress=True))
 
 COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, EvaluateConfig: run_evaluate, DemoConfig: run_demo, ReportConfig: run_report, FiguresConfig: run_figures_of, QueryConfig: ask, CompareConfig: pair, ExportConfig: lambda cfg: print(run_export(cfg)),
-            BenchConfig: run_bench, CheckConfig: check}
+            BenchConfig: run_bench, CheckConfig: check, RunConfig: lambda cfg: print(run_command(cfg, print)), TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
+            PretrainConfig: lambda cfg: print(pretrain(cfg, progress=True))}
 
 # %% ../nbs/52_cli.ipynb #6e5fdf83
 def main(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'VERDICTS', 'results', 'interval', 'verdict', 'differences', 'cell', 'table', 'genotypes', 'figure',
-           'show_differences', 'run', 'planned', 'RunConfig', 'estimate', 'pairs', 'TableConfig', 'FigureConfig',
-           'table_command', 'figure_command']
+           'show_differences', 'run', 'planned', 'RunConfig', 'estimate', 'pairs', 'line_of', 'run_command',
+           'TableConfig', 'FigureConfig', 'table_command', 'figure_command']
 
 # %% ../nbs/50_experiments.ipynb #f09c34aa
 from dataclasses import dataclass, replace
@@ -212,7 +212,15 @@ def pairs(
     if odd: raise InputError(f'{odd[0]!r} is no place, expected a name and a path: write MS=/path')
     return dict(w.split('=', 1) for w in words)
 
-# %% ../nbs/50_experiments.ipynb #5dec5d75
+# %% ../nbs/50_experiments.ipynb #6461545c
+def line_of(
+    row:dict, # as from `perform`
+) -> str:
+    "A row in a line."
+    maps = (f'{s} {100*m["mAP"]:.1f} mAP' for s,m in row.get('metrics', {}).items())
+    return f"{row['status']:7} {row['run']:16} seed {row['seed']}  {row['error'] or ', '.join(maps)}"
+
+# %% ../nbs/50_experiments.ipynb #91097f7f
 def run_command(
     cfg:RunConfig,
     say=None, # called with a line of text for each row
@@ -222,8 +230,7 @@ def run_command(
     if cfg.dry_run:
         p = estimate(cfg)
         return f'{p.to_string(index=False, float_format="{:.2f}".format)}\n{(p.status != "done").sum()} of {len(p)} runs to do, about {p.hours.sum()/cfg.workers:.1f} hours with {cfg.workers} at a time, {p.GB.max()*cfg.workers:.1f} GB of disk'
-    line = lambda r: f"{r['status']:7} {r['run']:16} seed {r['seed']}  {r['error'] or ', '.join(f'{s} {100*m['mAP']:.1f} mAP' for s,m in r['metrics'].items())}"
-    t = run(cfg.what, cfg.dir, cfg.scale, cfg.seeds, files, cfg.workers, cfg.address, say and (lambda r: say(line(r))))
+    t = run(cfg.what, cfg.dir, cfg.scale, cfg.seeds, files, cfg.workers, cfg.address, say and (lambda r: say(line_of(r))))
     return f'{(t.status == "done").sum()} of {len(t)} runs done, rows in {cfg.dir}'
 
 # %% ../nbs/50_experiments.ipynb #97610f8d

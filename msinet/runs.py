@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VEHICLE', 'ACROSS', 'COLUMNS', 'DEMO_SETS', 'PERSONS', 'VEHICLES', 'NETS', 'WORDS', 'ALIGNED', 'ARMS', 'SEARCHED',
-           'IMAGENET', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe', 'random_word', 'Run', 'base',
-           'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells', 'names_of']
+           'IMAGENET', 'FROM_TIMM', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe', 'random_word',
+           'Run', 'base', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells', 'names_of']
 
 # %% ../nbs/50_runs.ipynb #c13efcc7
 import json, hashlib, random
@@ -49,11 +49,12 @@ WORDS = dict(none='N'*12, exchange='E'*12, gate='G'*12, attention='A'*12, **{f'r
 ALIGNED = {'sam': dict(lambda_sa=2.), **{k: dict(lambda_sa=2., align=k) for k in ('positives','negatives','unified','separated')},
            'sam-released': dict(lambda_sa=2., sam_released=True), **{f'sam-{w}': dict(lambda_sa=float(w)) for w in ('.5','1','4')}}
 
-# %% ../nbs/50_runs.ipynb #6154db58
+# %% ../nbs/50_runs.ipynb #134e3216
 ARMS = {'msinet': {}, **NETS, **{k: dict(genotype=w) for k,w in WORDS.items()}, **ALIGNED, 'osnet-sam': dict(backbone='osnet', lambda_sa=2.),
         'minus': dict(fuse='minus'), 'multiply': dict(fuse='multiply'), **{f'rho-{r}': dict(rho=r) for r in (1,2,4)}}
 SEARCHED = {'search-ce': dict(objective='ce', overlap=1.), **{f'search-{round(100*o)}': dict(overlap=o) for o in (1.,.75,.4,0.)}}
 IMAGENET = '+imagenet' # ends an arm that starts from weights of ImageNet
+FROM_TIMM = ('resnet50','deit_s','deit_b','vit_b') # their weights are fetched, those of others are a file
 
 # %% ../nbs/50_runs.ipynb #fefc9b26
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def base(
     size = {k: v for k,v in COLUMNS[column].items() if k == 'size'}
     return replace(TRAIN['full'], lambda_sa=0., data=source, **COLUMNS[column]), replace(SEARCH['full'], data=source, evaluate=False, **size)
 
-# %% ../nbs/50_runs.ipynb #55103a0a
+# %% ../nbs/50_runs.ipynb #5069e33e
 def run_of(
     name:str,           # column/arm, e.g. MS/gate
     scale:str='paper',  # or demo
@@ -91,9 +92,10 @@ def run_of(
     source, _, target = column.partition('>')
     train, search = base(source, column, scale)
     train = replace(train, seed=seed, **ARMS.get(plain, {}))
+    if arm != plain and plain in FROM_TIMM: train = replace(train, weights=TIMM)
     search = replace(search, seed=seed, **SEARCHED[plain]) if plain in SEARCHED else None
     where = (PERSONS if source in PERSONS else VEHICLES) if scale == 'demo' else [target or source]
-    return Run(name, train, search, tuple((s, DEMO_SETS[s] if scale == 'demo' else s) for s in where), train.backbone+IMAGENET if arm != plain else '')
+    return Run(name, train, search, tuple((s, DEMO_SETS[s] if scale == 'demo' else s) for s in where), train.backbone+IMAGENET if arm != plain and not train.weights else '')
 
 # %% ../nbs/50_runs.ipynb #6d7e3636
 NOT_RESULT = ('preset','out','resume','target','every','cache','cache_dir','device','threads','compile') # fields that say how or where, not what

@@ -6,8 +6,8 @@
 __all__ = ['located', 'measured', 'outcome', 'about_run', 'perform', 'shrunk', 'read_rows', 'rows', 'collect', 'on_ray', 'lost',
            'grid', 'n_pictures', 'work', 'training_rate', 'plan']
 
-# %% ../nbs/50_trials.ipynb #aca7d5be
-import json, traceback
+# %% ../nbs/50_trials.ipynb #fb319a53
+import json, os, traceback
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +27,7 @@ from .search import *
 from .train import *
 from .runs import *
 
-# %% ../nbs/50_trials.ipynb #0aab6e4c
+# %% ../nbs/50_trials.ipynb #02224923
 def located(
     r:Run,
     files:dict={}, # short name -> folder of the set, or backbone+imagenet -> file of weights
@@ -37,7 +37,7 @@ def located(
     gone = [n for n,needed in named.items() if needed and n not in files]
     if gone: raise InputError(f"{r.name} needs {' and '.join(gone)}, expected to be told where: write {' '.join(f'{n}=/path' for n in gone)}")
     def place(name): return f'{name}={files[name]}' if name in files else name
-    train = replace(r.train, data=place(r.train.data), weights=str(files.get(r.weights, '')))
+    train = replace(r.train, data=place(r.train.data), weights=str(files[r.weights]) if r.weights else r.train.weights)
     search = r.search and replace(r.search, data=place(r.search.data))
     return replace(r, train=train, search=search, tests=tuple((s, place(spec)) for s,spec in r.tests))
 
@@ -140,7 +140,7 @@ def collect(
     write_whole(Path(file), ''.join(json.dumps(both[k])+'\n' for k in sorted(both)).encode())
     return Path(file)
 
-# %% ../nbs/50_trials.ipynb #b18d33f1
+# %% ../nbs/50_trials.ipynb #67eb8d77
 def on_ray(
     runs,          # of `Run`
     dir, files,    # as for `perform`
@@ -151,6 +151,7 @@ def on_ray(
     try: import ray
     except ImportError: raise InputError('several workers need Ray, which is not installed: pip install ray, or take one worker') from None
     here = dict(num_cpus=workers) if not address else dict(address=address)
+    os.environ.setdefault('RAY_raylet_start_wait_time_s', '300') # a busy laptop takes more than the usual 30 s
     ray.init(include_dashboard=False, log_to_driver=False, **here)
     try:
         gpu = 1 if ray.cluster_resources().get('GPU') else 0
