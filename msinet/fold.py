@@ -79,25 +79,29 @@ class FoldedGate(nn.Module):
         g1, g2 = (self.mlp(x.mean((2,3), keepdim=True)).sigmoid() for x in (x1, x2))
         return g1*x1, g2*x2
 
-# %% ../nbs/31_fold.ipynb #29057707
+# %% ../nbs/31_fold.ipynb #4ea2ad6f
 FOLDED = {CrossAttention: FoldedAttention, ChannelGate: FoldedGate}
 
 class FoldedCell(nn.Module):
-    "A `Cell` for use: one opening, one closing convolution. Raises `InputError` unless its branches are added."
+    "A `Cell` for use: one opening, one closing convolution; two where branches are multiplied. Raises `InputError` for another fusing (Fig. 5c)."
     def __init__(self, cell:Cell):
         super().__init__()
-        if cell.fuse is not torch.add: raise InputError('found a cell whose branches are not added, expected fuse=torch.add: use the network as it is')
+        if cell.fuse not in FUSES.values(): raise InputError('found a cell whose branches are not added, subtracted or multiplied, expected a fusing of FUSES: use the network as it is')
         plain = lambda *seqs: [folded(s.conv, s.bn) for s in seqs]
         self.open = joined(plain(cell.open1, cell.open2), 0)
         self.small1, self.large1, self.small2, self.large2 = map(without_bn, (cell.small1, cell.large1, cell.small2, cell.large2))
         self.im1, self.im2 = (FOLDED.get(type(im), deepcopy)(im) for im in (cell.im1, cell.im2))
-        self.same = isinstance(cell.shortcut, nn.Identity)
-        self.close = joined(plain(cell.close1, cell.close2, *([] if self.same else [cell.shortcut])), 1)
+        self.same, self.product = isinstance(cell.shortcut, nn.Identity), cell.fuse is torch.mul
+        ends, side = plain(cell.close1, cell.close2), [] if self.same else plain(cell.shortcut)
+        if cell.fuse is torch.sub:
+            for p in ends[1].parameters(): p.data.neg_()
+        self.close = nn.ModuleList(ends+side) if self.product else joined(ends+side, 1)
 
     def forward(self, x:Tensor) -> Tensor:
         x1, x2 = self.open(x).relu_().chunk(2, 1)
         x1, x2 = self.im1(self.small1(x1), self.large1(x2))
         x1, x2 = self.im2(self.small2(x1), self.large2(x2))
+        if self.product: return (self.close[0](x1)*self.close[1](x2)).add_(x if self.same else self.close[2](x)).relu_()
         if self.same: return self.close(torch.cat([x1, x2], 1)).add_(x).relu_()
         return self.close(torch.cat([x1, x2, x], 1)).relu_()
 

@@ -10,7 +10,7 @@ from msinet.core import InputError, set_seed
 from msinet.fold import ExportConfig, fold, run_export, session, to_onnx
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.ops import CrossAttention
-from msinet.space import derived, supernet
+from msinet.space import FUSES, derived, supernet
 
 
 def make(neck=FBLNeck, after_bn=False, backbone=None, gamma=0.):
@@ -60,6 +60,14 @@ def test_a_supernet_and_double_precision():
     for backbone in (None, supernet((8, 16, 24, 32))):
         net = make(BNNeck, backbone=backbone, gamma=.5).double()
         assert_close(fold(net)(x), net.embed(x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize('word', FUSES)
+@torch.no_grad()
+def test_every_fusing_of_the_paper(word):
+    x = torch.randn(3, 3, 64, 32, dtype=torch.double)
+    net = make(backbone=derived('NEGAAGENGAEA', (8, 16, 24, 32), fuse=FUSES[word])).double()
+    assert_close(fold(net)(x), net.embed(x), rtol=1e-9, atol=1e-10)
 
 
 def test_what_cannot_be_folded():
