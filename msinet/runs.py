@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VEHICLE', 'ACROSS', 'COLUMNS', 'DEMO_SETS', 'PERSONS', 'VEHICLES', 'NETS', 'WORDS', 'ALIGNED', 'ARMS', 'SEARCHED',
-           'IMAGENET', 'FROM_TIMM', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe', 'random_word',
-           'Run', 'base', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells', 'names_of']
+           'IMAGENET', 'FROM_TIMM', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe', 'Run', 'base',
+           'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells', 'names_of']
 
-# %% ../nbs/50_runs.ipynb #c13efcc7
-import json, hashlib, random
+# %% ../nbs/50_runs.ipynb #33af01f9
+import json, hashlib
 from dataclasses import dataclass, asdict, replace
 from itertools import product
 
@@ -19,6 +19,7 @@ from .published import *
 from .search import *
 from .train import *
 from .learner import short_drops
+from .probes import words
 
 # %% ../nbs/50_runs.ipynb #a7343a4f
 VEHICLE = dict(size=(256,256))
@@ -37,15 +38,9 @@ def demo_recipe(
     epochs, size = (60, (64,32)) if source in PERSONS else (40, (96,96))
     return dict(size=size, epochs=epochs, drops=short_drops(epochs), jitter=True)
 
-# %% ../nbs/50_runs.ipynb #d3d20797
-def random_word(
-    i:int, # which
-) -> str: # twelve letters
-    "A genotype drawn by lot, always the same for the same number."
-    return ''.join(random.Random(i).choices('NEGA', k=12))
-
+# %% ../nbs/50_runs.ipynb #728caac4
 NETS = {n: dict(backbone=n) for n in ('resnet50','osnet','cdnet','deit_s','deit_b','vit_b')}
-WORDS = dict(none='N'*12, exchange='E'*12, gate='G'*12, attention='A'*12, **{f'random-{i}': random_word(i) for i in (1,2,3)})
+WORDS = dict(none='N'*12, exchange='E'*12, gate='G'*12, attention='A'*12, **{f'random-{i}': w for i,w in enumerate(words(3), 1)})
 ALIGNED = {'sam': dict(lambda_sa=2.), **{k: dict(lambda_sa=2., align=k) for k in ('positives','negatives','unified','separated')},
            'sam-released': dict(lambda_sa=2., sam_released=True), **{f'sam-{w}': dict(lambda_sa=float(w)) for w in ('.5','1','4')}}
 
