@@ -136,7 +136,7 @@ def test_a_difference_against_a_loop(tmp_path):
     d = differences(t, "y").iloc[0]
     each = [100 * sum(p - q for p, q in zip(*(t[(t.arm == a) & (t.seed == s)].ap.iloc[0] for a in "xy"))) / 7 for s in range(4)]
     assert np.allclose(d.each, each) and np.isclose(d.difference, np.mean(each))
-    assert np.isclose(d.half, 3.182446 * np.std(each, ddof=1) / 2, rtol=1e-5)
+    assert np.isclose(d.high - d.difference, 3.182446 * np.std(each, ddof=1) / 2, rtol=1e-5)
 
 
 def test_commands(tmp_path, capsys):
