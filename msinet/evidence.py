@@ -124,7 +124,7 @@ def elsewhere(
     moved = np.clip(p + (1-m[...,None])*(there-b), 0, None)
     return degrade(develop(moved, own, visit(shot).gain), own, keyed('sensor', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame))
 
-# %% ../nbs/25_evidence.ipynb #1d3419d1
+# %% ../nbs/25_evidence.ipynb #f35a8dad
 @torch.no_grad()
 def background_drift(
     net:nn.Module, # with a method `embed`: (B, 3, H, W) -> (B, D)
@@ -134,6 +134,8 @@ def background_drift(
 ) -> np.ndarray: # (M,) in [0, 2] unless scaled, the mean over the set's other cameras
     "How far features turn when only the background changes, 1 - cosine. Errors as `elsewhere`; `InputError` for a set of one camera."
     cams = sorted({i.cam for i in items})
+    pid = torch.tensor([i.pid for i in items])
+    if scaled and (pid == pid[0]).all(): raise InputError('found pictures of one identity, expected two or more to scale by their distance: leave scaled out')
     if len(cams) < 2: raise InputError(f'found the cameras {cams}, expected two or more: the other background comes from another camera')
     def embedded(pics):
         x = normalise(torch.from_numpy(np.stack(pics)).permute(0,3,1,2)).to(device_of(net))
@@ -143,5 +145,4 @@ def background_drift(
     at, there = np.array([k for k,_ in turned]), embedded([p for _,p in turned])
     drift = np.bincount(at, 1-(own[at]*there).sum(1).double().numpy(), len(items))/np.bincount(at)
     if not scaled: return drift
-    pid = torch.tensor([i.pid for i in items])
     return drift/(1-own@own.T)[pid[:,None] != pid].mean().item()

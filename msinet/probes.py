@@ -6,15 +6,14 @@
 __all__ = ['words', 'playing', 'own_stats', 'twin_loss', 'score_word', 'discretisation_gap', 'batches_per_epoch', 'search_passes',
            'held_out', 'RandomFound', 'random_search']
 
-# %% ../nbs/25_probes.ipynb #24c4547e
+# %% ../nbs/25_probes.ipynb #d27d599b
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn, Tensor
+from torch import nn
 
 from .core import *
 from .ops import *

@@ -186,10 +186,11 @@ def test_gain_of_even_and_of_perfect_maps():
 
 
 def test_both_measures_read_every_picture():
-    items = synth(n_ids=4, n_test=2, cams=4).train[:12]
+    items = synth(n_ids=4, n_test=2, cams=4).train[::4]
     net = ReIDNet(derived(TABLE1, WIDTHS), FBLNeck(WIDTHS[1:])).eval()
     gains, drift = object_gains(net, items, (64, 32)), background_drift(net, items)
     assert gains.shape == drift.shape == (12,) and (gains > 0).all() and (drift > 0).all() and (drift < 2).all()
     assert np.allclose(drift, background_drift(net, items, bs=5), atol=1e-6)
     scaled = background_drift(net, items, scaled=True)
+    with pytest.raises(InputError, match='one identity'): background_drift(net, [i for i in items if i.pid == items[0].pid], scaled=True)
     assert np.allclose(scaled/drift, (scaled/drift)[0]) and (scaled > drift).all()
