@@ -266,7 +266,7 @@ def dots(
     shades = plt.get_cmap('tab20' if many else 'tab10')(by%(20 if many else 10))
     for part,mark,s in ((slice(None,n_q),'^',26), (slice(n_q,None),'o',20)): ax.scatter(*xy[part].T, c=shades[part], s=s*size, marker=mark, lw=.3, ec='white')
 
-# %% ../nbs/30_figures.ipynb #dddcff92
+# %% ../nbs/30_figures.ipynb #dda8e55a
 @style()
 def embedding_figure(
     vectors:dict,   # name of a network -> (queries, gallery) of `embeddings`
@@ -284,8 +284,8 @@ def embedding_figure(
     fig, axs = plt.subplots(1, n, figsize=(COL1 if n*side <= COL1 else COL2, side+.35), layout='constrained', squeeze=False)
     at = {k: flat(torch.cat([e.f[m] for e,m in zip(v, keep)]).cpu()) for k,v in vectors.items()}
     for ax,(what,c,name) in zip(axs[0], [(w,c,k) for w,c in colours.items() for k in vectors]):
-        dots(ax, at[name], c, int(keep[0].sum()), .3)
-        ax.set(title=f'{name}\nby {what}', xticks=[], yticks=[], xlim=(0,1), ylim=(0,1), aspect='equal')
+        dots(ax, at[name], c, int(keep[0].sum()), min(.9, 40/len(c)))
+        ax.set(title=f'{name}\nby {what}', xticks=[], yticks=[], xlim=(0,1), ylim=(0,1), aspect='equal'); ax.spines[:].set(visible=True, color='#d0d0d0')
     return fig
 
 # %% ../nbs/30_figures.ipynb #1cd50fb9
