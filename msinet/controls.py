@@ -84,7 +84,7 @@ class Stage(w.GridBox):
         for i,b in enumerate(self.places.children): b.layout.display = None if i < len(spots) else 'none'
         self.places.layout.display = None if len(spots) else 'none'
 
-# %% ../nbs/40_controls.ipynb #d9303885
+# %% ../nbs/40_controls.ipynb #f4051988
 class Panel(w.VBox):
     "Controls above a figure. A change of a control draws it again; an error stands in its place, and `error` holds it."
     def __init__(self,
@@ -112,7 +112,7 @@ class Panel(w.VBox):
         except Exception as e: # whatever it is, the reader shall see it
             self.error = e
             for n in set(plt.get_fignums())-set(before): plt.close(n)
-        self.said.value = '' if self.error is None else f'<pre style="color:#b2182b">{html.escape(type(self.error).__name__)}: {html.escape(str(self.error))}</pre>'
+        self.said.value = '' if self.error is None else f'<pre style="color:{WRONG}">{html.escape(type(self.error).__name__)}: {html.escape(str(self.error))}</pre>'
         self.picture.layout.display = None if self.error is None else 'none'
 
     def shown(self):
