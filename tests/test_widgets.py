@@ -120,7 +120,7 @@ def test_a_search_goes_on_where_it_was_left(tmp_path, steps):
     s.go()
     s.join()
     assert s.state == "finished" and (s.found.alphas == straight.alphas).all() and not searching()
-    assert len(straight.steps) == len(straight.alphas) * 4 and (s.found.steps == straight.steps).all()
+    assert len(straight.steps) == len(straight.alphas) * 3 and (s.found.steps == straight.steps).all()
     assert all((np.load(tmp_path / r / "alpha_steps.npy") == straight.steps).all() for r in "ab")
 
 
