@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Preset', 'LAPTOP_SYNTH', 'SMOKE_SYNTH', 'laptop', 'smoke', 'SEARCH', 'OBJECTIVES', 'only', 'check_order', 'as_it_is',
-           'one_ahead', 'SearchStep', 'held', 'Endless', 'features', 'scores', 'SearchConfig', 'AlphaHistory',
+           'one_ahead', 'SearchStep', 'held', 'Endless', 'features', 'scores', 'SearchConfig', 'evenly', 'AlphaHistory',
            'AlphaRests', 'save_array', 'Found', 'twins', 'loader', 'test_loaders', 'suited', 'memories', 'classifiers',
            'check_arms', 'build_search', 'search']
 
@@ -267,20 +267,40 @@ SEARCH = dict(
     smoke=SearchConfig(epochs=2, lr=2e-3, lr_alpha=.03, warmup=1, drops=(), overlap=.5, after_bn=True, **smoke))
 SEARCH = {k: replace(c, preset=k) for k,c in SEARCH.items()}
 
-# %% ../nbs/22_search.ipynb #07ad5304
+# %% ../nbs/22_search.ipynb #49941f68
+def evenly(
+    i:int, # iteration of an epoch, from 1
+    n:int, # iterations of an epoch
+    k:int, # how many of them are kept
+) -> bool:
+    "Whether an iteration is one of `k` that lie evenly in an epoch. The last one always is."
+    return i*k//n > (i-1)*k//n
+
+# %% ../nbs/22_search.ipynb #b638a561
 class AlphaHistory(Callback):
-    "Keeps α after every epoch, and writes `alphas.npy`."
+    "Keeps α after every epoch and after evenly chosen iterations; writes `alphas.npy` and, beside it, `alpha_steps.npy`."
     def __init__(self,
         path=None, # of alphas.npy
-    ): self.path, self.rows = path, []
+        most=4000, # rows of alpha_steps.npy, about; each epoch has the same number
+    ): self.path, self.most, self.rows, self.steps, self.per = path, most, [], [], 0
+
+    def before_fit(self, learn): self.per = self.per or max(1, min(len(learn.dl), self.most//max(1, learn.epochs)))
+    def before_epoch(self, learn): self.i = learn.dl.state_dict()['done'] # a resumed epoch has begun
+    def after_batch(self, learn):
+        self.i += 1
+        if evenly(self.i, len(learn.dl), self.per): self.steps.append(torch.stack([m.alpha.detach() for m in learn.net.modules() if isinstance(m, Mixed)])) # stays on the device: nothing waits
+
     def after_epoch(self, learn):
         self.rows.append(alphas(learn.net))
         w = self.rows[-1].softmax(1)
         learn.row.update(alpha_max=w.amax(1).mean().item(), genotype=letters(self.rows[-1]))
-        if self.path: save_array(self.path, self.array())
+        self.steps = [a.cpu() for a in self.steps]
+        if self.path: save_array(self.path, self.array()); save_array(Path(self.path).with_name('alpha_steps.npy'), self.step_array())
+
     def array(self) -> np.ndarray: return torch.stack(self.rows).numpy() # (E, 12, 4)
-    def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, s): self.rows = list(s['rows'])
+    def step_array(self) -> np.ndarray: return torch.stack(self.steps).cpu().numpy() # (E·per, 12, 4)
+    def state_dict(self): return dict(rows=self.rows, steps=[a.cpu() for a in self.steps], per=self.per)
+    def load_state_dict(self, s): self.rows = list(s['rows']); self.steps, self.per = list(s.get('steps', s['rows'])), s.get('per', 1) # older runs have epochs alone
 
 # %% ../nbs/22_search.ipynb #58f63952
 class AlphaRests(Callback):
@@ -297,7 +317,7 @@ def save_array(
     b = io.BytesIO(); np.save(b, a)
     write_whole(path, b.getvalue())
 
-# %% ../nbs/22_search.ipynb #0ef949e6
+# %% ../nbs/22_search.ipynb #18c2ad05
 @dataclass(frozen=True)
 class Found:
     "What a search found."
@@ -307,6 +327,7 @@ class Found:
     history:list       # one dict per epoch
     metrics:dict       # the supernet's retrieval before and after
     run:Path           # the run's folder
+    steps:np.ndarray   # (rows, 12, 4), α after evenly chosen iterations, the same number in each epoch
 
 # %% ../nbs/22_search.ipynb #5cfdeafa
 def twins(
@@ -450,4 +471,4 @@ def search(
         write_json(run/'metrics.json', metrics)
         save_weights(net, run/'search.safetensors', dict(kind='supernet', genotype=word, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse, narrow=cfg.narrow, size=cfg.size))
     acc.wait_for_everyone()
-    return Found(word, history.array(), net, learn.history, metrics, run)
+    return Found(word, history.array(), net, learn.history, metrics, run, history.step_array())

@@ -6,9 +6,9 @@
 __all__ = ['COL1', 'COL2', 'HEAT', 'NETS', 'LINES', 'STYLE', 'OP_COLORS', 'OP_NAMES', 'OP_LINES', 'RIGHT', 'WRONG', 'QUERY',
            'WIRE', 'style', 'rgb', 'denormalise', 'show_images', 'activation', 'overlay', 'plot_alphas',
            'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip', 'strips', 'gap', 'curve', 'cmc_plot',
-           'save', 'data_uri']
+           'page_box', 'save', 'data_uri']
 
-# %% ../nbs/01_vis.ipynb #fc08508e
+# %% ../nbs/01_vis.ipynb #75ab9ac0
 import base64, io
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch, Polygon, Rectangle
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from .core import *
@@ -203,32 +204,36 @@ def _shares(
     "The softmax of Eq. (1)."
     return torch.as_tensor(alpha).double().softmax(-1).numpy()
 
-# %% ../nbs/01_vis.ipynb #85229e58
+# %% ../nbs/01_vis.ipynb #d0aa6d78
 def _plot_slot(
     ax:Axes,       # one panel
-    p:np.ndarray,  # (E, 4) shares
+    p:np.ndarray,  # (T, 4) shares
     slot:int,      # 0 to 11
+    t:np.ndarray,  # (T,) when, in epochs
 ):
-    "The shares of one slot over the epochs, its letter in the title."
+    "The shares of one slot over the search, its letter in the title."
     best = 'NEGA'[p[-1].argmax()]
     for o,y in zip('NEGA', p.T):
-        ax.plot(np.arange(1,len(y)+1), y, color=OP_COLORS[o], ls=OP_LINES[o], lw=1.8 if o == best else 1, marker='.' if len(y) == 1 else '')
+        ax.plot(t, y, color=OP_COLORS[o], ls=OP_LINES[o], lw=1.8 if o == best else 1, marker='.' if len(y) == 1 else '')
     ax.axhline(.25, color='black', lw=.7, ls=':', zorder=0)
     ax.set_title(f'slot {slot+1}', loc='left', fontsize=7, color=QUERY)
     ax.set_title(best, loc='right', fontsize=7.5, weight='bold', color=_ink(OP_COLORS[best]),
                  bbox=dict(boxstyle='round,pad=.18', fc=OP_COLORS[best], ec='none'))
 
-# %% ../nbs/01_vis.ipynb #4dd4abee
+# %% ../nbs/01_vis.ipynb #9a762b08
 @style()
 def plot_alphas(
-    h,        # (E, 12, 4) alpha after each epoch, columns N E G A
+    h,        # (T, 12, 4) alpha, columns N E G A
+    t=None,   # (T,) when each was taken, in epochs; after epoch 1, 2, … unless given, else each epoch's end is marked
     fig=None, # figure or subfigure to draw in
 ) -> Figure:
     "Shares of the four interactions in each slot, Eq. (1), over the search. Raises `InputError` for another shape."
-    p = _shares(_shaped('h', h, ('E',12,4), 'stack one (12, 4) alpha per epoch'))
+    p = _shares(_shaped('h', h, ('T',12,4), 'stack one (12, 4) alpha per epoch'))
     fig = fig or plt.figure(figsize=(COL2, 2.5), layout='constrained')
-    axs = fig.subplots(2, 6, sharex=True, sharey=True)
-    for s,ax in enumerate(axs.T.flat): _plot_slot(ax, p[:,s], s)
+    axs, marks = fig.subplots(2, 6, sharex=True, sharey=True), () if t is None else range(1, int(t[-1])+1)
+    for s,ax in enumerate(axs.T.flat):
+        _plot_slot(ax, p[:,s], s, np.arange(1,len(p)+1) if t is None else np.asarray(t))
+        for e in marks if len(marks) <= 30 else (): ax.axvline(e, color='#dddddd', lw=.5, zorder=0)
     for c,ax in enumerate(axs[0]): ax.annotate(f'cell {c+1}', (.5,1), (0,15), xycoords='axes fraction', textcoords='offset points', ha='center')
     axs[0,0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     fig.supxlabel('epoch', fontsize=8); fig.supylabel(r'softmax($\alpha$)', fontsize=8)
@@ -515,18 +520,28 @@ def cmc_plot(
     ax.legend(title='rank 1 (%)', title_fontsize=7)
     return ax
 
-# %% ../nbs/01_vis.ipynb #78e6eb4f
+# %% ../nbs/01_vis.ipynb #9ad0b6bb
+def page_box(
+    w, h, # inches, of a figure
+) -> Bbox: # in inches, from the figure's corner
+    "The column or page on whose middle a figure is set. Raises `InputError` for one wider than the page."
+    if w > COL2+.005: raise InputError(f"figure is {w:.3g} inches wide, expected at most {COL2}: give figsize=(COL2, …)")
+    W = COL1 if w <= COL1+.005 else COL2
+    return Bbox.from_bounds((w-W)/2, 0, W, h)
+
+# %% ../nbs/01_vis.ipynb #70d553cc
 @style()
 def save(
     fig,           # figure, or axes of one
     name:str,      # file name without its ending
     dir='figures', # folder; made when missing
 ) -> tuple[Path,Path]: # the PDF, the PNG at 300 dpi
-    "Save a figure at its own size as PDF and PNG. The same figure gives the same bytes."
+    "Save a figure unscaled as PDF and PNG, one column or one page wide. The same figure gives the same bytes. Raises `InputError` for a wider one."
     pdf, png = (Path(dir)/f'{name}.{e}' for e in ('pdf', 'png'))
-    pdf.parent.mkdir(parents=True, exist_ok=True)
     fig = fig.figure.figure # from axes to their subfigure, if any, to the whole
-    fig.savefig(pdf, dpi=300, metadata=dict(CreationDate=None)); fig.savefig(png, dpi=300)
+    box = page_box(*fig.get_size_inches())
+    pdf.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(pdf, dpi=300, bbox_inches=box, metadata=dict(CreationDate=None)); fig.savefig(png, dpi=300, bbox_inches=box)
     return pdf, png
 
 # %% ../nbs/01_vis.ipynb #fc7d8c3b

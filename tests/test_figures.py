@@ -1,6 +1,11 @@
-"Every figure of a run as a file: its size, its letters, and that something is on it."
+"Every figure of a run, and of a visual notebook, as a file: its size, its letters, and that something is on it."
+import json
 import re
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 import numpy as np
 import pytest
@@ -11,7 +16,29 @@ from msinet.core import InputError
 from msinet.figures import run_figures
 from msinet.search import SEARCH, search
 from msinet.train import TRAIN, train
-from msinet.vis import COL1, COL2
+from msinet.vis import COL1, COL2, save
+
+NBS = Path(__file__).parent.parent / "nbs"
+VISUAL = "02a_meet_the_identities 03b_can_it_be_learnt 04a_turn_the_dials 05a_top15 11a_cell_maps 11b_counting 14a_memory_in_motion 15a_alignment 22a_alpha_evolution 23a_activation 51a_where_time_goes"
+VISUAL = [*VISUAL.split(), *(f"paper/fig{i}" for i in (1, 2, 3, 4, 6))]
+
+
+def check(pdf):
+    "One column or one page wide, letters inside, no date, and something on it."
+    data = pdf.read_bytes()
+    width, height = (float(v) / 72 for v in re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+)", data).groups())
+    assert min(abs(width - COL1), abs(width - COL2)) < 0.002 and 0.5 < height < 9.2, f"{pdf.name} is {width:.3f} by {height:.3f} inches"
+    assert b"/FontFile2" in data and b"/Type3" not in data, f"{pdf.name}: letters must travel in the file"
+    assert b"CreationDate" not in data
+    pixels = np.asarray(Image.open(pdf.with_suffix(".png")).convert("L"))
+    assert (pixels < 250).mean() > 0.005, f"{pdf.name} is empty"
+    assert abs(pixels.shape[1] - 300 * width) < 1.5
+    return width
+
+
+def cells(name, kind):
+    nb = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +51,10 @@ def run(tmp_path_factory):
 def test_figures_from_the_shell(run, tmp_path, capsys):
     main(["figures", str(run), "--out", str(tmp_path)])
     pdfs = sorted(tmp_path.glob("*.pdf"))
-    assert {p.stem for p in pdfs} >= {"alphas", "alpha_maps", "genotype", "losses_search", "losses_training", "strips", "cmc", "activation", "answers", "cells"}
+    assert {p.stem for p in pdfs} >= {"alphas", "alpha_maps", "genotype", "losses_search", "losses_training", "strips", "cmc", "embeddings", "activation", "answers", "cells"}
     assert len(capsys.readouterr().out.splitlines()) == len(pdfs)
-    for pdf in pdfs:
-        data = pdf.read_bytes()
-        width, height = (float(v) / 72 for v in re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+)", data).groups())
-        assert width <= COL2 + 0.01 and 0.5 < height < 9.2, pdf.name
-        assert b"/FontFile2" in data and b"/Type3" not in data, f"{pdf.name}: letters must travel in the file"
-        assert b"CreationDate" not in data
-        pixels = np.asarray(Image.open(pdf.with_suffix(".png")).convert("L"))
-        assert (pixels < 250).mean() > 0.005, f"{pdf.name} is empty"
-    assert any(abs(float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", p.read_bytes())[1]) / 72 - COL1) < 0.01 for p in pdfs)
+    assert {round(check(p), 2) for p in pdfs} == {round(COL1, 2), round(COL2, 2)}
+
 
 
 def test_a_search_alone_has_figures_too(tmp_path):
@@ -45,3 +65,40 @@ def test_a_search_alone_has_figures_too(tmp_path):
 def test_no_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         run_figures(tmp_path)
+
+
+@pytest.mark.parametrize("name", VISUAL)
+def test_a_visual_notebook_ends_with_its_figures(name):
+    assert re.search(r"\bsave\(", "\n".join(cells(name, "code"))), "saves its figures"
+    assert "**Caption.**" in "\n".join(cells(name, "markdown")), "says what they show"
+
+
+@pytest.mark.parametrize("name", ["14a_memory_in_motion", "paper/fig2"])
+def test_files_of_a_notebook(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    place = {}
+    for code in cells(name, "code"):
+        exec(code, place)
+    pdfs = sorted(tmp_path.rglob("*.pdf"))
+    assert pdfs
+    for pdf in pdfs:
+        check(pdf)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("width", [1.5, COL1, 4.0, COL2])
+def test_every_file_is_a_column_or_a_page_wide(width, tmp_path):
+    fig, ax = plt.subplots(figsize=(width, 1.5), layout="constrained")
+    ax.plot([1, 2], label="a")
+    ax.legend()
+    assert round(check(save(fig, "a", tmp_path)[0]), 2) == round(COL1 if width <= COL1 else COL2, 2)
+    assert tuple(fig.get_size_inches()) == (width, 1.5), "the figure itself stays as it is"
+    plt.close(fig)
+
+
+def test_a_figure_wider_than_the_page_is_refused(tmp_path):
+    with pytest.raises(InputError, match="expected at most 6.875"):
+        save(plt.figure(figsize=(9, 2)), "a", tmp_path)
+    assert not list(tmp_path.iterdir())
+    plt.close("all")

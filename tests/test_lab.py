@@ -151,6 +151,7 @@ SLIDERS = dict(interaction_lab="picture", alpha_player="epoch", cell_browser="ce
 CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=-1)
 EXECUTE = """async code => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, f = k.requestExecute({code, store_history: false}); let out = '';
   f.onIOPub = m => { out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') }; await f.done; return out }"""
+ICONS = "() => [...document.fonts].some(f => f.family.includes('Font Awesome') && f.weight === '900' && f.status === 'loaded')"
 CHANGED = "([e, before]) => e.getAttribute('src') !== before && e.complete"
 
 
@@ -249,15 +250,18 @@ def test_tour_as_a_web_page(notebooks, page, shot):
             except OSError:
                 assert server.poll() is None, (notebooks / "voila.log").read_text()[-2000:]
                 time.sleep(0.2)
+        page.route(lambda url: not url.startswith(("http://127.0.0.1", "data:", "blob:")), lambda route: route.abort())  # a classroom without a network
         page.goto(f"http://127.0.0.1:{port}/", wait_until="domcontentloaded")
         page.wait_for_function(f"() => document.querySelectorAll('.widget-vbox img').length === {len(PANELS)}")
+        page.wait_for_function(ICONS)
         cells, places = TourPanel(page, "cell_browser"), TourPanel(page, "sam_explorer")
         cells.slide("cell")
         places.spot(9)
         assert "Traceback" not in page.inner_text("body") and page.locator(".jp-InputArea-editor").count() == 0
         shot("voila")
         if "MSINET_SHOTS" in os.environ:
-            page.screenshot(path=Path(os.environ["MSINET_SHOTS"]) / "voila_whole.png", full_page=True)
+            TourPanel(page, "alpha_player").panel.screenshot(path=Path(os.environ["MSINET_SHOTS"]) / "voila_player.png")
     finally:
+        page.unroute_all()
         server.terminate()
         server.wait(20)

@@ -4,15 +4,18 @@ import json
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from tidy import VIEW, tidy
 
 from msinet.core import InputError
-from msinet.search import SEARCH, search
-from msinet.widgets import LiveSearch, Panel, alpha_player, augment_lab, interaction_lab, live_search, slider
+from msinet.search import SEARCH, AlphaHistory, search
+from msinet.space import Mixed, supernet
+from msinet.widgets import LiveSearch, Panel, alpha_player, augment_lab, cost, interaction_lab, live_search, slider, word_cost
 
 
 def bar(n):
@@ -117,6 +120,8 @@ def test_a_search_goes_on_where_it_was_left(tmp_path, steps):
     s.go()
     s.join()
     assert s.state == "finished" and (s.found.alphas == straight.alphas).all() and not searching()
+    assert len(straight.steps) == len(straight.alphas) * 3 and (s.found.steps == straight.steps).all()
+    assert all((np.load(tmp_path / r / "alpha_steps.npy") == straight.steps).all() for r in "ab")
 
 
 def test_one_folder_is_searched_once_at_a_time(tmp_path):
@@ -143,3 +148,40 @@ def test_closing_the_panel_ends_its_thread_and_errors_are_shown(tmp_path):
     bad.search.join()
     bad.news()
     assert "does not divide" in bad.said.value and not searching()
+
+
+def test_alpha_between_epochs_is_thinned_evenly_and_survives_a_stop(tmp_path):
+    class Batches:
+        done = 0
+        def __len__(self): return 7
+        def state_dict(self): return dict(done=self.done)
+    net = supernet((8, 8, 8, 8))
+    learn = SimpleNamespace(net=net, dl=Batches(), epochs=2, row={})
+    def go(history, iterations):
+        history.before_fit(learn)
+        history.before_epoch(learn)
+        for _ in range(iterations):
+            learn.dl.done += 1
+            for m in net.modules():
+                if isinstance(m, Mixed):
+                    m.alpha.data.fill_(learn.dl.done)
+            history.after_batch(learn)
+        if learn.dl.done == 7:
+            history.after_epoch(learn)
+            learn.dl.done = 0
+        return history
+    first = go(AlphaHistory(tmp_path / "alphas.npy", most=6), 4)
+    second = AlphaHistory(tmp_path / "alphas.npy", most=6)
+    second.load_state_dict(first.state_dict())
+    go(go(second, 3), 7)
+    steps = np.load(tmp_path / "alpha_steps.npy")
+    assert steps.dtype == np.float32 and steps[:, 0, 0].tolist() == [3, 5, 7] * 2 and (steps[2::3] == second.array()).all()
+    old = AlphaHistory()
+    old.load_state_dict(dict(rows=first.state_dict()["steps"]))  # of a run from before there were steps
+    assert len(go(old, 7).step_array()) == len(old.array())
+
+
+def test_a_word_costs_the_sum_of_its_letters():
+    for seed in range(3):
+        word = "".join(np.random.default_rng(seed).choice(list("NEGA"), 12))
+        assert word_cost(word, (8, 32, 48, 64), (64, 32)) == cost(word, (8, 32, 48, 64), (64, 32))
