@@ -183,7 +183,7 @@ def sam_explorer(
             for n,net in nets.items():
                 m = net.eval()(five(query)[0]).maps[-1]
                 a = unit(activation_vectors(m)[0])
-                if n in sams: a[0] = unit(sams[n].pam(m[:1]))[0]
+                if n in sams and sams[n].pam: a[0] = unit(sams[n].pam(m[:1]))[0]
                 out[n] = F.normalize(m, dim=1), a
         return out
     h, w_ = next(iter(seen(0).values()))[0].shape[-2:]

@@ -78,22 +78,17 @@ def cost(
     with torch.device('meta'): net = derived(word, channels)
     return n_params(net), macs(net, size)
 
-# %% ../nbs/40_widgets.ipynb #effe545b
+# %% ../nbs/40_widgets.ipynb #276eae34
 @lru_cache(8)
 def slot_costs(
     channels=(64,256,384,512), # of stem and stages
     size=(256,128), # (H, W) of the input
 ) -> tuple: # (2,) parameters and MACs of the network of all N, (12, 4, 2) what each letter adds to them
     "What the interactions cost in each slot."
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.random.fork_rng(devices=[]):
-        net = derived('N'*12, channels).eval()
-        slots, out = [im for c in net.cells for im in (c.im1, c.im2)], np.zeros((12,4,2), dtype=np.int64)
-        with Hooks(slots, lambda i, m, inp, out: inp) as h: bare = np.array((n_params(net), macs(net, size)))
-        for s,k in np.ndindex(12, 4):
-            op = OPS['NEGA'[k]](h.out[s][0].shape[1]).eval()
-            with FlopCounterMode(display=False) as count, torch.no_grad(): op(*h.out[s])
-            out[s,k] = n_params(op), count.get_total_flops()//2
+    with torch.device('meta'): net, plain = supernet(channels=channels), derived('N'*12, channels)
+    params = [[n_params(m.ops[k]) for k in OPS] for m in net.modules() if isinstance(m, Mixed)]
+    out = np.stack([np.array(params), slot_macs(net, size).numpy().astype(np.int64)], -1)
+    bare = np.array((n_params(plain), macs(plain, size)))
     return bare, out
 
 # %% ../nbs/40_widgets.ipynb #56babd13

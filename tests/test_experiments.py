@@ -54,7 +54,7 @@ def test_a_killed_worker_costs_no_row(tmp_path):
     job = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "grid")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         killed = 0
-        for _ in range(600):
+        for _ in range(2400):
             time.sleep(0.1)
             begun = list((tmp_path / "grid").glob("*/train/train.pt"))  # a checkpoint: in the middle of a training
             busy = workers_of(job.pid)
@@ -64,7 +64,7 @@ def test_a_killed_worker_costs_no_row(tmp_path):
                 break
             if job.poll() is not None:
                 break
-        out, _ = job.communicate(timeout=150)
+        out, _ = job.communicate(timeout=400)
     finally:
         job.kill()
     assert killed and job.returncode == 0, out[-2000:]
