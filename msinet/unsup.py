@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONG', 'METHODS', 'short', 'UNSUP', 'finite', 'ClusterStep', 'AllOf', 'Recluster', 'Watch', 'Method', 'adam',
            'UnsupConfig', 'settled', 'Joint', 'readable', 'Built', 'centroids', 'build_unsup', 'channels_of', 'finder',
-           'best_of', 'run_unsup', 'SimpleLoading', 'usl', 'uda', 'open_clustered']
+           'best_of', 'run_unsup', 'SimpleLoading', 'usl', 'other_domain', 'uda', 'open_clustered']
 
 # %% ../nbs/24_unsup.ipynb #64ef8e1f
 import warnings
@@ -180,13 +180,13 @@ METHODS = dict(
 # %% ../nbs/24_unsup.ipynb #16cd32d3
 def adam(params, lr:float, wd:float): return torch.optim.Adam(ps := list(params), lr, weight_decay=wd, fused=fused(ps))
 
-# %% ../nbs/24_unsup.ipynb #91394854
+# %% ../nbs/24_unsup.ipynb #943af1c3
 @dataclass(frozen=True)
 class UnsupConfig:
     "Train without the identities of the set that is measured (Table 4)."
     preset:Preset='full'           # where the other defaults come from; smoke: seconds, laptop: minutes, full and paper: the published scale, released: HDCRL without its teacher, as released
     data:str='synth'               # the set without labels: synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
-    source:str=''                  # the set with labels, for `uda`
+    source:str=''                  # the set with labels, for `uda`; empty takes the other domain of rendered `data`
     method:Literal['cc','spcl','gs','hdcrl','idm']='gs' # usl: cc, spcl, gs, hdcrl; uda: spcl, idm (Table 4: GS, HDCRL, IDM)
     out:str=''                     # the run's folder; empty takes the next free runs/usl-N or runs/uda-N
     resume:bool=False              # go on with the run in `out`, or start one where none is
@@ -230,13 +230,13 @@ class UnsupConfig:
     recompute:bool=False           # run each cell again when its gradient is due instead of keeping its maps
     threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
 
-# %% ../nbs/24_unsup.ipynb #70e7a51c
-short = dict(k1=12, k2=4, eps=.5, K=4, min_samples=3, mu=.99, group=16)
+# %% ../nbs/24_unsup.ipynb #4503b4a3
+short = dict(k1=12, k2=4, eps=.45, K=4, min_samples=3, mu=.99, group=16, jitter=True)
 UNSUP = dict(
     full=UnsupConfig(every=10),
     paper=UnsupConfig(every=10),
     released=UnsupConfig(every=10, distil=0.),
-    laptop=UnsupConfig(data=LAPTOP_SYNTH, epochs=12, iters=12, batch=64, lr=1e-3, drops=(8,), **short, **laptop),
+    laptop=UnsupConfig(data=LAPTOP_SYNTH, epochs=8, iters=12, batch=64, lr=2e-3, drops=(6,), **short, **laptop),
     smoke=UnsupConfig(epochs=2, iters=4, lr=1e-3, drops=(), **{**short, **smoke, 'k1': 8, 'k2': 3}))
 UNSUP = {k: replace(c, preset=k) for k,c in UNSUP.items()}
 
@@ -309,7 +309,7 @@ def centroids(
     m.fill(f, source.labels.to(device))
     return m.c
 
-# %% ../nbs/24_unsup.ipynb #c5808b7d
+# %% ../nbs/24_unsup.ipynb #fd603e7a
 def build_unsup(
     cfg:UnsupConfig,       # of `settled`
     data:ReIDData,         # its training pictures are clustered
@@ -322,14 +322,14 @@ def build_unsup(
     acc = acc or accelerator(cfg.device, cfg.precision)
     device, method, P = acc.device, METHODS[cfg.method], pk(cfg.batch, cfg.K)
     dice = dict(pad=cfg.pad, erase=cfg.erase, jitter=(.4,.4,.3) if cfg.jitter else (0.,0.,0.))
-    pixels = readable(data.train, cfg, progress)
-    cams = None if any(i.cam is None for i in pixels.items) else [i.cam for i in pixels.items]
-    sampler = ClusterSampler(len(pixels), method.draw(cfg), P, cfg.K, cfg.iters, cams, cfg.seed)
-    dl = TrainLoader(pixels, range(len(pixels)), sampler, partial(augment, flip=.5, fill=FILL, **dice), device)
     set_seed(cfg.seed)
     net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0)
     if cfg.weights: start_from(net, cfg.weights)
     net.after_bn, bridge, rows = True, None, None
+    pixels = readable(data.train, cfg, progress)
+    cams = None if any(i.cam is None for i in pixels.items) else [i.cam for i in pixels.items]
+    sampler = ClusterSampler(len(pixels), method.draw(cfg), P, cfg.K, cfg.iters, cams, cfg.seed)
+    dl = TrainLoader(pixels, range(len(pixels)), sampler, partial(augment, flip=.5, fill=FILL, **dice), device)
     if source is not None:
         labelled = train_loader(source.train, cfg.size, P, cfg.K, cfg.seed+1, cfg.cache_dir or None, device=device, progress=progress, **dice)
         plan = by_domain(net, method.domains)
@@ -427,7 +427,17 @@ def usl(
     "Learn a set without its identities, and write a run folder. Raises `InputError` before anything is written."
     return run_unsup(cfg, 'usl', data, None, progress, cbs)
 
-# %% ../nbs/24_unsup.ipynb #5a930f38
+# %% ../nbs/24_unsup.ipynb #cddd392f
+def other_domain(
+    spec:str, # of a rendered set
+) -> str: # A for B, B for A
+    "The same rendered set in its other domain. Raises `InputError` for a set that isn't rendered."
+    if spec.partition(':')[0] != 'synth': raise InputError(f'no source set is named for {spec}, expected one with identities: give --source, e.g. M=/path')
+    if 'domain=B' in spec: return spec.replace('domain=B', 'domain=A')
+    options = spec.partition(':')[2].replace('domain=A', '').strip(',')
+    return 'synth:domain=B' + (f',{options}' if options else '')
+
+# %% ../nbs/24_unsup.ipynb #53634310
 def uda(
     cfg:UnsupConfig,
     data:ReIDData=None,   # instead of what `cfg.data` names: the target
@@ -436,7 +446,7 @@ def uda(
     cbs=(),               # more callbacks for the `Learner`
 ) -> Trained:
     "Learn a set without its identities from another one with them, and write a run folder. Raises `InputError` before anything is written."
-    if not cfg.source and source is None: raise InputError('no source set is named, expected one with identities: give --source, e.g. M=/path')
+    if not cfg.source and source is None: cfg = replace(cfg, source=other_domain(cfg.data))
     return run_unsup(cfg, 'uda', data, source, progress, cbs)
 
 # %% ../nbs/24_unsup.ipynb #a09bc9fe
