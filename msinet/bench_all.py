@@ -57,8 +57,8 @@ def bench_pipeline(
     t.loc['bytes', ['GFLOP','GB']] = 0, 2*n*3*size[0]*size[1]/1e9
     return t
 
-# %% ../nbs/51_bench_all.ipynb #6b062cab
-BENCHES = dict(data=bench_pipeline, retrieval=bench_rank, search=bench_search, train=bench_train, sam=bench_sam, memory=bench_memory, infer=partial(bench_infer, (1,16,64)), networks=bench_networks)
+# %% ../nbs/51_bench_all.ipynb #a5b432cd
+BENCHES = dict(data=bench_pipeline, retrieval=bench_rank, clusters=bench_clusters, search=bench_search, train=bench_train, sam=bench_sam, memory=bench_memory, infer=partial(bench_infer, (1,16,64)), networks=bench_networks)
 
 def with_share(
     t:pd.DataFrame, # rows with seconds, GFLOP and GB

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CASES', 'Case', 'bench_features', 'product_numpy', 'product_torch', 'loop_ap', 'measure', 'seconds', 'held',
-           'give_back', 'peak_memory', 'spread', 'bench_case', 'bench_retrieval', 'bench_rerank']
+           'give_back', 'peak_memory', 'spread', 'bench_case', 'bench_retrieval', 'bench_rerank', 'dense_labels',
+           'bench_clusters']
 
-# %% ../nbs/51_bench_retrieval.ipynb #d04b213a
+# %% ../nbs/51_bench_retrieval.ipynb #e8d3eb6a
 import ctypes, os, threading, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from torch.nn import functional as F
 
 from .core import *
 from .retrieval import *
+from .neighbours import *
 from .rerank import *
+from .clusters import *
+from .bench import *
 
 # %% ../nbs/51_bench_retrieval.ipynb #0106d388
 @dataclass(frozen=True)
@@ -191,3 +195,34 @@ def bench_rerank(
             rows[f'{Q} × {G}'] = dict(seconds=round(np.median(times[:,0]), 2), dense_over_sparse=spread(times[:,1]/times[:,0]) if both else '',
                                       difference=float((rerank(q, g)-dense()).abs().max()) if both else np.nan, peak_MB=round(peak_memory(lambda: rerank(q, g))))
     return pd.DataFrame(rows).T
+
+# %% ../nbs/51_bench_retrieval.ipynb #4d6c59f2
+def dense_labels(
+    f, # (N, D) features
+    eps:float=.6, k1:int=30, k2:int=6, # as in `pseudo_labels`
+) -> np.ndarray: # (N,) clusters
+    "Pseudo-labels the plain way, with matrices of N×N."
+    from sklearn.cluster import DBSCAN
+    v = neighbour_weights(scaled_sq(sq_dist(f, f).sqrt()), k1, k2)
+    return DBSCAN(eps=eps, min_samples=4, metric='precomputed').fit_predict(jaccard_rows(v, v).clamp(min=0).numpy())
+
+# %% ../nbs/51_bench_retrieval.ipynb #1f1e2b4c
+def bench_clusters(
+    rounds:int=3,   # see `ratio`
+    sizes=(1500,),  # pictures, where both forms are measured
+    large:int=0,    # pictures for the sparse form alone, once; 32,621 is MSMT17's training set; 0 leaves it out
+    device='cpu',   # clusters are always made on the processor
+) -> pd.DataFrame: # as `ratio`, with MB; two rows per size
+    "Labels from features: sparse distances against matrices."
+    rows, case = [], lambda n: bench_features(Case(1, n, max(2, n//31), 2.2))[3]
+    for n in sizes:
+        f = case(n)
+        forms = {'dense': lambda: dense_labels(f), 'sparse': lambda: pseudo_labels(f)}
+        t = ratio(forms, rounds).assign(MB=[peak_memory(g) for g in forms.values()], GFLOP=2*n*n*f.shape[1]/1e9, GB=f.numel()*4/1e9)
+        rows.append(t.rename(lambda k: f'{k}, {n:,}'))
+    if large:
+        f = case(large)
+        took = []
+        mb = peak_memory(lambda: took.append(seconds(lambda: pseudo_labels(f))))
+        rows.append(pd.DataFrame(dict(seconds=took[0], MB=mb, GFLOP=2*large*large*f.shape[1]/1e9, GB=f.numel()*4/1e9), index=[f'sparse, {large:,}']))
+    return pd.concat(rows)
