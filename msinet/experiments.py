@@ -189,14 +189,14 @@ class RunConfig:
     dry_run:bool=False   # list runs, hours and disk, and do nothing
     device:str=''        # of the estimate: cpu or cuda; empty takes the best
 
-# %% ../nbs/50_experiments.ipynb #994118c6
+# %% ../nbs/50_experiments.ipynb #c664e7f1
 def estimate(
     cfg:RunConfig,
 ) -> pd.DataFrame: # as `plan`
     "What the runs of a command would cost on this machine."
     device = def_device(cfg.device)
-    runs = planned(cfg.what, cfg.scale, cfg.seeds)
-    return plan(runs, cfg.dir, training_rate(replace(runs[0].train, backbone='msinet'), device))
+    rate = training_rate(run_of('MS/msinet', cfg.scale).train, device)
+    return plan(planned(cfg.what, cfg.scale, cfg.seeds), cfg.dir, rate)
 
 # %% ../nbs/50_experiments.ipynb #61e1713c
 def pairs(

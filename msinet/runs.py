@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VEHICLE', 'ACROSS', 'COLUMNS', 'DEMO_SETS', 'PERSONS', 'VEHICLES', 'NETS', 'WORDS', 'ALIGNED', 'ARMS', 'SEARCHED',
-           'IMAGENET', 'FROM_TIMM', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe', 'Run', 'base',
-           'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells', 'names_of']
+           'IMAGENET', 'FROM_TIMM', 'METHODS_RUN', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe',
+           'Run', 'base', 'clustered', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells',
+           'names_of']
 
-# %% ../nbs/50_runs.ipynb #33af01f9
+# %% ../nbs/50_runs.ipynb #0456a634
 import json, hashlib
 from dataclasses import dataclass, asdict, replace
 from itertools import product
@@ -18,13 +19,14 @@ from .core import *
 from .published import *
 from .search import *
 from .train import *
+from .unsup import *
 from .learner import short_drops
 from .probes import words
 
-# %% ../nbs/50_runs.ipynb #a7343a4f
+# %% ../nbs/50_runs.ipynb #eba61475
 VEHICLE = dict(size=(256,256))
 ACROSS = dict(epochs=250, jitter=True, erase=0.)
-COLUMNS = {'M': {}, 'MS': {}, 'VR': VEHICLE, 'VID': VEHICLE, 'MS>M': ACROSS, 'VR>VID': VEHICLE | ACROSS}
+COLUMNS = {'M': {}, 'MS': {}, 'VR': VEHICLE, 'VID': VEHICLE, 'MS>M': ACROSS, 'M>MS': ACROSS, 'VR>VID': VEHICLE | ACROSS}
 
 # %% ../nbs/50_runs.ipynb #304d9f00
 DEMO_SETS = dict(MS='synth:n_ids=64,n_test=48', M='synth:domain=B,n_ids=64,n_test=48',
@@ -51,15 +53,17 @@ SEARCHED = {'search-ce': dict(objective='ce', overlap=1.), **{f'search-{round(10
 IMAGENET = '+imagenet' # ends an arm that starts from weights of ImageNet
 FROM_TIMM = ('resnet50','deit_s','deit_b','vit_b') # their weights are fetched, those of others are a file
 
-# %% ../nbs/50_runs.ipynb #fefc9b26
+# %% ../nbs/50_runs.ipynb #bf859b2d
 @dataclass(frozen=True)
 class Run:
     "One training, and the search before it where there is one."
     name:str             # column/arm
-    train:TrainConfig    # data are named by their short names at the paper's scale
+    train:TrainConfig    # or `UnsupConfig`; data are named by their short names at the paper's scale
     search:SearchConfig=None # None: the genotype is given
     tests:tuple=()       # of (short name, what `get_data` takes): where the network is measured
     weights:str=''       # the file it needs to start from, by name: backbone+imagenet
+    kind:str='train'     # or usl, uda: what is done
+    start:'Run'=None     # another run whose network it starts from
 
 # %% ../nbs/50_runs.ipynb #0a47f9ff
 def base(
@@ -73,7 +77,24 @@ def base(
     size = {k: v for k,v in COLUMNS[column].items() if k == 'size'}
     return replace(TRAIN['full'], lambda_sa=0., data=source, **COLUMNS[column]), replace(SEARCH['full'], data=source, evaluate=False, **size)
 
-# %% ../nbs/50_runs.ipynb #5069e33e
+# %% ../nbs/50_runs.ipynb #426aa083
+METHODS_RUN = ('cc','spcl','gs','hdcrl','idm')
+
+def clustered(
+    name:str, method:str,       # of the run, and a method of `UnsupConfig`
+    source:str, target:str,     # short names; without a target the source is learnt without identities
+    scale:str, seed:int,        # as for `run_of`
+) -> Run:
+    "A run of Table 4."
+    kind, measured = ('uda' if target else 'usl'), target or source
+    if scale == 'paper':
+        cfg = replace(UNSUP['full'], data=measured, source=source if target else '', method=method, seed=seed)
+        return Run(name, cfg, None, ((measured, measured),), cfg.backbone+IMAGENET, kind)
+    A, B = DEMO_SETS['MS'], DEMO_SETS['M']
+    cfg = replace(UNSUP['laptop'], data=B, source=A if target else '', method=method, seed=seed, batch=32 if target else 64)
+    return Run(name, cfg, None, ((measured, B),), '', kind, run_of('MS/msinet', 'demo', seed))
+
+# %% ../nbs/50_runs.ipynb #e0c9566e
 def run_of(
     name:str,           # column/arm, e.g. MS/gate
     scale:str='paper',  # or demo
@@ -83,8 +104,9 @@ def run_of(
     column, _, arm = name.partition('/')
     plain = arm.removesuffix(IMAGENET)
     if column not in COLUMNS: raise InputError(f'{name!r} is no run: {column!r} is no column, expected one of {", ".join(COLUMNS)}, then a stroke and an arm: write MS/gate')
-    if plain not in ARMS | SEARCHED: raise InputError(f'{name!r} is no run: {plain!r} is no arm, expected one of {", ".join(ARMS | SEARCHED)}')
     source, _, target = column.partition('>')
+    if arm in METHODS_RUN: return clustered(name, arm, source, target, scale, seed)
+    if plain not in ARMS | SEARCHED: raise InputError(f'{name!r} is no run: {plain!r} is no arm, expected one of {", ".join([*ARMS, *SEARCHED, *METHODS_RUN])}')
     train, search = base(source, column, scale)
     train = replace(train, seed=seed, **ARMS.get(plain, {}))
     if arm != plain and plain in FROM_TIMM: train = replace(train, weights=TIMM)
@@ -92,8 +114,8 @@ def run_of(
     where = (PERSONS if source in PERSONS else VEHICLES) if scale == 'demo' else [target or source]
     return Run(name, train, search, tuple((s, DEMO_SETS[s] if scale == 'demo' else s) for s in where), train.backbone+IMAGENET if arm != plain and not train.weights else '')
 
-# %% ../nbs/50_runs.ipynb #6d7e3636
-NOT_RESULT = ('preset','out','resume','target','every','cache','cache_dir','device','threads','compile') # fields that say how or where, not what
+# %% ../nbs/50_runs.ipynb #3564a772
+NOT_RESULT = ('preset','out','resume','target','every','watch','cache','cache_dir','device','threads','compile') # fields that say how or where, not what
 
 def changed(
     cfg, # a configuration, or None
@@ -103,12 +125,14 @@ def changed(
     d = asdict(type(cfg)())
     return {k: v for k,v in asdict(cfg).items() if v != d[k] and k not in NOT_RESULT}
 
-# %% ../nbs/50_runs.ipynb #b69a5b72
+# %% ../nbs/50_runs.ipynb #fdf5130b
 def key_of(
     r:Run,
 ) -> str: # twelve hexadecimal digits
     "What a result is filed under."
     about = dict(train=changed(r.train), search=changed(r.search), weights=r.weights)
+    if r.kind != 'train': about['kind'] = r.kind
+    if r.start: about['start'] = key_of(r.start)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/50_runs.ipynb #29fc9b56
@@ -120,7 +144,7 @@ class Part:
     against:str=''   # the arm that the others are compared with
     table:int=0      # the published table, 0 where there is none
 
-# %% ../nbs/50_runs.ipynb #ab5e8bc3
+# %% ../nbs/50_runs.ipynb #5bcdbcbc
 def starts(arm:str, label:str) -> dict: # from scratch and from ImageNet
     return {f'{label}, scratch': arm, f'{label}, ImageNet': arm+IMAGENET}
 
@@ -131,6 +155,7 @@ PARTS = {
     'table 1': Part(('MS','VR'), {'searched': 'search-40'}, table=1),
     'table 2': Part(('M','MS','VR','VID','MS>M','VR>VID'), EVERY, 'msinet', 2),
     'table 3': Part(('M','MS'), {'MSINet, ImageNet': 'msinet'+IMAGENET}, '', 3),
+    'table 4': Part(('M','M>MS'), {'GS, MSINet': 'gs', 'HDCRL, MSINet': 'hdcrl', 'IDM, MSINet': 'idm'}, '', 4),
     'table 5': Part(('VR','VR>VID'), {'MSINet, none': 'msinet', **{f'MSINet, {k}': k for k in ('positives','negatives','unified','separated')}, 'MSINet, PAM': 'sam',
                     'MSINet, PAM as released': 'sam-released', 'OSNet, none': 'osnet', 'OSNet, PAM': 'osnet-sam'}, 'msinet', 5),
     'table 6': Part(('MS','VR'), {'DeiT-S': 'deit_s'+IMAGENET, 'DeiT-B': 'deit_b'+IMAGENET, 'ViT-B': 'vit_b'+IMAGENET, 'MSINet, ImageNet': 'msinet'+IMAGENET}, '', 6),

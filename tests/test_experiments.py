@@ -107,6 +107,16 @@ def test_a_row_carries_what_it_takes_to_judge_it(tmp_path):
     assert np.isclose(np.mean(r["metrics"]["VR"]["ap"]), r["metrics"]["VR"]["mAP"], atol=1e-4)
 
 
+@pytest.mark.parametrize("name, kind", [("M/gs", "usl"), ("M>MS/idm", "uda")])
+def test_a_run_without_identities_starts_from_another(name, kind, tmp_path):
+    row = perform(tiny(name), tmp_path)
+    assert row["status"] == "done", row["error"]
+    first = next(r for r in read_rows(tmp_path) if r["run"] == "MS/msinet")
+    assert first["status"] == "done" and row["config"]["train"]["method"] == name.split("/")[1] and row["seconds"][kind] > 0
+    before = json.loads((tmp_path / row["key"] / kind / "metrics.json").read_text())["before"]
+    assert before["mAP"] > 0 and list(row["metrics"]) == [name.split("/")[0].split(">")[-1]]
+
+
 def test_every_run_has_a_config_at_both_scales():
     keys = {}
     for name in names_of(""):
