@@ -112,7 +112,7 @@ def test_a_run_without_identities_starts_from_another(name, kind, tmp_path):
     row = perform(tiny(name), tmp_path)
     assert row["status"] == "done", row["error"]
     first = next(r for r in read_rows(tmp_path) if r["run"] == "MS/msinet")
-    assert first["status"] == "done" and row["config"]["train"]["method"] == name.split("/")[1] and row["seconds"][kind] > 0
+    assert first["status"] == "done" and row["config"]["train"].get("method", "gs") == name.split("/")[1] and row["seconds"][kind] > 0
     before = json.loads((tmp_path / row["key"] / kind / "metrics.json").read_text())["before"]
     assert before["mAP"] > 0 and list(row["metrics"]) == [name.split("/")[0].split(">")[-1]]
 
