@@ -122,7 +122,7 @@ def closing(
     "Where the results are, and how to open them."
     return f'report    {page}  (open it in a browser)\nnotebooks make lab, and on the first page RUN = {str(Path(run).resolve())!r}'
 
-# %% ../nbs/52_cli.ipynb #af80e832
+# %% ../nbs/52_cli.ipynb #f46da336
 def run_search(cfg:SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
@@ -141,7 +141,7 @@ def run_clustered(cfg:UnsupConfig):
     done = (uda if isinstance(cfg, AdaptConfig) else usl)(cfg, progress=True)
     r = done.history[-1]
     print(table(done.metrics))
-    print(f"clusters  {r['clusters']}, {r['outliers']:.0%} of the pictures in none; against the true identities ARI {r['ari']:.2f}, purity {r['purity']:.2f}\nrun       {done.run}")
+    print(f"clusters  {r['clusters']}, {r['outliers']:.0%} of the pictures in none; against the true identities ARI {r['ari']:.2f}, purity {r['purity']:.2f}\n{closing(done.run, report(done.run))}")
 
 def run_evaluate(cfg:EvaluateConfig):
     "`msinet evaluate`"
@@ -161,7 +161,7 @@ def run_report(cfg:ReportConfig):
 
 def run_figures_of(cfg:FiguresConfig):
     "`msinet figures`"
-    t = config_of(cfg.run, TrainConfig)
+    t = config_of(cfg.run, TrainConfig) or config_of(cfg.run, UnsupConfig)
     print(*save_figures(cfg.run, cfg.out, get_data(cfg.data, t.size, True) if cfg.data and t else None), sep='\n')
 
 def run_bench(cfg:BenchConfig):

@@ -169,7 +169,7 @@ def start_from(
     if wrong: raise InputError(f'{path} does not fit: {len(wrong)} tensors differ, the first is {wrong[0]}; expected weights of the same genotype and channels')
     net.load_state_dict(sd, strict=False)
 
-# %% ../nbs/23_train.ipynb #e2e3d44b
+# %% ../nbs/23_train.ipynb #27d95d0c
 def open_net(
     run, # a run folder with model.safetensors, or such a file
 ) -> tuple[ReIDNet,dict]: # the network in eval mode, and what it is: genotype, channels, size, ...
@@ -180,6 +180,7 @@ def open_net(
     n_ids = sd['neck.classifier.weight'].shape[0] if 'neck.classifier.weight' in sd else 0
     net = network(about.get('backbone', 'msinet'), *map(about.get, ('genotype', 'channels', 'rho', 'size')), n_ids, FUSES[about.get('fuse', 'sum')]) # files from before Fig. 5c's arms say nothing
     net.load_state_dict(sd)
+    net.after_bn = about.get('after_bn', False) # networks that were trained without identities embed by their normalised features
     return net.eval(), about
 
 # %% ../nbs/23_train.ipynb #636f4b47

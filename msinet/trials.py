@@ -85,7 +85,7 @@ def first(
     if row['status'] != 'done': raise InputError(f"{r.name}, which this run starts from, failed: {row['error']}")
     return dir/row['key']/'train'/'model.safetensors'
 
-# %% ../nbs/50_trials.ipynb #94f3067b
+# %% ../nbs/50_trials.ipynb #672c7465
 def outcome(
     r:Run,       # with places, as from `located`
     folder:Path, # the trial's
@@ -100,7 +100,7 @@ def outcome(
     if r.start: cfg = replace(cfg, weights=str(first(r.start, folder.parent)))
     run = folder/r.kind
     if not (run/'model.safetensors').exists(): REGIMES[r.kind](replace(cfg, out=str(run), resume=True))
-    net, about = open_clustered(run)
+    net, about = open_net(run)
     with threads(cfg.threads): metrics = measured(net, r.tests, cfg.size)
     seconds = {k: round(sum(e['seconds'] for e in read_log(folder/k/'history.jsonl')), 1) for k in ('search',r.kind)}
     return dict(genotype=about.get('genotype'), softmax=found.get('softmax'), metrics=metrics, seconds=seconds, params=n_params(net, ('classifier',)))

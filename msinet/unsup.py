@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONG', 'METHODS', 'short', 'UNSUP', 'finite', 'ClusterStep', 'AllOf', 'Recluster', 'Watch', 'Method', 'adam',
            'UnsupConfig', 'settled', 'Joint', 'readable', 'Built', 'centroids', 'build_unsup', 'channels_of', 'finder',
-           'best_of', 'run_unsup', 'SimpleLoading', 'usl', 'other_domain', 'uda', 'open_clustered']
+           'best_of', 'run_unsup', 'SimpleLoading', 'usl', 'other_domain', 'uda']
 
 # %% ../nbs/24_unsup.ipynb #64ef8e1f
 import warnings
@@ -373,7 +373,7 @@ def best_of(
     rows = [r for r in history if 'mAP' in r]
     return dict(best={k: max(rows, key=lambda r: r['mAP'])[k] for k in ('mAP','R1','R5','R10','mINP','epoch')}) if rows else {}
 
-# %% ../nbs/24_unsup.ipynb #b53948ad
+# %% ../nbs/24_unsup.ipynb #b40c8862
 def run_unsup(
     cfg:UnsupConfig, kind:str, # 'usl' or 'uda'
     data:ReIDData, source:ReIDData, # instead of what the configuration names, or None
@@ -403,9 +403,9 @@ def run_unsup(
     if bridge is not None: bridge.off()
     if source is not None: net = of_domain(net)
     write_json(run/'metrics.json', metrics)
-    about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size, after_bn=True)
+    about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size, channels=cfg.channels, after_bn=True)
     if cfg.backbone == 'msinet':
-        about |= dict(genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho)
+        about |= dict(genotype=cfg.genotype, rho=cfg.rho)
         write_json(run/'genotype.json', dict(genotype=cfg.genotype))
     save_weights(net, run/'model.safetensors', about)
     return Trained(net.eval(), metrics, learn.history, run)
@@ -448,12 +448,3 @@ def uda(
     "Learn a set without its identities from another one with them, and write a run folder. Raises `InputError` before anything is written."
     if not cfg.source and source is None: cfg = replace(cfg, source=other_domain(cfg.data))
     return run_unsup(cfg, 'uda', data, source, progress, cbs)
-
-# %% ../nbs/24_unsup.ipynb #a09bc9fe
-def open_clustered(
-    run, # a run's folder with model.safetensors
-) -> tuple[ReIDNet,dict]: # the network in eval mode, and what it is
-    "The network of `usl` or `uda`: embeds by the features after batch normalisation. Errors as `open_net`."
-    net, about = open_net(run)
-    net.after_bn = about.get('after_bn', False)
-    return net, about

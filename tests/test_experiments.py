@@ -18,7 +18,7 @@ from msinet.runs import PARTS, key_of, names_of, run_of
 from msinet.search import SMOKE_SYNTH
 from msinet.trials import collect, grid, perform, read_rows, rows, shrunk
 
-NAMES = ("MS/none", "MS/gate", "MS/exchange", "MS/attention")
+NAMES = ("MS/none", "MS/gate", "MS/exchange")
 
 SCRIPT = f"""
 import sys

@@ -102,3 +102,18 @@ def test_a_figure_wider_than_the_page_is_refused(tmp_path):
         save(plt.figure(figsize=(9, 2)), "a", tmp_path)
     assert not list(tmp_path.iterdir())
     plt.close("all")
+
+
+def test_a_run_without_identities_has_a_page_and_files(tmp_path, capsys):
+    out = tmp_path / "run"
+    main(["usl", "--preset", "smoke", "--out", str(out)])
+    assert str(out / "report.html") in capsys.readouterr().out and "How clusters formed" in (out / "report.html").read_text()
+    main(["figures", str(out)])
+    names = {Path(f).stem for f in capsys.readouterr().out.split()}
+    assert {"clusters", "strips", "embeddings", "losses_clusters"} <= names
+    for f in (out / "figures").glob("*.pdf"):
+        check(f)
+    plt.close("all")
+    main(["evaluate", "--run", str(out)])  # embeds by the normalised features, as it was trained
+    said = float(re.search(r"(\d+\.\d)", capsys.readouterr().out.split("\n")[1]).group())
+    assert abs(said - 100 * json.loads((out / "metrics.json").read_text())["after"]["mAP"]) < 0.06

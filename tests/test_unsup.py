@@ -21,7 +21,8 @@ from msinet.losses import unit
 from msinet.rerank import jaccard, jaccard_sparse
 from msinet.search import SMOKE_SYNTH
 from msinet.synth import get_data
-from msinet.unsup import METHODS, UNSUP, Recluster, open_clustered, settled, uda, usl
+from msinet.train import open_net
+from msinet.unsup import METHODS, UNSUP, Recluster, settled, uda, usl
 
 SMOKE = replace(UNSUP["smoke"], iters=2, watch=20)
 ARMS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
@@ -79,7 +80,7 @@ def test_a_run_folder_is_complete(sets, tmp_path):
     assert m["best"]["mAP"] >= max(r["mAP"] for r in done.history) - 1e-9
     rows = [json.loads(line) for line in (done.run / "history.jsonl").read_text().splitlines()]
     assert all({"clusters", "outliers", "ari", "purity", "eps", "pred", "feat", "div"} <= set(r) for r in rows)
-    net, about = open_clustered(done.run)
+    net, about = open_net(done.run)
     assert about["after_bn"] and net.after_bn and not any(isinstance(k, DomainBN) for k in net.modules())
     assert net.embed(torch.randn(2, 3, 64, 32)).shape == (2, 64 + 32)
 
