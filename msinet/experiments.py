@@ -8,7 +8,7 @@ __all__ = ['SEEDS', 'VERDICTS', 'results', 'verdict', 'differences', 'cell', 'ta
            'table_command', 'figure_command']
 
 # %% ../nbs/50_experiments.ipynb #53314a02
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -27,14 +27,14 @@ from .published import *
 from .runs import *
 from .trials import *
 
-# %% ../nbs/50_experiments.ipynb #e65608da
+# %% ../nbs/50_experiments.ipynb #e8c4f0ba
 SEEDS = 20 # looked for
 
 def results(
     name:str,          # a table or figure: a key of `PARTS`
     where,             # folder of trials, or a file of rows
     scale:str='demo',  # or paper
-) -> pd.DataFrame: # one line per arm, column and seed that has a row: status, metrics in percent, `ap` of each query, and what `looked` gave of its picture
+) -> pd.DataFrame: # one line per arm, column and seed that has a row: status, metrics in percent, `ap` of each query, mAP `before` the first step, and what `looked` gave of its picture
     "What was found for a table or a figure. Empty when nothing was."
     part, found = part_of_paper(name), {r['key']: r for r in read_rows(where)}
     out = []
@@ -42,8 +42,8 @@ def results(
         r = found.get(key_of(run_of(f'{column}/{arm}', scale, seed)))
         if r is None: continue
         m = r.get('metrics', {}).get(column.split('>')[-1], {})
-        out.append(dict(arm=label, column=column, seed=seed, status=r['status'], error=r['error'], genotype=r.get('genotype'), ap=m.get('ap'), gain=m.get('gain'), drift=m.get('drift'), **{k: 100*m[k] for k in ('mAP','R1','R5') if k in m}))
-    return pd.DataFrame(out, columns=['arm','column','seed','status','error','genotype','ap','gain','drift','mAP','R1','R5'])
+        out.append(dict(arm=label, column=column, seed=seed, status=r['status'], error=r['error'], genotype=r.get('genotype'), before=100*r.get('before', {}).get('mAP', np.nan), ap=m.get('ap'), gain=m.get('gain'), drift=m.get('drift'), **{k: 100*m[k] for k in ('mAP','R1','R5') if k in m}))
+    return pd.DataFrame(out, columns=['arm','column','seed','status','error','genotype','before','ap','gain','drift','mAP','R1','R5'])
 
 # %% ../nbs/50_experiments.ipynb #e87d976e
 def verdict(
@@ -83,7 +83,7 @@ def cell(
     if not len(good): return 'failed'
     return f'{good.mean():.1f} ({len(good)})' if len(good) == 1 else f'{good.mean():.1f} ± {good.std():.1f} ({len(good)})'
 
-# %% ../nbs/50_experiments.ipynb #6a16ec39
+# %% ../nbs/50_experiments.ipynb #d9bcbc41
 def table(
     n:int,             # of the paper's table
     where='runs/grid', # folder of trials, or a file of rows
@@ -94,10 +94,11 @@ def table(
     if n == 1: return genotypes(where, scale)
     part = PARTS.get(f'table {n}', Part((), {}))
     t = results(f'table {n}', where, scale) if part.arms else None
-    lines = list(dict.fromkeys([*paper.index, *part.arms]))
+    lines, places = list(dict.fromkeys([*paper.index, *part.arms])), {*filled(part)}
     def ours(label, column, metric):
         if label not in part.arms: return 'quoted' if paper['from'].get(label) == 'quoted' else 'not run'
-        return cell(t[(t.arm == label) & (t.column == column)], metric)
+        said = cell(t[(t.arm == label) & (t.column == column)], metric)
+        return '' if said == 'not run' and (column, label) not in places else said
     heads = [c for c in paper.columns if ' ' in c]
     out = {(h, side): {l: paper[h].get(l, np.nan) if side == 'paper' else ours(l, *h.split(' ')) for l in lines} for h in heads for side in ('paper','ours')}
     return pd.DataFrame(out).reindex(lines)

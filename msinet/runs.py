@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VEHICLE', 'ACROSS', 'COLUMNS', 'DEMO_SETS', 'PERSONS', 'VEHICLES', 'NETS', 'WORDS', 'ALIGNED', 'ARMS', 'SEARCHED',
            'IMAGENET', 'FROM_TIMM', 'METHODS_RUN', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe',
-           'Run', 'base', 'clustered', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'cells',
+           'Run', 'base', 'clustered', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'filled',
            'names_of']
 
 # %% ../nbs/50_runs.ipynb #0456a634
@@ -173,8 +173,8 @@ def part_of_paper(
     if name not in PARTS: raise InputError(f'{name!r} is not there, expected one of {", ".join(PARTS)}')
     return PARTS[name]
 
-# %% ../nbs/50_runs.ipynb #74654618
-def cells(
+# %% ../nbs/50_runs.ipynb #1f5cd437
+def filled(
     part:Part,
 ) -> list: # of (column, name in print)
     "Which places of a table stand for a training: those with a number in print, and those that are only ours."
@@ -182,7 +182,7 @@ def cells(
     def empty(column, label): return label in paper.index and paper.loc[label, [c for c in paper if c.split(' ')[0] == column]].isna().all()
     return [(c, label) for c,label in product(part.columns, part.arms) if not empty(c, label)]
 
-# %% ../nbs/50_runs.ipynb #a7413487
+# %% ../nbs/50_runs.ipynb #62b8c4d8
 def names_of(
     what:str, # a part, a run's name, or `figure 5`, `table` and the like: all parts that begin so
 ) -> list[str]: # names of runs, each once
@@ -190,4 +190,4 @@ def names_of(
     if '/' in what: return [run_of(what).name]
     parts = [p for k,p in PARTS.items() if k.startswith(what)]
     if not parts: raise InputError(f'{what!r} means no run, expected a run such as MS/gate or one of {", ".join(PARTS)}')
-    return list(dict.fromkeys(f'{c}/{p.arms[label]}' for p in parts for c,label in cells(p)))
+    return list(dict.fromkeys(f'{c}/{p.arms[label]}' for p in parts for c,label in filled(p)))

@@ -85,7 +85,7 @@ def first(
     if row['status'] != 'done': raise InputError(f"{r.name}, which this run starts from, failed: {row['error']}")
     return dir/row['key']/'train'/'model.safetensors'
 
-# %% ../nbs/50_trials.ipynb #672c7465
+# %% ../nbs/50_trials.ipynb #509d820a
 def outcome(
     r:Run,       # with places, as from `located`
     folder:Path, # the trial's
@@ -103,7 +103,8 @@ def outcome(
     net, about = open_net(run)
     with threads(cfg.threads): metrics = measured(net, r.tests, cfg.size)
     seconds = {k: round(sum(e['seconds'] for e in read_log(folder/k/'history.jsonl')), 1) for k in ('search',r.kind)}
-    return dict(genotype=about.get('genotype'), softmax=found.get('softmax'), metrics=metrics, seconds=seconds, params=n_params(net, ('classifier',)))
+    before = json.loads((run/'metrics.json').read_text())['before']
+    return dict(genotype=about.get('genotype'), softmax=found.get('softmax'), before=dict(mAP=before['mAP'], R1=before['R1']), metrics=metrics, seconds=seconds, params=n_params(net, ('classifier',)))
 
 # %% ../nbs/50_trials.ipynb #6ceae907
 def about_run(
