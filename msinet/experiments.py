@@ -8,7 +8,7 @@ __all__ = ['SEEDS', 'VERDICTS', 'results', 'verdict', 'differences', 'cell', 'ta
            'table_command', 'figure_command']
 
 # %% ../nbs/50_experiments.ipynb #53314a02
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Literal
