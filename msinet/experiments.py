@@ -7,7 +7,7 @@ __all__ = ['SEEDS', 'VERDICTS', 'results', 'verdict', 'differences', 'cell', 'ta
            'run', 'planned', 'RunConfig', 'estimate', 'pairs', 'line_of', 'run_command', 'TableConfig', 'FigureConfig',
            'table_command', 'figure_command']
 
-# %% ../nbs/50_experiments.ipynb #53314a02
+# %% ../nbs/50_experiments.ipynb #060ac16b
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -54,14 +54,14 @@ def verdict(
     ci = mean_ci(each)
     return 'not resolved' if not ci.resolved else 'higher' if ci.value > 0 else 'lower'
 
-# %% ../nbs/50_experiments.ipynb #65a3b9c4
+# %% ../nbs/50_experiments.ipynb #d1cd957d
 def differences(
     t:pd.DataFrame,  # as from `results`
     against:str,     # an arm in print
     of:str='ap',     # or `gain`, `drift`: what is compared picture by picture
 ) -> pd.DataFrame: # one line per column and arm: mean difference, low and high of its interval, seeds, verdict; `each` holds one number per seed. AP in points
     "Each arm against one other: same seeds, same pictures, so that most of the noise falls out."
-    done = t[t.status == 'done'].set_index(['column','arm','seed'])[of].dropna()
+    done = t[t.status == 'done'].set_index(['column','arm','seed'])[of].dropna().sort_index()
     scale = 100 if of == 'ap' else 1
     def line(column, arm):
         mine, theirs = (done.get((column, a), pd.Series(dtype=object)) for a in (arm, against))
