@@ -15,8 +15,8 @@ from torch import Tensor
 from .core import *
 from .vis import *
 
-# %% ../nbs/24_views.ipynb #6840f125
-FATES = dict(kept='#1a9850', merged='#d73027', split='#e69f00', dissolved='#8c8c8c')
+# %% ../nbs/24_views.ipynb #ba975ff9
+FATES = dict(kept=RIGHT, merged=WRONG, split=NETS[2], dissolved=QUERY)
 
 def fates(
     y:Tensor, # (N,) clusters of an epoch; -1 for pictures in none
