@@ -46,9 +46,9 @@ WORDS = dict(none='N'*12, exchange='E'*12, gate='G'*12, attention='A'*12, **{f'r
 ALIGNED = {'sam': dict(lambda_sa=2.), **{k: dict(lambda_sa=2., align=k) for k in ('positives','negatives','unified','separated')},
            'sam-released': dict(lambda_sa=2., sam_released=True), **{f'sam-{w}': dict(lambda_sa=float(w)) for w in ('.5','1','4')}}
 
-# %% ../nbs/50_runs.ipynb #134e3216
+# %% ../nbs/50_runs.ipynb #ecab88cc
 ARMS = {'msinet': {}, **NETS, **{k: dict(genotype=w) for k,w in WORDS.items()}, **ALIGNED, 'osnet-sam': dict(backbone='osnet', lambda_sa=2.),
-        'minus': dict(fuse='minus'), 'multiply': dict(fuse='multiply'), **{f'rho-{r}': dict(rho=r) for r in (1,2,4)}}
+        'long': dict(epochs=120, drops=short_drops(120)), 'minus': dict(fuse='minus'), 'multiply': dict(fuse='multiply'), **{f'rho-{r}': dict(rho=r) for r in (1,2,4)}}
 SEARCHED = {'search-ce': dict(objective='ce', overlap=1.), **{f'search-{round(100*o)}': dict(overlap=o) for o in (1.,.75,.4,0.)}}
 IMAGENET = '+imagenet' # ends an arm that starts from weights of ImageNet
 FROM_TIMM = ('resnet50','deit_s','deit_b','vit_b') # their weights are fetched, those of others are a file
@@ -77,7 +77,7 @@ def base(
     size = {k: v for k,v in COLUMNS[column].items() if k == 'size'}
     return replace(TRAIN['full'], lambda_sa=0., data=source, **COLUMNS[column]), replace(SEARCH['full'], data=source, evaluate=False, **size)
 
-# %% ../nbs/50_runs.ipynb #426aa083
+# %% ../nbs/50_runs.ipynb #2f1c6279
 METHODS_RUN = ('cc','spcl','gs','hdcrl','idm')
 
 def clustered(
@@ -92,7 +92,7 @@ def clustered(
         return Run(name, cfg, None, ((measured, measured),), cfg.backbone+IMAGENET, kind)
     A, B = DEMO_SETS['MS'], DEMO_SETS['M']
     cfg = replace(UNSUP['laptop'], data=B, source=A if target else '', method=method, seed=seed, batch=32 if target else 64)
-    return Run(name, cfg, None, ((measured, B),), '', kind, run_of('MS/msinet', 'demo', seed))
+    return Run(name, cfg, None, ((measured, B),), '', kind, run_of('MS/long', 'demo', seed))
 
 # %% ../nbs/50_runs.ipynb #e0c9566e
 def run_of(

@@ -111,7 +111,7 @@ def test_a_row_carries_what_it_takes_to_judge_it(tmp_path):
 def test_a_run_without_identities_starts_from_another(name, kind, tmp_path):
     row = perform(tiny(name), tmp_path)
     assert row["status"] == "done", row["error"]
-    first = next(r for r in read_rows(tmp_path) if r["run"] == "MS/msinet")
+    first = next(r for r in read_rows(tmp_path) if r["run"] == "MS/long")
     assert first["status"] == "done" and row["config"]["train"].get("method", "gs") == name.split("/")[1] and row["seconds"][kind] > 0
     before = json.loads((tmp_path / row["key"] / kind / "metrics.json").read_text())["before"]
     assert before["mAP"] > 0 and list(row["metrics"]) == [name.split("/")[0].split(">")[-1]]
