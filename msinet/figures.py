@@ -8,8 +8,8 @@ __all__ = ['TINY', 'read_run', 'alpha_course', 'config_of', 'run_data', 'code_ma
            'few_of', 'framed', 'by_components', 'by_neighbours', 'dots', 'embedding_figure', 'Shown', 'search_figures',
            'loss_figures', 'network_figures', 'run_figures', 'save_figures']
 
-# %% ../nbs/30_figures.ipynb #7df84cd3
-import hashlib, json, os, shutil, tempfile, time, warnings
+# %% ../nbs/30_figures.ipynb #bf519ee0
+import hashlib, os, shutil, tempfile, time, warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,15 +38,14 @@ from .search import *
 from .train import *
 from .vis import save as save_figure # `checkpoint` has a save too
 
-# %% ../nbs/30_figures.ipynb #f0dbad4c
+# %% ../nbs/30_figures.ipynb #28029188
 def read_run(
     run, # a run's folder
 ) -> dict: # config, environment, history, genotype, metrics; alphas (E, 12, 4) and alpha_steps (E·n, 12, 4); empty, or None, where the file is missing
     "What a run has written so far. Raises `InputError` when there is no run."
     run = Path(run)
     if not (run/'config.json').is_file(): raise InputError(f'{run} holds no run (no config.json), expected the folder of a search, a training or a demo')
-    read = lambda n: json.loads((run/f'{n}.json').read_text()) if (run/f'{n}.json').is_file() else {}
-    out = {n: read(n) for n in ('config','environment','genotype','metrics')}
+    out = {n: said(run, n) for n in ('config','environment','genotype','metrics')}
     arrays = {n: np.load(run/f'{n}.npy') if (run/f'{n}.npy').is_file() else None for n in ('alphas','alpha_steps')}
     return dict(out, history=read_log(run/'history.jsonl'), **arrays)
 
@@ -58,14 +57,14 @@ def alpha_course(
     h, n = (r['alphas'], 1) if r.get('alpha_steps') is None else (r['alpha_steps'], len(r['alpha_steps'])//len(r['alphas']))
     return h, np.arange(1, len(h)+1)/n
 
-# %% ../nbs/30_figures.ipynb #84c73ada
+# %% ../nbs/30_figures.ipynb #2f6c4940
 def config_of(
     run,       # a run's folder
     kind:type, # SearchConfig or TrainConfig
 ):
     "The configuration that a run was started with, or None. Fields that this version doesn't know are left out."
     about = read_run(run)['config'].get('train' if kind is TrainConfig else 'search')
-    if about is None: return None
+    if not isinstance(about, dict): return None
     known = {f.name for f in fields(kind)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k,v in about.items() if k in known})
 
