@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ADAPT', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportConfig', 'FiguresConfig', 'BenchConfig',
-           'AdaptConfig', 'preset_of', 'parse', 'table', 'closing', 'run_search', 'run_train', 'run_clustered',
-           'run_evaluate', 'run_demo', 'run_report', 'run_figures_of', 'run_bench', 'ask', 'pair', 'check', 'main']
+           'AdaptConfig', 'option', 'begun', 'preset_of', 'parse', 'table', 'closing', 'run_search', 'run_train',
+           'run_clustered', 'run_evaluate', 'run_demo', 'run_report', 'run_figures_of', 'run_bench', 'ask', 'pair',
+           'check', 'main']
 
 # %% ../nbs/52_cli.ipynb #de83185b
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args
 
@@ -23,6 +24,7 @@ from .batches import *
 from .retrieval import *
 from .devices import *
 from .checkpoint import *
+from .lock import Signals
 from .search import *
 from .train import *
 from .unsup import *
@@ -79,17 +81,37 @@ PRESETS = get_args(Preset)
 ADAPT = {p: AdaptConfig(**{**vars(c), 'method': 'idm', 'data': other_domain(c.data)}) for p,c in UNSUP.items()}
 CONFIGS = dict(demo={p: DemoConfig(preset=p) for p in PRESETS}, search=SEARCH, train=TRAIN, usl=UNSUP, uda=ADAPT)
 
-# %% ../nbs/52_cli.ipynb #4a2a5825
+# %% ../nbs/52_cli.ipynb #e0992bac
+def option(
+    args:list, # words of a command line
+    name:str,  # such as --out
+) -> str: # the last one counts; '' where it isn't said
+    "What is said for an option."
+    said = [w.split('=', 1)[1] if '=' in w else n for w,n in zip(args, [*args[1:], '']) if w.split('=')[0] == name]
+    return said[-1] if said else ''
+
+# %% ../nbs/52_cli.ipynb #4a6c2775
+def begun(
+    args:list, # words of a command line
+): # its configuration, or None
+    "What the run was started with that `--out` names and `--resume` takes up."
+    kind, run = {'search': SearchConfig, 'train': TrainConfig}.get(args[0] if args else ''), option(args, '--out')
+    if not kind or '--resume' not in args or option(args, '--preset') or not said(run, 'config').get(args[0]): return None
+    try: return replace(config_of(run, kind), resume=True)
+    except (TypeError, ValueError) as e: raise InputError(f"the configuration of {run} can't be read ({e}); expected one that this kit wrote: say --preset, or give another --out") from None
+
+# %% ../nbs/52_cli.ipynb #b9fd3420
 def preset_of(
     args:list, # words of a command line
 ) -> str: # laptop, unless said
     "What `--preset` says. Raises `InputError` for a name that isn't one."
-    said = [w.split('=', 1)[1] if '=' in w else n for w,n in zip(args, [*args[1:], '']) if w.split('=')[0] == '--preset']
-    name = said[-1] if said else 'laptop'
+    name = option(args, '--preset')
+    if not name and args[:1] == ['demo'] and '--resume' in args: name = (said(option(args, '--out'), 'config').get('search') or {}).get('preset')
+    name = name or 'laptop'
     if name not in PRESETS: raise InputError(f"preset {name!r} is not there, expected one of {', '.join(PRESETS)}: leave it out to take laptop")
     return name
 
-# %% ../nbs/52_cli.ipynb #c7b665da
+# %% ../nbs/52_cli.ipynb #28220a37
 def parse(
     args:list, # words of a command line
 ):
@@ -97,9 +119,9 @@ def parse(
     if args[:1] == ['data'] and not {'-h','--help'} & set(args[1:2]):
         if args[1:2] != ['check']: raise InputError(f"data {' '.join(args[1:2])!r} is not there, expected check: write msinet data check M=/path")
         return tyro.cli(CheckConfig, args=args[2:], prog='msinet data check', description=CheckConfig.__doc__)
-    preset = preset_of(args)
+    preset, old = preset_of(args), begun(args)
     command = lambda kind, name, **kw: Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **kw)]
-    kinds = [command(type(c[preset]), name, default=c[preset]) for name,c in CONFIGS.items()]
+    kinds = [command(type(c[preset]), name, default=old if isinstance(old, type(c[preset])) else c[preset]) for name,c in CONFIGS.items()]
     kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(FiguresConfig, 'figures'), command(QueryConfig, 'query'), command(CompareConfig, 'compare'), command(ExportConfig, 'export'), command(BenchConfig, 'bench'),
               command(RunConfig, 'run'), command(TableConfig, 'table'), command(FigureConfig, 'figure'), command(PretrainConfig, 'pretrain'), command(CheckConfig, 'data')]
     return tyro.cli(Union[tuple(kinds)], args=args, prog='msinet', description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.')
@@ -189,16 +211,16 @@ COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, UnsupConfig: run_c
             BenchConfig: run_bench, CheckConfig: check, RunConfig: lambda cfg: print(run_command(cfg, print)), TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
             PretrainConfig: lambda cfg: print(pretrain(cfg, progress=True))}
 
-# %% ../nbs/52_cli.ipynb #6e5fdf83
+# %% ../nbs/52_cli.ipynb #1a2c0f27
 def main(
     args:list=None, # words of the command line, those of the process unless given
 ):
-    "The command `msinet`. Exit code 0 when all went well, 2 after a mistake in what was asked, 130 when it was interrupted."
+    "The command `msinet`. Exit code 0 when all went well, 2 after a mistake in what was asked, 130 when it was interrupted, 143 when it was told to end."
     try:
         cfg = parse(list(sys.argv[1:] if args is None else args))
-        COMMANDS[type(cfg)](cfg)
+        with Signals(): COMMANDS[type(cfg)](cfg)
     except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: print('msinet: interrupted; what was saved is in the run folder, --resume goes on', file=sys.stderr); sys.exit(130)
+    except KeyboardInterrupt as e: print(f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}", file=sys.stderr); sys.exit(128 + getattr(e, 'signum', 2))
 
 # %% ../nbs/52_cli.ipynb #6da32693
 if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no file

@@ -10,7 +10,7 @@ __all__ = ['PHASES', 'TINY', 'read_run', 'alpha_course', 'config_of', 'run_data'
            'save_figures']
 
 # %% ../nbs/30_figures.ipynb #76f61c72
-import hashlib, json, os, shutil, tempfile, time, warnings
+import hashlib, os, shutil, tempfile, time, warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,15 +41,14 @@ from .unsup import *
 from .views import *
 from .vis import save as save_figure # `checkpoint` has a save too
 
-# %% ../nbs/30_figures.ipynb #f0dbad4c
+# %% ../nbs/30_figures.ipynb #28029188
 def read_run(
     run, # a run's folder
 ) -> dict: # config, environment, history, genotype, metrics; alphas (E, 12, 4) and alpha_steps (E·n, 12, 4); empty, or None, where the file is missing
     "What a run has written so far. Raises `InputError` when there is no run."
     run = Path(run)
     if not (run/'config.json').is_file(): raise InputError(f'{run} holds no run (no config.json), expected the folder of a search, a training or a demo')
-    read = lambda n: json.loads((run/f'{n}.json').read_text()) if (run/f'{n}.json').is_file() else {}
-    out = {n: read(n) for n in ('config','environment','genotype','metrics')}
+    out = {n: said(run, n) for n in ('config','environment','genotype','metrics')}
     arrays = {n: np.load(run/f'{n}.npy') if (run/f'{n}.npy').is_file() else None for n in ('alphas','alpha_steps')}
     return dict(out, history=read_log(run/'history.jsonl'), **arrays)
 
@@ -70,7 +69,7 @@ def config_of(
 ):
     "The configuration that a run was started with, or None. Fields that this version doesn't know are left out."
     about = next((c for name,c in read_run(run)['config'].items() if name in PHASES[kind]), None)
-    if about is None: return None
+    if not isinstance(about, dict): return None
     known = {f.name for f in fields(kind)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k,v in about.items() if k in known})
 

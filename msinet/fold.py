@@ -6,7 +6,7 @@
 __all__ = ['FOLDED', 'folded', 'without_bn', 'joined', 'FoldedAttention', 'FoldedGate', 'FoldedCell', 'FoldedNeck', 'Folded',
            'fold', 'onnx_tools', 'session', 'to_onnx', 'ExportConfig', 'run_export']
 
-# %% ../nbs/31_fold.ipynb #aeec1fde
+# %% ../nbs/31_fold.ipynb #4da33e54
 import tempfile, warnings
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from .space import *
 from .necks import *
 from .checkpoint import *
 from .train import *
+from .hub import to_hub
 
 # %% ../nbs/31_fold.ipynb #db038295
 @torch.no_grad()
@@ -186,16 +187,18 @@ def to_onnx(
         if not off <= max(tol, 4*own): raise RuntimeError(f'the ONNX file differs from the network by {off:.1e}, expected at most {max(tol, 4*own):.1e}: nothing was written')
         write_whole(path, tmp.read_bytes())
 
-# %% ../nbs/31_fold.ipynb #c1b6e04f
+# %% ../nbs/31_fold.ipynb #dbe20396
 @dataclass(frozen=True)
 class ExportConfig:
-    "Write a trained network as ONNX."
+    "Write a trained network as ONNX, or as a model's folder for the Hugging Face hub."
     run:str      # a run folder with model.safetensors, or such a file
     out:str=''   # the file to write; empty: model.onnx beside the weights
+    hub:str=''   # a folder: write weights, configuration and card there instead
 
-# %% ../nbs/31_fold.ipynb #4bc31569
-def run_export(cfg:ExportConfig) -> Path: # the file
+# %% ../nbs/31_fold.ipynb #2f6586ee
+def run_export(cfg:ExportConfig) -> Path: # the file, or the folder
     "`msinet export`"
+    if cfg.hub: return to_hub(cfg.run, cfg.hub)
     net, about = open_net(cfg.run)
     run = Path(cfg.run)
     path = Path(cfg.out) if cfg.out else (run if run.is_dir() else run.parent)/'model.onnx'

@@ -41,7 +41,7 @@ def own_items(
 # %% ../nbs/02_folder.ipynb #f5a5814e
 SPLITS = ('train', 'query', 'gallery', 'test') # what the column `split` may say
 
-# %% ../nbs/02_folder.ipynb #1a40c02a
+# %% ../nbs/02_folder.ipynb #4fd222c7
 def read_table(
     file, # CSV with columns path, pid and perhaps cam, split
 ) -> pd.DataFrame: # texts, blanks stripped
@@ -55,6 +55,7 @@ def read_table(
         if (t[c] == '').any(): raise InputError(f"{file} says no {c} in line {int((t[c] == '').idxmax())+2}; expected one in each line: fill it in or drop the column")
     odd = sorted({*t.get('split', ())} - {*SPLITS})
     if odd: raise InputError(f"{file} has the split {odd[0]!r}; expected one of {', '.join(SPLITS)}: mend the column")
+    for p in t.path: check_below(p, file)
     if t.path.duplicated().any(): raise InputError(f'{file} names {t.path[t.path.duplicated()].iloc[0]} twice; expected each picture once: mend the table')
     return t
 

@@ -137,15 +137,15 @@ def read_names(
     if odd: warnings.warn(LeftOut(f"{len(odd)} of {len(names)} names do not fit the pattern and are left out: {', '.join(shown[:5])}", odd, 'odd name'), stacklevel=3)
     return [(p, h['pid'], h.get('cam')) for p,h,ok in zip(paths, hits, fits) if ok]
 
-# %% ../nbs/02_items.ipynb #c620efb5
+# %% ../nbs/02_items.ipynb #802d95f0
 def read_list(
     file:Path, # text file, one `name identity` a line
 ) -> list[tuple[str,int]]: # (name, identity)
-    "Names and identities from a list file. Raises `InputError` at a line that is neither empty nor such a pair."
+    "Names and identities from a list file. Raises `InputError` at a line that is neither empty nor such a pair, and at a name outside the list's folder."
     rows = []
     for k,line in enumerate(file.read_text(errors='replace').splitlines(), 1):
         words = line.rsplit(maxsplit=1)
-        if len(words) == 2 and words[1].isdecimal(): rows.append((words[0].strip(), int(words[1])))
+        if len(words) == 2 and words[1].isdecimal(): check_below(words[0].strip(), f'line {k} of {file}'); rows.append((words[0].strip(), int(words[1])))
         elif words: raise InputError(f'line {k} of {file} is {line.strip()[:60]!r}; expected a name, a space and a number: mend the file')
     return rows
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'Callback', 'Learner', 'mean', 'lr_at', 'Schedule', 'short_drops', 'fused', 'sgd', 'adamw', 'Log',
-           'read_log', 'Progress', 'Guard', 'Evaluate']
+           'read_log', 'Progress', 'NotFinite', 'drawn', 'Guard', 'not_finite', 'Evaluate']
 
-# %% ../nbs/20_learner.ipynb #0bc09ecd
+# %% ../nbs/20_learner.ipynb #1c3ed0a1
 import json, math, time
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Callback:
     def after_epoch(self, learn): pass
     def after_fit(self, learn): pass
 
-# %% ../nbs/20_learner.ipynb #479d0c8a
+# %% ../nbs/20_learner.ipynb #373b38ce
 class Learner:
     "Owns epochs. `step` is the algorithm, `dl` gives batches, `cbs` watch."
     def __init__(self,
@@ -36,7 +36,7 @@ class Learner:
         cbs=(),        # callbacks
     ):
         self.net, self.step, self.dl, self.cbs = net, step, dl, sorted(cbs, key=lambda c: c.order)
-        self.epoch, self.epochs, self.history, self.row = 0, 0, [], {}
+        self.epoch, self.epochs, self.history, self.row, self.outs, self.carried = 0, 0, [], {}, [], []
 
     def tell(self, moment:str):
         for cb in self.cbs: getattr(cb, moment)(self)
@@ -54,15 +54,17 @@ class Learner:
     def one_epoch(self):
         self.net.train()
         if hasattr(self.dl, 'set_epoch'): self.dl.set_epoch(self.epoch)
+        self.outs, self.carried = list(self.carried), [] # of an epoch that was left in its middle and taken up again
         self.tell('before_epoch')
-        outs, start = [], time.perf_counter()
+        start = time.perf_counter()
         for batch in self.dl:
             self.out = self.step(batch)
-            outs.append(self.out)
+            self.outs.append(self.out)
             self.tell('after_batch')
-        if not outs: raise InputError('an epoch without a single batch: too few images for P×K, make P or K smaller')
+        if not self.outs: raise InputError('an epoch without a single batch: too few images for P×K, make P or K smaller')
         self.epoch += 1
-        self.row = dict(epoch=self.epoch, **mean(outs), seconds=round(time.perf_counter()-start, 3))
+        self.row = dict(epoch=self.epoch, **mean(self.outs), seconds=round(time.perf_counter()-start, 3))
+        self.outs = []
         self.history.append(self.row)
         self.tell('after_epoch')
 
@@ -115,27 +117,32 @@ def sgd(params, lr:float, wd:float): return torch.optim.SGD(ps := list(params), 
 def adamw(params, lr:float, wd:float): return torch.optim.AdamW(ps := list(params), lr, weight_decay=wd, fused=fused(ps))
 OPTIMISERS = dict(sgd=sgd, adamw=adamw)
 
-# %% ../nbs/20_learner.ipynb #4ca84c0b
+# %% ../nbs/20_learner.ipynb #0e271fd6
 class Log(Callback):
     "One line of JSON per epoch."
     order = 90 # after those that add to the row
     def __init__(self,
-        path,          # the file; written on when it is there
+        path,          # the file; rows of other phases in it stay
         phase:str='',  # said in each row, e.g. 'search'
-    ): self.path, self.phase = Path(path), phase
+    ): self.path, self.phase, self.kept = Path(path), phase, []
+    def write(self, learn):
+        with tolerant(self.path): write_whole(self.path, ''.join(json.dumps(r)+'\n' for r in self.kept + [dict(phase=self.phase, **r) for r in learn.history]).encode())
     def before_fit(self, learn):
-        keep = [r for r in read_log(self.path) if r.get('phase','') != self.phase or r['epoch'] <= learn.epoch]
-        self.path.write_text(''.join(json.dumps(r)+'\n' for r in keep))
-    def after_epoch(self, learn):
-        with self.path.open('a') as f: f.write(json.dumps(dict(phase=self.phase, **learn.row))+'\n')
+        self.kept = [r for r in read_log(self.path) if r.get('phase','') != self.phase]
+        self.write(learn)
+    def after_epoch(self, learn): self.write(learn)
 
-# %% ../nbs/20_learner.ipynb #846be36d
+# %% ../nbs/20_learner.ipynb #98c38064
 def read_log(
     path, # of a history.jsonl
 ) -> list: # of dicts; empty when there is no such file
-    "The rows that `Log` wrote."
+    "The rows that `Log` wrote. Lines that are no rows, such as half a line of a run that was killed, are left out."
     path = Path(path)
-    return [json.loads(l) for l in path.read_text().splitlines() if l.strip()] if path.exists() else []
+    def row(line):
+        try: return json.loads(line)
+        except ValueError: return None
+    rows = [row(l) for l in path.read_text(encoding='utf-8', errors='replace').splitlines()] if path.exists() else []
+    return [r for r in rows if isinstance(r, dict)]
 
 # %% ../nbs/20_learner.ipynb #54a2f2ce
 class Progress(Callback):
@@ -152,13 +159,70 @@ class Progress(Callback):
         self.bar.set_postfix(epoch=f'{learn.epoch}/{learn.epochs}', **shown)
     def after_fit(self, learn): self.bar.close()
 
-# %% ../nbs/20_learner.ipynb #c1053953
+# %% ../nbs/20_learner.ipynb #c637c7d4
+class NotFinite(FloatingPointError, InputError):
+    "A loss or a gradient is no number any more."
+
+# %% ../nbs/20_learner.ipynb #bf1e908b
+def drawn(
+    dl, # of batches, perhaps with the pictures' names
+) -> list[str]: # empty where the loader doesn't know them
+    "Which pictures are in the batch that a loader gave last."
+    items = getattr(getattr(dl, 'pixels', None), 'items', None)
+    return [items[i].path for i in dl.last] if items and getattr(dl, 'last', None) else []
+
+# %% ../nbs/20_learner.ipynb #2763e641
 class Guard(Callback):
-    "Stop at an epoch whose numbers aren't finite, before anything is saved over the last good state."
+    "Stop at the step whose losses or gradients aren't finite, before anything is saved over the last good state. Raises `NotFinite`."
     order = -90
+    def __init__(self,
+        others=(),        # more loaders that steps draw from
+        grads:bool=True,  # look at gradients, too; not with fp16, whose scale is found by overflowing
+    ): self.others, self.grads, self.late, self.step = others, grads, None, 0
+
+    def before_epoch(self, learn): self.step, self.late = len(learn.outs), None
+
+    def numbers(self, learn) -> dict: # name -> scalar tensor
+        gs = [p.grad for p in learn.net.parameters() if p.grad is not None] if self.grads else []
+        top = dict(gradient=torch.stack(torch._foreach_norm(gs, float('inf'))).amax()) if gs else {}
+        return {k: torch.as_tensor(v).detach().float() for k,v in learn.out.items()} | top
+
+    def after_batch(self, learn):
+        self.step += 1
+        said = self.numbers(learn)
+        v = torch.stack([*said.values()])
+        now = list(said), v, None, self.step, [n for dl in (learn.dl, *self.others) for n in drawn(dl)]
+        if v.is_cuda:
+            now = list(said), v.to('cpu', non_blocking=True), torch.cuda.Event(), *now[3:]
+            now[2].record()
+            now, self.late = self.late, now
+        if now: self.look(learn, *now)
+
+    def look(self, learn, keys, v, event, step, names):
+        if event is not None: event.synchronize()
+        bad = {k: x for k,x in zip(keys, v.tolist()) if not math.isfinite(x)}
+        if bad: raise NotFinite(not_finite(*next(iter(bad.items())), learn.epoch, step, names))
+
+    def flush(self, learn): # before anything is saved
+        late, self.late = self.late, None
+        if late: self.look(learn, *late)
+
     def after_epoch(self, learn):
+        self.flush(learn)
         bad = [k for k,v in learn.row.items() if isinstance(v, float) and not math.isfinite(v)]
-        if bad: raise FloatingPointError(f'{bad[0]} is {learn.row[bad[0]]} in epoch {learn.epoch}: lower the learning rate, or lengthen the warm-up')
+        if bad: raise NotFinite(not_finite(bad[0], learn.row[bad[0]], learn.epoch-1, self.step, []))
+
+# %% ../nbs/20_learner.ipynb #21af5f79
+def not_finite(
+    what:str, x:float, # a loss's name and its value
+    epoch:int,         # epochs that are done
+    step:int,          # of the epoch that is not
+    names:list,        # pictures in its batch
+) -> str: # one line
+    "What to say, and what to try."
+    batch = f"; in the batch: {', '.join(names)}" if names else ''
+    return (f'{what} is {x} in epoch {epoch+1}, step {step}, expected a number: lower the learning rate, lengthen the warm-up, or take precision no; '
+            f'{f"what was saved after epoch {epoch} is kept, and --resume goes on from there" if epoch else "nothing was saved yet"}{batch}')
 
 # %% ../nbs/20_learner.ipynb #b05fcd6a
 class Evaluate(Callback):

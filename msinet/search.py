@@ -8,7 +8,7 @@ __all__ = ['Preset', 'LAPTOP_SYNTH', 'SMOKE_SYNTH', 'laptop', 'smoke', 'SEARCH',
            'AlphaRests', 'save_array', 'Found', 'twins', 'loader', 'test_loaders', 'suited', 'memories', 'classifiers',
            'check_arms', 'build_search', 'search']
 
-# %% ../nbs/22_search.ipynb #219ede0b
+# %% ../nbs/22_search.ipynb #760faada
 from dataclasses import dataclass, asdict, replace
 from functools import partial
 from contextlib import contextmanager, nullcontext
@@ -33,6 +33,8 @@ from .arms import *
 from .devices import *
 from .learner import *
 from .checkpoint import *
+from .lock import *
+from .health import *
 
 # %% ../nbs/22_search.ipynb #df92bae7
 @contextmanager
@@ -276,7 +278,7 @@ def evenly(
     "Whether an iteration is one of `k` that lie evenly in an epoch. The last one always is."
     return i*k//n > (i-1)*k//n
 
-# %% ../nbs/22_search.ipynb #b638a561
+# %% ../nbs/22_search.ipynb #a7c38617
 class AlphaHistory(Callback):
     "Keeps α after every epoch and after evenly chosen iterations; writes `alphas.npy` and, beside it, `alpha_steps.npy`."
     def __init__(self,
@@ -295,17 +297,18 @@ class AlphaHistory(Callback):
         w = self.rows[-1].softmax(1)
         learn.row.update(alpha_max=w.amax(1).mean().item(), genotype=letters(self.rows[-1]))
         self.steps = [a.cpu() for a in self.steps]
-        if self.path: save_array(self.path, self.array()); save_array(Path(self.path).with_name('alpha_steps.npy'), self.step_array())
+        if self.path:
+            with tolerant(self.path): save_array(self.path, self.array()); save_array(Path(self.path).with_name('alpha_steps.npy'), self.step_array())
 
     def array(self) -> np.ndarray: return torch.stack(self.rows).numpy() # (E, 12, 4)
     def step_array(self) -> np.ndarray: return torch.stack(self.steps).cpu().numpy() # (E·per, 12, 4)
     def state_dict(self): return dict(rows=self.rows, steps=[a.cpu() for a in self.steps], per=self.per)
     def load_state_dict(self, s): self.rows = list(s['rows']); self.steps, self.per = list(s.get('steps', s['rows'])), s.get('per', 1) # older runs have epochs alone
 
-# %% ../nbs/22_search.ipynb #58f63952
+# %% ../nbs/22_search.ipynb #31b3cd78
 class AlphaRests(Callback):
     "As released: no step of α in the first iteration of an epoch."
-    def before_epoch(self, learn): learn.step.fresh = True
+    def before_epoch(self, learn): learn.step.fresh = not learn.outs # an epoch that is taken up in its middle had it
 
 # %% ../nbs/22_search.ipynb #d151f322
 def save_array(
@@ -432,43 +435,42 @@ def build_search(
                       price=(lambda: cfg.cost*expected_cost(net, prices)) if cfg.cost else None)
     return step, dls[0]
 
-# %% ../nbs/22_search.ipynb #a982e79a
+# %% ../nbs/22_search.ipynb #85588940
 def search(
     cfg:SearchConfig,
     data:ReIDData=None,  # instead of what `cfg.data` names
     progress:bool=False, # show bars
     cbs=(),              # more callbacks for the `Learner`
 ) -> Found:
-    "Search an architecture, and write a run folder. Raises `InputError` before anything is written."
+    "Search an architecture, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is no number."
     acc = accelerator(cfg.device, cfg.precision, cfg.accumulate)
-    main, run = acc.is_main_process, agreed(lambda: run_folder(cfg.out, 'search', cfg.resume))
+    main, _ = acc.is_main_process, agreed(lambda: run_folder(cfg.out, 'search', cfg.resume))
     progress, given = progress and main, data
     check_shares(pk(cfg.batch, cfg.K), acc.num_processes, cfg.accumulate)
     if given is not None: cfg = replace(cfg, data=f'given:{data.name}')
     with acc.local_main_process_first(): data = given or get_data(cfg.data, cfg.size, progress)
-    with threads(cfg.threads):
+    with threads(cfg.threads), Signals() as signals:
         step, dl = build_search(cfg, data, acc, progress)
         net = step.net
         tests = test_loaders(data, cfg) if cfg.evaluate else []
         protocol = protocol_of(data.name)
         measure = lambda: scores(evaluate_loaders(net, *tests, data.same_cam_ok, acc.device, protocol, shared(acc))) if tests else {}
-        history = AlphaHistory(run/'alphas.npy' if main else None)
-        drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)
-        cbs = [*cbs, Guard(), history, Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.drops)),
-               Schedule(step.opt_alpha, drop(cfg.lr_alpha, 0, cfg.drops_alpha or cfg.drops))]
-        if main: cbs += [Log(run/'history.jsonl', 'search'), Checkpoint(run/'search.pt')]
-        if progress: cbs.append(Progress('search'))
-        if cfg.alpha_first: cbs.append(AlphaRests())
-        learn = Learner(net, step, dl, cbs)
         before = measure()
-        if main: describe(run, dict(search=asdict(replace(cfg, out=str(run)))))
-        if cfg.resume: resume(learn, run/'search.pt')
-        learn.fit(cfg.epochs)
-        metrics = dict(before=before, after=measure())
-    word = genotype(net)
-    if main:
-        write_json(run/'genotype.json', dict(genotype=word, alphas=alphas(net).tolist(), softmax=alphas(net).softmax(1).tolist()))
-        write_json(run/'metrics.json', metrics)
-        save_weights(net, run/'search.safetensors', dict(kind='supernet', genotype=word, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse, narrow=cfg.narrow, size=cfg.size))
+        with claimed(cfg.out, 'search', cfg.resume) as run:
+            history = AlphaHistory(run/'alphas.npy' if main else None)
+            drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)
+            cbs = [*cbs, Guard([step.val.dl], cfg.precision != 'fp16'), history, Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.drops)),
+                   Schedule(step.opt_alpha, drop(cfg.lr_alpha, 0, cfg.drops_alpha or cfg.drops))]
+            if main: cbs += [*watchers(run, 'search', signals, lambda row: -row['val'], progress), Health(net, probe(data.train, cfg.size), [step.c_tr, step.c_val])]
+            if cfg.alpha_first: cbs.append(AlphaRests())
+            learn = Learner(net, step, dl, cbs)
+            take_up(learn, run, 'search', asdict(replace(cfg, out=str(run))), dict(data=data_mark(data)), cfg.resume, acc.device)
+            learn.fit(cfg.epochs)
+            metrics, word = dict(before=before, after=measure()), genotype(net)
+            if main:
+                with last_words(run):
+                    write_json(run/'genotype.json', dict(genotype=word, alphas=alphas(net).tolist(), softmax=alphas(net).softmax(1).tolist()))
+                    write_json(run/'metrics.json', metrics)
+                    save_weights(net, run/'search.safetensors', dict(kind='supernet', genotype=word, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse, narrow=cfg.narrow, size=cfg.size))
     acc.wait_for_everyone()
     return Found(word, history.array(), net, learn.history, metrics, run, history.step_array())

@@ -23,12 +23,13 @@ OSNET_NAMES = [(r'^conv1\.', 'backbone.stem.conv.'), (r'^conv5\.', 'backbone.sta
                (r'(streams\.\d\.\d)\.conv1\.', r'\1.mix.'), (r'(streams\.\d\.\d)\.conv2\.', r'\1.each.'),
                (r'^fc\.0\.', 'neck.fc.'), (r'^fc\.1\.', 'neck.fc_bn.'), (r'^classifier\.', 'neck.classifier.')]
 
-# %% ../nbs/16_weights.ipynb #ef6194dd
+# %% ../nbs/16_weights.ipynb #4052055f
 def from_osnet(
-    state_dict:dict, # released: bare, under the key 'state_dict', or saved from several devices ('module.' before each name)
+    state_dict:dict,  # released: bare, under the key 'state_dict', or saved from several devices ('module.' before each name)
 ) -> dict: # names as in `ReIDNet(osnet(), FCNeck(channels, n_ids))`
     "Rename released OSNet weights. Raises `InputError` when a name is not OSNet x1.0's."
-    sd, out = state_dict.get('state_dict', state_dict), {}
+    sd, out = state_dict.get('state_dict', state_dict) if isinstance(state_dict, dict) else {}, {}
+    if not isinstance(sd, dict) or not all(isinstance(k, str) for k in sd) or not sd: raise InputError('found no names, expected a state dict: names and tensors')
     for key,v in sd.items():
         name = key.removeprefix('module.')
         for pattern,new in OSNET_NAMES: name = re.sub(pattern, new, name)
@@ -36,7 +37,7 @@ def from_osnet(
         else: raise InputError(f"{key!r} is no name of OSNet's, expected names such as conv2.0.conv2a.conv1.weight: variants with instance normalisation are other networks")
     return out
 
-# %% ../nbs/16_weights.ipynb #bc154953
+# %% ../nbs/16_weights.ipynb #1af6780f
 def take(
     net:ReIDNet,     # changed in place
     state_dict:dict, # names begin with 'backbone.' or 'neck.'
@@ -45,7 +46,8 @@ def take(
     own, old = net.state_dict(), lambda k: k.endswith('num_batches_tracked') # not in all older files, and not needed
     fits = lambda k: k in own and k in state_dict and own[k].shape == state_dict[k].shape
     wrong = [k for k in {**own, **state_dict} if k.startswith('backbone.') and not fits(k) and not (old(k) and k not in state_dict)]
-    if wrong: raise InputError(f'weights do not fit the backbone: {len(wrong)} tensors are missing, too many or of another shape, the first is {wrong[0]}; expected weights of this very network')
+    shape = lambda d: tuple(d[wrong[0]].shape) if wrong[0] in d else 'missing'
+    if wrong: raise InputError(f'weights do not fit the backbone: {len(wrong)} tensors are missing, too many or of another shape, the first is {wrong[0]}: {shape(state_dict)}, expected {shape(own)} as in this very network')
     neck = all(fits(k) or old(k) for k in own if k.startswith('neck.') and 'classifier' not in k)
     used = {k: v for k,v in state_dict.items() if k.startswith('backbone.') or neck and fits(k)}
     net.load_state_dict(used, strict=False)
