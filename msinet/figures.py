@@ -339,7 +339,7 @@ def as_it_began(
     net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0, FUSES[getattr(cfg, 'fuse', 'sum')])
     net.after_bn = after_bn
     if not Path(cfg.weights).is_file(): return 'untrained', net.eval()
-    start_from(net, cfg.weights)
+    start_from(net, cfg.weights, fresh=True)
     return 'at the start', net.eval()
 
 # %% ../nbs/30_figures.ipynb #d71d735a

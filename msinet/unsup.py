@@ -324,7 +324,7 @@ def build_unsup(
     dice = dict(pad=cfg.pad, erase=cfg.erase, jitter=(.4,.4,.3) if cfg.jitter else (0.,0.,0.))
     set_seed(cfg.seed)
     net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0)
-    if cfg.weights: start_from(net, cfg.weights)
+    if cfg.weights: start_from(net, cfg.weights, fresh=True) # there are no classifiers here
     net.after_bn, bridge, rows = True, None, None
     pixels = readable(data.train, cfg, progress)
     cams = None if any(i.cam is None for i in pixels.items) else [i.cam for i in pixels.items]
