@@ -29,7 +29,7 @@ from msinet.train import TrainConfig, open_net, start_from
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.weights import from_osnet
 
-CASES = dict(names=120, lists=120, tables=60, genotypes=150, checkpoints=200, released=100, models=100, runs=100, words=50)
+CASES = dict(names=120, lists=120, tables=60, genotypes=185, checkpoints=200, released=100, models=100, runs=100, words=15)
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s), max_leaves=8)
 
 
