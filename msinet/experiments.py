@@ -112,7 +112,7 @@ def genotypes(
     found = [(f'searched on {r.column}, seed {r.seed}', r.genotype) for r in t[t.status == 'done'].itertuples()]
     return pd.DataFrame([*published(1).genotype.items(), *found], columns=['','genotype']).set_index('')
 
-# %% ../nbs/50_experiments.ipynb #82daff8d
+# %% ../nbs/50_experiments.ipynb #167ec561
 VERDICTS = {'higher': RIGHT, 'lower': WRONG, 'not resolved': QUERY, 'one seed': QUERY, 'not run': QUERY}
 
 def figure(
@@ -128,7 +128,7 @@ def figure(
     d = differences(t, part.against)
     done = t[t.status == 'done'].assign(column=lambda t: t.column.map(lambda c: c.replace('>', ' → ')))
     arms, columns = ([x for x in xs if (done[k] == x.replace('>', ' → ')).any()] for k,xs in (('arm', part.arms), ('column', part.columns)))
-    fig, (left,right) = plt.subplots(1, 2, figsize=(6.875, .7+.2*len(arms)*len(columns)), layout='constrained', sharey=True)
+    fig, (left,right) = plt.subplots(1, 2, figsize=(COL2, .7+.2*len(arms)*len(columns)), layout='constrained', sharey=True)
     kw = dict(data=done, y='arm', x=metric, hue='column', order=arms, palette='colorblind', ax=left)
     sns.barplot(**kw, errorbar=None, alpha=.4, legend=len(columns) > 1)
     sns.stripplot(**kw, dodge=True, size=3, jitter=False, legend=False)

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['VEHICLE', 'ACROSS', 'COLUMNS', 'DEMO_SETS', 'PERSONS', 'VEHICLES', 'NETS', 'WORDS', 'ALIGNED', 'ARMS', 'SEARCHED',
-           'IMAGENET', 'FROM_TIMM', 'METHODS_RUN', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe',
-           'Run', 'base', 'clustered', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'filled',
-           'names_of']
+           'IMAGENET', 'FROM_TIMM', 'NOT_RESULT', 'LABELS', 'EVERY', 'RANDOM', 'PARTS', 'demo_recipe', 'Run', 'base',
+           'clustered', 'run_of', 'changed', 'key_of', 'Part', 'starts', 'part_of_paper', 'filled', 'names_of']
 
 # %% ../nbs/50_runs.ipynb #0456a634
 import json, hashlib
@@ -77,11 +76,9 @@ def base(
     size = {k: v for k,v in COLUMNS[column].items() if k == 'size'}
     return replace(TRAIN['full'], lambda_sa=0., data=source, **COLUMNS[column]), replace(SEARCH['full'], data=source, evaluate=False, **size)
 
-# %% ../nbs/50_runs.ipynb #2f1c6279
-METHODS_RUN = ('cc','spcl','gs','hdcrl','idm')
-
+# %% ../nbs/50_runs.ipynb #74f89efb
 def clustered(
-    name:str, method:str,       # of the run, and a method of `UnsupConfig`
+    name:str, method:str,       # of the run, and a key of `METHODS`
     source:str, target:str,     # short names; without a target the source is learnt without identities
     scale:str, seed:int,        # as for `run_of`
 ) -> Run:
@@ -94,7 +91,7 @@ def clustered(
     cfg = replace(UNSUP['laptop'], data=B, source=A if target else '', method=method, seed=seed, batch=32 if target else 64)
     return Run(name, cfg, None, ((measured, B),), '', kind, run_of('MS/long', 'demo', seed))
 
-# %% ../nbs/50_runs.ipynb #e0c9566e
+# %% ../nbs/50_runs.ipynb #93d66959
 def run_of(
     name:str,           # column/arm, e.g. MS/gate
     scale:str='paper',  # or demo
@@ -105,8 +102,8 @@ def run_of(
     plain = arm.removesuffix(IMAGENET)
     if column not in COLUMNS: raise InputError(f'{name!r} is no run: {column!r} is no column, expected one of {", ".join(COLUMNS)}, then a stroke and an arm: write MS/gate')
     source, _, target = column.partition('>')
-    if arm in METHODS_RUN: return clustered(name, arm, source, target, scale, seed)
-    if plain not in ARMS | SEARCHED: raise InputError(f'{name!r} is no run: {plain!r} is no arm, expected one of {", ".join([*ARMS, *SEARCHED, *METHODS_RUN])}')
+    if arm in METHODS: return clustered(name, arm, source, target, scale, seed)
+    if plain not in ARMS | SEARCHED: raise InputError(f'{name!r} is no run: {plain!r} is no arm, expected one of {", ".join([*ARMS, *SEARCHED, *METHODS])}')
     train, search = base(source, column, scale)
     train = replace(train, seed=seed, **ARMS.get(plain, {}))
     if arm != plain and plain in FROM_TIMM: train = replace(train, weights=TIMM)
@@ -135,16 +132,16 @@ def key_of(
     if r.start: about['start'] = key_of(r.start)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/50_runs.ipynb #29fc9b56
+# %% ../nbs/50_runs.ipynb #cb5a5b12
 @dataclass(frozen=True)
 class Part:
     "A table or a figure of the paper."
     columns:tuple    # short names
     arms:dict        # name in print -> arm
-    against:str=''   # the arm that the others are compared with
+    against:str=''   # name in print of the arm that the others are compared with
     table:int=0      # the published table, 0 where there is none
 
-# %% ../nbs/50_runs.ipynb #5bcdbcbc
+# %% ../nbs/50_runs.ipynb #6ef14d32
 def starts(arm:str, label:str) -> dict: # from scratch and from ImageNet
     return {f'{label}, scratch': arm, f'{label}, ImageNet': arm+IMAGENET}
 
@@ -153,17 +150,17 @@ EVERY = {k: v for label,arm in LABELS.items() for k,v in starts(arm, label).item
 RANDOM = {f'random {i}': f'random-{i}' for i in (1,2,3)}
 PARTS = {
     'table 1': Part(('MS','VR'), {'searched': 'search-40'}, table=1),
-    'table 2': Part(('M','MS','VR','VID','MS>M','VR>VID'), EVERY, 'msinet', 2),
+    'table 2': Part(('M','MS','VR','VID','MS>M','VR>VID'), EVERY, 'MSINet, scratch', 2),
     'table 3': Part(('M','MS'), {'MSINet, ImageNet': 'msinet'+IMAGENET}, '', 3),
     'table 4': Part(('M','M>MS'), {'GS, MSINet': 'gs', 'HDCRL, MSINet': 'hdcrl', 'IDM, MSINet': 'idm'}, '', 4),
     'table 5': Part(('VR','VR>VID'), {'MSINet, none': 'msinet', **{f'MSINet, {k}': k for k in ('positives','negatives','unified','separated')}, 'MSINet, PAM': 'sam',
-                    'MSINet, PAM as released': 'sam-released', 'OSNet, none': 'osnet', 'OSNet, PAM': 'osnet-sam'}, 'msinet', 5),
+                    'MSINet, PAM as released': 'sam-released', 'OSNet, none': 'osnet', 'OSNet, PAM': 'osnet-sam'}, 'MSINet, none', 5),
     'table 6': Part(('MS','VR'), {'DeiT-S': 'deit_s'+IMAGENET, 'DeiT-B': 'deit_b'+IMAGENET, 'ViT-B': 'vit_b'+IMAGENET, 'MSINet, ImageNet': 'msinet'+IMAGENET}, '', 6),
-    'figure 5a': Part(('MS',), {'CE, all shared': 'search-ce', 'TCM, all shared': 'search-100', 'TCM, 3/4 shared': 'search-75', 'TCM, 2/5 shared': 'search-40', 'TCM, none shared': 'search-0'}, 'search-40'),
+    'figure 5a': Part(('MS',), {'CE, all shared': 'search-ce', 'TCM, all shared': 'search-100', 'TCM, 3/4 shared': 'search-75', 'TCM, 2/5 shared': 'search-40', 'TCM, none shared': 'search-0'}, 'TCM, 2/5 shared'),
     'figure 5b': Part(('MS',), {'none': 'none', 'exchange': 'exchange', 'gate': 'gate', 'attention': 'attention', **RANDOM, 'searched': 'search-40', 'Table 1': 'msinet'}, 'none'),
-    'figure 5c': Part(('MS',), {'sum': 'msinet', 'minus': 'minus', 'multiply': 'multiply'}, 'msinet'),
-    'figure 5d': Part(('MS',), {'1:1': 'rho-1', '2:1': 'rho-2', '3:1': 'msinet', '4:1': 'rho-4'}, 'rho-1'),
-    'figure 5e': Part(('VR>VID',), {'0': 'msinet', '.5': 'sam-.5', '1': 'sam-1', '2': 'sam', '4': 'sam-4'}, 'msinet')}
+    'figure 5c': Part(('MS',), {'sum': 'msinet', 'minus': 'minus', 'multiply': 'multiply'}, 'sum'),
+    'figure 5d': Part(('MS',), {'1:1': 'rho-1', '2:1': 'rho-2', '3:1': 'msinet', '4:1': 'rho-4'}, '1:1'),
+    'figure 5e': Part(('VR>VID',), {'0': 'msinet', '.5': 'sam-.5', '1': 'sam-1', '2': 'sam', '4': 'sam-4'}, '0')}
 
 # %% ../nbs/50_runs.ipynb #cfe7af08
 def part_of_paper(

@@ -208,7 +208,7 @@ def lost(
     write_json(folder/'row.json', row)
     return row
 
-# %% ../nbs/50_trials.ipynb #feb1f55e
+# %% ../nbs/50_trials.ipynb #2658f884
 def grid(
     runs,          # of `Run`; those with the same key are done once
     dir,           # folder of all trials
@@ -218,13 +218,14 @@ def grid(
     say=None,      # called with each row as it is done
 ) -> pd.DataFrame: # as `rows`, of these runs
     "Carry out many runs. Those that are done aren't done again, those that failed are tried again."
-    todo = list({key_of(r): r for r in runs}.values())
+    todo, starts = ({key_of(r): r for r in rs} for rs in (runs, [r.start for r in runs if r.start]))
     if not todo: raise InputError('there are no runs, expected one or more: see names_of')
-    done = on_ray(todo, dir, files, workers, address) if workers > 1 or address else (perform(r, dir, files) for r in todo)
-    for row in done:
-        if say: say(row)
+    for wave in (starts, {k: r for k,r in todo.items() if k not in starts}): # what others start from comes first, or two workers would train it
+        if not wave: continue
+        for row in on_ray(wave.values(), dir, files, workers, address) if workers > 1 or address else (perform(r, dir, files) for r in wave.values()):
+            if say: say(row)
     t = rows(dir)
-    return t[t.key.isin([key_of(r) for r in todo])].reset_index(drop=True)
+    return t[t.key.isin(todo)].reset_index(drop=True)
 
 # %% ../nbs/50_trials.ipynb #49e45055
 def n_pictures(

@@ -117,6 +117,21 @@ def test_a_run_without_identities_starts_from_another(name, kind, tmp_path):
     assert before["mAP"] > 0 and list(row["metrics"]) == [name.split("/")[0].split(">")[-1]]
 
 
+def test_what_several_runs_start_from_is_trained_first_and_once(tmp_path):
+    seen = []
+    t = grid([tiny("M/gs"), tiny("M/cc")], tmp_path, say=seen.append)
+    assert [r["run"] for r in seen] == ["MS/long", "M/gs", "M/cc"] and {r["status"] for r in seen} == {"done"}
+    assert sorted(t.run) == ["M/cc", "M/gs"]
+
+
+@pytest.mark.parametrize("name", [k for k, p in PARTS.items() if p.against])
+def test_every_part_is_compared_with_an_arm_that_it_prints(name):
+    part = PARTS[name]
+    t = pd.DataFrame([dict(arm=a, column=c, seed=s, status="done", ap=[0.5, 0.5 + s / 10]) for a in part.arms for c in part.columns for s in (0, 1)])
+    d = differences(t, part.against)
+    assert len(d) == (len(part.arms) - 1) * len(part.columns) and set(d.seeds) == {2}
+
+
 def test_every_run_has_a_config_at_both_scales():
     keys = {}
     for name in names_of(""):
