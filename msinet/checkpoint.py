@@ -233,7 +233,7 @@ def describe(
     write_json(Path(run)/'environment.json', environment(device) | (dict(data=data) if data else {}))
 
 # %% ../nbs/21_checkpoint.ipynb #d1697388
-MAY_CHANGE = ('preset', 'data', 'target', 'out', 'resume', 'epochs', 'every', 'evaluate', 'cache', 'cache_dir', 'device', 'threads', 'weights', 'fresh_classifiers') # without a word
+MAY_CHANGE = ('preset', 'data', 'source', 'target', 'watch', 'workers', 'out', 'resume', 'epochs', 'every', 'evaluate', 'cache', 'cache_dir', 'device', 'threads', 'weights', 'fresh_classifiers') # without a word
 TOLD = ('lr', 'lr_alpha', 'wd', 'wd_alpha', 'warmup', 'drops', 'drops_alpha', 'precision', 'channels_last', 'compile', 'accumulate', 'recompute', 'sync_bn', 'erase', 'pad', 'jitter') # with a warning
 
 def check_same(

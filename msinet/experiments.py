@@ -57,20 +57,21 @@ def verdict(
 # %% ../nbs/50_experiments.ipynb #d1cd957d
 def differences(
     t:pd.DataFrame,  # as from `results`
-    against:str,     # an arm in print
+    against,         # an arm in print, or arm -> its own reference
     of:str='ap',     # or `gain`, `drift`: what is compared picture by picture
 ) -> pd.DataFrame: # one line per column and arm: mean difference, low and high of its interval, seeds, verdict; `each` holds one number per seed. AP in points
-    "Each arm against one other: same seeds, same pictures, so that most of the noise falls out."
+    "Each arm against another: same seeds, same pictures, so that most of the noise falls out."
+    other = lambda arm: against if isinstance(against, str) else against[arm]
     done = t[t.status == 'done'].set_index(['column','arm','seed'])[of].dropna().sort_index()
     scale = 100 if of == 'ap' else 1
     def line(column, arm):
-        mine, theirs = (done.get((column, a), pd.Series(dtype=object)) for a in (arm, against))
+        mine, theirs = (done.get((column, a), pd.Series(dtype=object)) for a in (arm, other(arm)))
         seeds = [s for s in mine.index if s in theirs.index and len(mine[s]) == len(theirs[s])]
         each = [scale*float(np.nanmean(np.subtract(mine[s], theirs[s], dtype=float))) for s in seeds]
         low, high = mean_ci(each)[1:3] if len(each) > 1 else (np.nan, np.nan)
         return dict(column=column, arm=arm, difference=np.mean(each) if each else np.nan, low=low, high=high, seeds=len(each), verdict=verdict(each), each=each)
     lines = t[['column','arm']].drop_duplicates()
-    return pd.DataFrame([line(*p) for p in lines.itertuples(index=False) if p.arm != against], columns=['column','arm','difference','low','high','seeds','verdict','each'])
+    return pd.DataFrame([line(*p) for p in lines.itertuples(index=False) if p.arm != other(p.arm)], columns=['column','arm','difference','low','high','seeds','verdict','each'])
 
 # %% ../nbs/50_experiments.ipynb #d674f8ec
 def cell(
@@ -135,7 +136,7 @@ def figure(
     left.set(ylabel='', xlabel=f'{metric}, %')
     if len(columns) > 1: sns.move_legend(left, 'lower left', bbox_to_anchor=(0,1), ncol=2, title=None, frameon=False)
     show_differences(right, d[d.arm.isin(arms)], arms, columns)
-    right.set(xlabel=f'AP minus that of {part.against}, points')
+    right.set(xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else ' or '.join(dict.fromkeys(part.against.values()))}, points")
     return fig
 
 # %% ../nbs/50_experiments.ipynb #d1e7b913

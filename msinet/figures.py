@@ -37,6 +37,7 @@ from .learner import *
 from .checkpoint import *
 from .search import *
 from .train import *
+from .pretrain import *
 from .unsup import *
 from .views import *
 from .vis import save as save_figure # `checkpoint` has a save too
@@ -61,7 +62,7 @@ def alpha_course(
     return h, np.arange(1, len(h)+1)/n
 
 # %% ../nbs/30_figures.ipynb #403d162f
-PHASES = {SearchConfig: ('search',), TrainConfig: ('train',), UnsupConfig: ('usl','uda')} # what `config.json` calls them
+PHASES = {SearchConfig: ('search',), TrainConfig: ('train',), UnsupConfig: ('usl','uda'), PretrainConfig: ('pretrain',)} # what `config.json` calls them
 
 def config_of(
     run,       # a run's folder

@@ -91,9 +91,10 @@ class ClusterSampler:
         seed:int=0,  # of the run
     ):
         self.labels, self.draw, self.P, self.K, self.iters, self.cams, self.seed = np.arange(n), draw, P, K, iters, cams, seed
-        self.epoch = self.done = 0
+        self.epoch = self.done = self.start = 0
 
-    def set_epoch(self, epoch:int): self.epoch = epoch
+    def set_epoch(self, epoch:int):
+        if epoch != self.epoch: self.epoch, self.done, self.start = epoch, 0, 0
     def __len__(self): return self.iters
 
     def batches(self) -> list:
@@ -105,7 +106,8 @@ class ClusterSampler:
         return out[:self.iters]
 
     def __iter__(self):
-        for self.done,batch in enumerate(self.batches(), 1): yield batch
+        self.done, self.start = self.start, 0
+        for self.done,batch in enumerate(self.batches()[self.done:], self.done+1): yield batch
 
-    def state_dict(self): return dict(epoch=self.epoch)
-    def load_state_dict(self, s): self.epoch = s['epoch']
+    def state_dict(self): return dict(epoch=self.epoch, done=self.done)
+    def load_state_dict(self, s): self.epoch, self.start, self.done = s['epoch'], s.get('done', 0), s.get('done', 0)

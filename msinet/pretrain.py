@@ -25,6 +25,7 @@ from .backbones import *
 from .devices import *
 from .learner import *
 from .checkpoint import *
+from .lock import *
 from .search import *
 from .train import *
 
@@ -57,7 +58,6 @@ class ClassStep:
         with self.acc.autocast(): scores = self.net(x)
         loss = F.cross_entropy(full(scores), y, label_smoothing=self.eps)
         self.acc.backward(loss)
-        share_grads(held(self.opt))
         self.opt.step()
         return dict(loss=loss.detach(), acc=(scores.argmax(1) == y).float().mean())
 
@@ -147,25 +147,28 @@ def pretrain(
     progress:bool=False, # show bars
     cbs=(),              # more callbacks
 ) -> Path: # backbone.safetensors in the run's folder
-    "Teach a backbone to classify, and keep the backbone. Raises `InputError` before anything is written."
+    "Teach a backbone to classify, and keep the backbone. Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is no number."
+    alone('the loader of a folder of classes does not share its batches')
     check_genotype(cfg.genotype); check_backbone(cfg.backbone)
-    run, acc = run_folder(cfg.out, 'pretrain', cfg.resume), accelerator(cfg.device, cfg.precision)
+    run_folder(cfg.out, 'pretrain', cfg.resume) # a folder that is taken is told before pictures are looked for
+    acc = accelerator(cfg.device, cfg.precision)
     dl = class_loader(cfg, 'train', None)
     classes = dl.dataset.reader.class_to_idx
     val = class_loader(cfg, 'val', classes)
-    with threads(cfg.threads):
+    marks = dict(data=f'{len(dl.dataset)}+{len(val.dataset)} pictures of {len(classes)} classes')
+    with threads(cfg.threads), Signals() as signals:
         set_seed(cfg.seed)
         backbone = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0).backbone
         net = Classifier(backbone, len(classes)).to(acc.device)
         opt = acc.prepare_optimizer(sgd(net.parameters(), cfg.lr, cfg.wd))
-        cbs = [*cbs, Fresh(cfg.seed), Guard(), Schedule(opt, lambda e: cosine_at(e, cfg.lr, cfg.epochs, cfg.warmup)), Evaluate(lambda: top_k(net, val, acc.device), 1)]
-        describe(run, dict(pretrain=asdict(replace(cfg, out=str(run)))))
-        cbs += [Log(run/'history.jsonl', 'pretrain'), Checkpoint(run/'pretrain.pt')]
-        if progress: cbs.append(Progress('pretrain'))
-        learn = Learner(net, ClassStep(net, opt, cfg.eps, acc), dl, cbs)
-        if cfg.resume: resume(learn, run/'pretrain.pt')
-        learn.fit(cfg.epochs)
-        write_json(run/'metrics.json', top_k(net, val, acc.device))
-    about = dict(kind='pretrained', backbone=cfg.backbone, genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho, size=cfg.size, classes=len(classes))
-    save_weights(nn.ModuleDict(dict(backbone=backbone)), file := run/'backbone.safetensors', about)
+        with claimed(cfg.out, 'pretrain', cfg.resume) as run:
+            cbs = [*cbs, Fresh(cfg.seed), Guard(), Schedule(opt, lambda e: cosine_at(e, cfg.lr, cfg.epochs, cfg.warmup)), Evaluate(lambda: top_k(net, val, acc.device), 1),
+                   *watchers(run, 'pretrain', signals, lambda row: row.get('top1'), progress, inside=False)] # workers that read ahead can't be taken up inside an epoch
+            learn = Learner(net, ClassStep(net, opt, cfg.eps, acc), dl, cbs)
+            take_up(learn, run, 'pretrain', asdict(replace(cfg, out=str(run))), marks, cfg.resume, acc.device)
+            learn.fit(cfg.epochs)
+            about = dict(kind='pretrained', backbone=cfg.backbone, genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho, size=cfg.size, classes=len(classes))
+            with last_words(run):
+                write_json(run/'metrics.json', top_k(net, val, acc.device))
+                save_weights(nn.ModuleDict(dict(backbone=backbone)), file := run/'backbone.safetensors', about)
     return file

@@ -138,7 +138,7 @@ class Part:
     "A table or a figure of the paper."
     columns:tuple    # short names
     arms:dict        # name in print -> arm
-    against:str=''   # name in print of the arm that the others are compared with
+    against:object='' # name in print of the arm that the others are compared with; or name -> name, where each has its own
     table:int=0      # the published table, 0 where there is none
 
 # %% ../nbs/50_runs.ipynb #6ef14d32
@@ -148,13 +148,14 @@ def starts(arm:str, label:str) -> dict: # from scratch and from ImageNet
 LABELS = {'ResNet50': 'resnet50', 'OSNet': 'osnet', 'CDNet': 'cdnet', 'MSINet': 'msinet'}
 EVERY = {k: v for label,arm in LABELS.items() for k,v in starts(arm, label).items()} | {'MSINet with SAM, ImageNet': 'sam'+IMAGENET}
 RANDOM = {f'random {i}': f'random-{i}' for i in (1,2,3)}
+ALIGNED = {'MSINet, none': 'msinet', **{f'MSINet, {k}': k for k in ('positives','negatives','unified','separated')}, 'MSINet, PAM': 'sam', 'MSINet, PAM as released': 'sam-released',
+           'OSNet, none': 'osnet', 'OSNet, PAM': 'osnet-sam'}
 PARTS = {
     'table 1': Part(('MS','VR'), {'searched': 'search-40'}, table=1),
     'table 2': Part(('M','MS','VR','VID','MS>M','VR>VID'), EVERY, 'MSINet, scratch', 2),
     'table 3': Part(('M','MS'), {'MSINet, ImageNet': 'msinet'+IMAGENET}, '', 3),
     'table 4': Part(('M','M>MS'), {'GS, MSINet': 'gs', 'HDCRL, MSINet': 'hdcrl', 'IDM, MSINet': 'idm'}, '', 4),
-    'table 5': Part(('VR','VR>VID'), {'MSINet, none': 'msinet', **{f'MSINet, {k}': k for k in ('positives','negatives','unified','separated')}, 'MSINet, PAM': 'sam',
-                    'MSINet, PAM as released': 'sam-released', 'OSNet, none': 'osnet', 'OSNet, PAM': 'osnet-sam'}, 'MSINet, none', 5),
+    'table 5': Part(('VR','VR>VID'), ALIGNED, {a: f"{a.split(',')[0]}, none" for a in ALIGNED}, 5),
     'table 6': Part(('MS','VR'), {'DeiT-S': 'deit_s'+IMAGENET, 'DeiT-B': 'deit_b'+IMAGENET, 'ViT-B': 'vit_b'+IMAGENET, 'MSINet, ImageNet': 'msinet'+IMAGENET}, '', 6),
     'figure 5a': Part(('MS',), {'CE, all shared': 'search-ce', 'TCM, all shared': 'search-100', 'TCM, 3/4 shared': 'search-75', 'TCM, 2/5 shared': 'search-40', 'TCM, none shared': 'search-0'}, 'TCM, 2/5 shared'),
     'figure 5b': Part(('MS',), {'none': 'none', 'exchange': 'exchange', 'gate': 'gate', 'attention': 'attention', **RANDOM, 'searched': 'search-40', 'Table 1': 'msinet'}, 'none'),

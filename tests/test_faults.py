@@ -25,18 +25,29 @@ from PIL import Image
 import msinet.demo
 import msinet.search
 import msinet.train
+import msinet.unsup
 from msinet.checkpoint import generations, load, newest
 from msinet.core import InputError
 from msinet.learner import Learner, NotFinite
 from msinet.lock import Lock
 from msinet.search import SEARCH, SearchStep, search
+from msinet.pretrain import ClassStep, PretrainConfig, pretrain
 from msinet.train import TRAIN, TrainStep, train
+from msinet.unsup import UNSUP, ClusterStep, uda, usl
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=2", size=(32, 16), channels=(8, 16, 24, 32), batch=4, K=2, epochs=3)
-CONFIGS = dict(search=replace(SEARCH["smoke"], **TINY), train=replace(TRAIN["smoke"], **TINY, every=1))
-GO = dict(search=search, train=train)
-KEPT = dict(search=("alphas.npy", "alpha_steps.npy", "genotype.json", "metrics.json", "search.safetensors"), train=("genotype.json", "metrics.json", "model.safetensors"))
+UNNAMED = dict(iters=2, k1=4, k2=2, watch=9, every=1)
+CONFIGS = dict(
+    search=replace(SEARCH["smoke"], **TINY),
+    train=replace(TRAIN["smoke"], **TINY, every=1),
+    usl=replace(UNSUP["smoke"], **TINY, **UNNAMED, method="hdcrl"),
+    uda=replace(UNSUP["smoke"], **TINY, **UNNAMED, method="idm"),
+)
+GO = dict(search=search, train=train, usl=usl, uda=uda)
+NAMED = ("search", "train")  # the regimes that know identities
+WITHOUT = ("genotype.json", "metrics.json", "model.safetensors", "pseudo.npy", "watched.npy")
+KEPT = dict(search=("alphas.npy", "alpha_steps.npy", "genotype.json", "metrics.json", "search.safetensors"), train=("genotype.json", "metrics.json", "model.safetensors"), usl=WITHOUT, uda=WITHOUT)
 
 
 def trap(at=0, sig=signal.SIGKILL, then=None, only=""):
@@ -61,10 +72,10 @@ def trap(at=0, sig=signal.SIGKILL, then=None, only=""):
 
         setattr(where, name, new)
 
-    for step in (SearchStep, TrainStep):
+    for step in (SearchStep, TrainStep, ClusterStep, ClassStep):
         watch(step, "__call__", "step")
     watch(Learner, "one_epoch", "epoch")
-    for m in (msinet.search, msinet.train):
+    for m in (msinet.search, msinet.train, msinet.unsup):
         watch(m, "evaluate_loaders", "evaluate")
     watch(os, "fsync", "fsync", half=not only and sig == signal.SIGKILL and not then)
     watch(os, "replace", "replace")
@@ -152,8 +163,8 @@ def whole(tmp_path_factory, cache):
 
 # --- killed and interrupted -------------------------------------------------------------------------------------------------------------
 
-KILLS = 12  # SIGKILL, evenly over all events of a run, the writing of checkpoints among them
-STOPS = 3  # SIGTERM and SIGINT each
+KILLS = dict(search=12, train=12, usl=6, uda=6)  # SIGKILL, evenly over all events of a run, the writing of checkpoints among them
+STOPS = dict(search=3, train=3, usl=2, uda=2)  # SIGTERM and SIGINT each
 
 
 def points(n, total):
@@ -181,10 +192,10 @@ def newest_epoch(kind, run):
 def test_killed_at_any_moment(kind, whole, tmp_path):
     "SIGKILL at moments all over a run, half-written checkpoints included: resumed, it gives the same to the last bit."
     with ThreadPoolExecutor(2) as pool:
-        at = points(KILLS, whole[kind]["events"])
+        at = points(KILLS[kind], whole[kind]["events"])
         said = list(pool.map(lambda k: killed_and_resumed(kind, tmp_path / f"k{k}", k, signal.SIGKILL, whole[kind]), at))
-    assert len(said) == KILLS and all(first["end"] == "killed" for first, _, _ in said)
-    assert {done for _, done, _ in said} >= {0, 1, 2}
+    assert len(said) == KILLS[kind] and all(first["end"] == "killed" for first, _, _ in said)
+    assert {done for _, done, _ in said} >= ({0, 1, 2} if kind in NAMED else {0, 1})
 
 
 @pytest.mark.parametrize("kind", GO)
@@ -192,20 +203,26 @@ def test_killed_at_any_moment(kind, whole, tmp_path):
 def test_told_to_stop(kind, sig, whole, tmp_path):
     "SIGTERM and Ctrl-C: saved where it stands, in the middle of an epoch too, and left with its own exception; resumed, the same."
     with ThreadPoolExecutor(2) as pool:
-        at = points(STOPS, whole[kind]["events"])
+        at = points(STOPS[kind], whole[kind]["events"])
         said = list(pool.map(lambda k: killed_and_resumed(kind, tmp_path / f"s{k}", k, sig, whole[kind]), at))
-    assert len(said) == STOPS
+    assert len(said) == STOPS[kind]
     for first, _, _ in said:
         assert first["end"] == "Stopped" and "--resume" in first["text"], first
     assert not list(tmp_path.glob("*/.lock"))
 
 
-def test_stopped_inside_an_epoch_keeps_its_steps(whole, tmp_path):
-    first = perform("search", tmp_path / "run", 1, signal.SIGTERM, only="step")
-    s = load(tmp_path / "run" / "search.pt")
-    assert first["end"] == "Stopped" and s["epoch"] == 0 and len(s["outs"]) == 1, first
-    assert perform("search", tmp_path / "run", resume=True)["end"] == "done"
-    assert outcome("search", tmp_path / "run") == whole["search"]["gave"]
+INSIDE = ("search", "usl", "uda")
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_stopped_inside_an_epoch_keeps_its_steps(kind, whole, tmp_path):
+    "The second epoch's first step is not lost: labels, memories, teacher and bridge go on from there."
+    at = {"search": 1}.get(kind, 3)
+    first = perform(kind, tmp_path / "run", at, signal.SIGTERM, only="step")
+    s = load(tmp_path / "run" / f"{kind}.pt")
+    assert first["end"] == "Stopped" and s["epoch"] == (at - 1) // 2 and len(s["outs"]) == 1, first
+    assert perform(kind, tmp_path / "run", resume=True)["end"] == "done"
+    assert outcome(kind, tmp_path / "run") == whole[kind]["gave"]
 
 
 def test_released_order_is_resumed_too(tmp_path):
@@ -456,7 +473,7 @@ def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("kind", GO)
+@pytest.mark.parametrize("kind", NAMED)
 def test_no_number_any_more(kind, where, whole, pictures, tmp_path, monkeypatch):
     "Stopped at that step, with the batch's file names; the last good state is kept, and the run goes on from it to the same end."
     cfg = replace(CONFIGS[kind], data=f"folder={pictures}", batch=4, overlap=1.0) if kind == "search" else replace(CONFIGS[kind], data=f"folder={pictures}", batch=4)
@@ -486,6 +503,46 @@ def test_no_number_any_more(kind, where, whole, pictures, tmp_path, monkeypatch)
     assert newest(tmp_path / "run" / f"{kind}.pt")["epoch"] == 1 and seen[0] == at
     got = GO[kind](replace(cfg, out=str(tmp_path / "run"), resume=True))
     assert got.metrics == want.metrics and all(torch.equal(a, b) for a, b in zip(want.net.state_dict().values(), got.net.state_dict().values()))
+
+
+# --- weights to start from ---------------------------------------------------------------------------------------------------------------
+
+PRETRAINED = (("step", 2), ("replace", 4), ("epoch", 3))  # moments of a pre-training
+
+
+def pretrain_job(out, data, answer, only, at, sig, resume):
+    "A pre-training in a process of its own."
+    warnings.simplefilter("ignore")
+    trap(at, sig, only=only)
+    said = "done"
+    try:
+        pretrain(PretrainConfig(data, out, resume, channels=(8, 16, 24, 32), size=(32, 32), epochs=3, batch=4, workers=0, lr=0.01))
+    except BaseException as e:
+        said = type(e).__name__
+    Path(answer).write_text(json.dumps(said))
+
+
+def test_a_pretraining_is_broken_off(pictures, tmp_path):
+    "Killed, or told to stop: it goes on from the last epoch that was over, to the same weights."
+    for part in ("train", "val"):
+        shutil.copytree(pictures, tmp_path / "classes" / part)
+
+    def go(name, only="", at=0, sig=signal.SIGKILL, resume=False):
+        answer = tmp_path / f"{name}.answer"
+        answer.unlink(missing_ok=True)
+        p = CONTEXT.Process(target=pretrain_job, args=(str(tmp_path / name), str(tmp_path / "classes"), str(answer), only, at, sig, resume))
+        p.start()
+        p.join(120)
+        return json.loads(answer.read_text()) if answer.exists() else "killed"
+
+    def gave(name):
+        return [(tmp_path / name / n).read_bytes() for n in ("metrics.json", "backbone.safetensors")]
+
+    assert go("whole") == "done"
+    for k, (only, at) in enumerate(PRETRAINED):
+        sig = (signal.SIGTERM, signal.SIGKILL)[k % 2]
+        assert go(f"run{k}", only, at, sig) == ("Stopped", "killed")[k % 2], (only, at)
+        assert go(f"run{k}", resume=True) == "done" and gave(f"run{k}") == gave("whole"), (only, at)
 
 
 # --- the whole job ----------------------------------------------------------------------------------------------------------------------
@@ -552,14 +609,14 @@ def test_the_readme_counts_what_is_tried():
     "The reliability table's numbers are those of the lists above."
     kinds = len(GO)
     tried = {
-        "killed": kinds * KILLS,
-        "told to stop": 2 * kinds * STOPS + 2,
+        "killed": sum(KILLS.values()) + 1,
+        "told to stop": 2 * sum(STOPS.values()) + len(INSIDE) + 1 + 2,
         "every phase": len(PHASES),
         "disk": kinds * len(DISKS),
         "damaged": kinds * (len(DAMAGES) + FLIPS + 6 + 2) + 1,
         "half-made": 5,
         "two runs": 2 + len(LOCKS),
-        "pictures and numbers": 2 + 2 * kinds,
+        "pictures and numbers": 2 + 2 * len(NAMED),
     }
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reliability")[1].split("\n## ")[0]
     rows = {m[1].strip(): (int(m[2]), int(m[3])) for m in re.finditer(r"^\| (.+?) \|.*\| (\d+) \| (\d+) \|$", table, re.M)}
