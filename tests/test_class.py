@@ -1,5 +1,9 @@
 "The class: a fifth interaction is two lines, and every exercise knows its answer and its usual mistakes."
+import json
+import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 
@@ -13,6 +17,7 @@ from torch import nn
 from msinet import vis
 from msinet.core import InputError, n_params
 from msinet.health import sameness
+from msinet.lesson import check, exercises
 from msinet.live import live_search
 from msinet.ops import OPS
 from msinet.panels import doubt, share_maps
@@ -23,6 +28,10 @@ from msinet.space import TABLE1, alphas, derive, derived, genotype, settle, supe
 from msinet.train import TRAIN, train
 from msinet.widgets import alpha_player, cost, interaction_lab, word_cost
 
+sys.path.insert(0, str(Path(__file__).parent))
+from slides import kind, slides  # noqa: E402
+
+CLASS = Path(__file__).parent.parent / "nbs" / "class"
 WORD = "NEGADNEGADND"
 
 
@@ -100,3 +109,81 @@ def test_other_columns_are_named(fifth):
         vis.draw_genotype("X"*12)
     with pytest.raises(InputError, match="N E G A D"):
         derived("X"*12)
+
+
+PAGES = sorted(p for p in CLASS.glob("0*.ipynb"))
+
+
+@pytest.fixture
+def restored():
+    "What a page adds to the letters is gone afterwards."
+    tables = [(t, dict(t)) for t in (OPS, vis.OP_COLORS, vis.OP_NAMES)]
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        yield
+    for table, was in tables:
+        table.clear()
+        table.update(was)
+    torch.set_num_threads(threads)
+    plt.close("all")
+
+
+def asked(ns, code):
+    "What a check cell says now, and what it was called with."
+    calls = []
+    ns["check"] = lambda answer, right, why, wrong=(), on=(): calls.append((answer, right, why, wrong, on))
+    exec(code, ns)
+    (call,) = calls
+    return check(*call), call
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
+    "One pass: at each exercise the open line, the solution, each foreseen mistake, and nonsense. The page itself, unanswered, is a test of its own."
+    monkeypatch.chdir(CLASS)
+    todo = {e.place: e for e in exercises(path)}
+    assert 3 <= len(todo) <= 5
+    ns = {}
+    for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        code = "".join(cell["source"])
+        if cell["cell_type"] != "code" or code.startswith("check("):
+            continue
+        exec(compile(code, f"{path.name}[{i}]", "exec"), ns)
+        plt.close("all")
+        if i not in todo:
+            continue
+        e = todo[i]
+        assert asked(ns, e.check)[0].right is None, e.title
+        exec(e.solution, ns)
+        said, (_, right, why, wrong, on) = asked(ns, e.check)
+        assert said.right and said.text == why, (e.title, said)
+        assert len(wrong) >= 1
+        for mistake, text in wrong:
+            said = check(mistake, right, why, wrong, on)
+            assert said.right is False and said.text == text, (e.title, said)
+        for nonsense in (None, object(), "no", [1, 2, 3, 4, 5, 6, 7], lambda *args: 1/0):
+            said = check(nonsense, right, why, wrong, on)
+            assert said.right is False and "\n" not in said.text, (e.title, said)
+
+
+def test_a_verdict_is_shown_in_colour_and_in_text():
+    good, bad, none = (check(a, 4, "two and two", [(5, "one too many")]) for a in (4, 5, ...))
+    assert [v.right for v in (good, bad, none)] == [True, False, None]
+    assert "one too many" in repr(bad) and "#d73027" in bad._repr_html_() and "#1a9850" in good._repr_html_()
+    assert "&lt;" in check("<b>", 4, "")._repr_html_() or "a text" in check("<b>", 4, "").text
+
+
+def test_checks_are_folded():
+    for path in PAGES:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if "".join(cell["source"]).startswith("check("):
+                assert cell["metadata"] == {"jupyter": {"source_hidden": True}}, f"{path.name}: run make slides"
+
+
+def test_slides_leave_answers_out():
+    pytest.importorskip("nbconvert")
+    page = slides(CLASS / "02_twins.ipynb")
+    assert page.count("<section") > 12 and "check(answer" not in page and "from msinet" not in page
+    assert kind(dict(cell_type="markdown", source=["## Next"])) == "slide" and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide"
+    assert kind(dict(cell_type="code", source=["import torch\n", "from msinet.vis import *"])) == "skip" and kind(dict(cell_type="code", source=["x = 1"])) == "-"
+    assert 'class="notes"' in page
