@@ -1,7 +1,8 @@
 """Slides of the class, from its notebooks as they are. `make slides` writes them into _slides/.
 
-Two rules, and nothing to set by hand. What begins with a heading of level 1 or 2 is a slide to the right, every other text is one below it.
-Code and its pictures follow the text before them; imports, hidden cells and checks are skipped, solutions are the speaker's notes.
+Three rules, and nothing to set by hand. A heading of level 1 or 2 begins a slide to the right, one of level 3 (an exercise) a slide below;
+all else stays on the slide where it comes. Imports, hidden cells and checks are skipped, and solutions are the speaker's notes.
+Code of more than four lines shows only what it gives, unless it is there to be answered.
 """
 import json
 import re
@@ -24,8 +25,14 @@ def kind(cell):
     "What a cell is in the slides: slide, subslide, - (goes on), notes or skip."
     text = source(cell)
     if cell["cell_type"] == "markdown":
-        return "notes" if text.startswith("<details>") else "slide" if re.match(r"##? ", text) else "subslide"
+        return "notes" if text.startswith("<details>") else "slide" if re.match(r"##? ", text) else "subslide" if text.startswith("### ") else "-"
     return "skip" if text.startswith(("#| hide", "check(")) or only_imports(text) else "-"
+
+
+def long(cell):
+    "Whether a cell's code is left out."
+    text = source(cell)
+    return cell["cell_type"] == "code" and text.count("\n") > 3 and "answer" not in text and bool(cell["outputs"])
 
 
 def fold(nb):
@@ -40,13 +47,15 @@ def slides(path):
     "One notebook as a page of reveal.js, which comes from the network when the page is opened."
     import nbformat
     from nbconvert import SlidesExporter
+    from traitlets.config import Config
 
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
-        cell.metadata["slideshow"] = {"slide_type": kind(cell)}
+        cell.metadata["slideshow"], cell.metadata["tags"] = {"slide_type": kind(cell)}, ["long"] * long(cell)
         if cell.cell_type == "markdown":  # links between notebooks are links between slides
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.slides.html)", cell.source)
-    exporter = SlidesExporter(reveal_scroll=True, reveal_theme="simple", reveal_transition="none")
+    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"long"}))
+    exporter = SlidesExporter(config=config, reveal_scroll=True, reveal_theme="simple", reveal_transition="none", exclude_input_prompt=True, exclude_output_prompt=True)
     return exporter.from_notebook_node(nb)[0]
 
 

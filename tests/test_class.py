@@ -1,5 +1,6 @@
 "The class: a fifth interaction is two lines, and every exercise knows its answer and its usual mistakes."
 import json
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -139,7 +140,7 @@ def asked(ns, code):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
-    "One pass: at each exercise the open line, the solution, each foreseen mistake, and nonsense. The page itself, unanswered, is a test of its own."
+    "One pass with hardly any training: at each exercise the open line, the solution, each foreseen mistake, and nonsense. The whole page, unanswered, is a test of its own."
     monkeypatch.chdir(CLASS)
     todo = {e.place: e for e in exercises(path)}
     assert 3 <= len(todo) <= 5
@@ -148,7 +149,7 @@ def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
         code = "".join(cell["source"])
         if cell["cell_type"] != "code" or code.startswith("check("):
             continue
-        exec(compile(code, f"{path.name}[{i}]", "exec"), ns)
+        exec(compile(re.sub(r"epochs=\d+", "epochs=1", code), f"{path.name}[{i}]", "exec"), ns)
         plt.close("all")
         if i not in todo:
             continue
@@ -183,7 +184,7 @@ def test_checks_are_folded():
 def test_slides_leave_answers_out():
     pytest.importorskip("nbconvert")
     page = slides(CLASS / "02_twins.ipynb")
-    assert page.count("<section") > 12 and "check(answer" not in page and "from msinet" not in page
-    assert kind(dict(cell_type="markdown", source=["## Next"])) == "slide" and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide"
+    assert page.count("<section") > 9 and "check(answer" not in page and "from msinet" not in page
+    assert kind(dict(cell_type="markdown", source=["## Next"])) == "slide" and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide" and kind(dict(cell_type="markdown", source=["Look"])) == "-"
     assert kind(dict(cell_type="code", source=["import torch\n", "from msinet.vis import *"])) == "skip" and kind(dict(cell_type="code", source=["x = 1"])) == "-"
     assert 'class="notes"' in page
