@@ -308,9 +308,10 @@ def search_figures(
     if r['alphas'] is None: return []
     a = r['alphas']
     w = torch.as_tensor(a[-1]).softmax(1).amax(1)
+    even = '¼' if a.shape[-1] == 4 else f'1/{a.shape[-1]}'
     fine = {} if r.get('alpha_steps') is None else dict(t=alpha_course(r)[1])
-    return [Shown('alphas', 'α over the search', f'Each panel is one of the twelve slots. A line is the share of one interaction, ¼ when the search starts. The winners end at {w.min():.2f} to {w.max():.2f}: '
-                  'the closer to ¼, the less the word below says.', plot_alphas(alpha_course(r)[0], **fine)),
+    return [Shown('alphas', 'α over the search', f'Each panel is one of the twelve slots. A line is the share of one interaction, {even} when the search starts. The winners end at {w.min():.2f} to {w.max():.2f}: '
+                  f'the closer to {even}, the less the word below says.', plot_alphas(alpha_course(r)[0], **fine)),
             Shown('alpha_maps', 'The same as heat maps', 'One panel for each interaction, a row for each slot.', share_maps({'': a})),
             Shown('genotype', 'The architecture', 'The largest share of each slot, drawn in its place. Small bars are the final shares.', draw_genotype(r['genotype']['genotype'], a[-1]).figure)]
 

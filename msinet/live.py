@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .core import *
+from .vis import *
 from .slots import *
 from .space import *
 from .learner import *
@@ -198,7 +199,7 @@ def live_figure(
     if n: h, t = torch.stack(r.h[:n]).numpy(), np.array(r.t[:n])
     else:
         before = read_run(cfg.out)['alphas'] if (run_folder(cfg.out, 'search', True)/'config.json').exists() else None
-        h = before if before is not None and len(before) else np.zeros((1,12,4))
+        h = before if before is not None and len(before) else np.zeros((1,12,len(OP_COLORS)))
         t = np.arange(1, len(h)+1) if h.any() else np.zeros(1)
     if n > 1: losses = {k: np.array(v[:n]) for k,v in r.losses.items()}
     return moment({'': h}, ts={'': t}, end=max(cfg.epochs, 1), losses=losses and {dict(train='training twin', val='validation twin')[k]: v for k,v in losses.items() if len(v) == n})

@@ -52,10 +52,10 @@ def map_table(
         bar.set_label(label, fontsize=7); bar.ax.tick_params(labelsize=6); bar.outline.set_visible(False)
     return fig
 
-# %% ../nbs/01_panels.ipynb #be7869b0
+# %% ../nbs/01_panels.ipynb #674d47e0
 def doubt(
     h, # (..., 4) alpha
-) -> Tensor: # (...) bits, 0 when settled, 2 when even
+) -> Tensor: # (...) bits, 0 when settled, log2 of their number (2 of four) when even
     "Entropy of the shares of Eq. (1)."
     w = torch.as_tensor(h).double().softmax(-1)
     return -(w*w.clamp_min(1e-300).log2()).sum(-1)
@@ -76,7 +76,7 @@ def settled(
     best = torch.as_tensor(h).argmax(-1)
     return (best != best[-1]).long().flip(0).cummax(0).values.sum(0) + 1
 
-# %% ../nbs/01_panels.ipynb #60f73ec9
+# %% ../nbs/01_panels.ipynb #b6896c80
 @style()
 def share_maps(
     hs:dict,  # name of a search -> (E, 12, 4) alpha after each epoch
@@ -84,16 +84,17 @@ def share_maps(
 ) -> Figure:
     "Shares of Eq. (1) as heat maps: a row per search, a panel per interaction. Raises `InputError` for another shape."
     ps = {k: torch.as_tensor(h).double().softmax(-1) for k,h in hs.items()}
-    if any(p.shape[1:] != (12,4) for p in ps.values()): raise InputError(f'alphas have shapes {[tuple(p.shape) for p in ps.values()]}, expected (E, 12, 4) each: stack one (12, 4) alpha per epoch')
+    n = len(OP_COLORS)
+    if any(p.shape[1:] != (12,n) for p in ps.values()): raise InputError(f'alphas have shapes {[tuple(p.shape) for p in ps.values()]}, expected (E, 12, {n}) each: stack one alpha per epoch, a column for each of {op_letters()}')
     fig = fig or plt.figure(figsize=(COL2, .35+1.35*len(ps)), layout='constrained')
-    axs, top = fig.subplots(len(ps), 4, squeeze=False, sharey=True), max(p.max() for p in ps.values())
+    axs, top = fig.subplots(len(ps), n, squeeze=False, sharey=True), max(p.max() for p in ps.values())
     for row,(name,p) in zip(axs, ps.items()):
-        for ax,o,x in zip(row, OP_NAMES, p.permute(2,1,0)):
+        for ax,x in zip(row, p.permute(2,1,0)):
             im = ax.imshow(x, cmap=HEAT, vmin=0, vmax=top, aspect='auto', extent=(.5,p.shape[0]+.5,12.5,.5), interpolation='nearest')
             ax.spines[:].set_visible(False); ax.set(yticks=[1,4,8,12])
             ax.xaxis.get_major_locator().set_params(integer=True, nbins=5, min_n_ticks=1)
         row[0].set_ylabel(f'{name}\nslot' if name else 'slot')
-    for ax,(o,name) in zip(axs[0], OP_NAMES.items()): ax.set_title(f'{o}  {name}', color=OP_COLORS[o], weight='bold')
+    for ax,(o,c) in zip(axs[0], OP_COLORS.items()): ax.set_title(f'{o}  {OP_NAMES.get(o, "")}', color=c, weight='bold')
     fig.supxlabel('epoch', fontsize=8)
     bar = fig.colorbar(im, ax=axs, aspect=22, pad=.01); bar.set_label(r'share, softmax($\alpha$)', fontsize=7); bar.ax.tick_params(labelsize=6); bar.outline.set_visible(False)
     return fig

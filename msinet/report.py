@@ -37,7 +37,7 @@ def coloured_word(
     genotype:str, # twelve letters
 ) -> str: # HTML
     "A genotype in the colours of its interactions, a gap between cells."
-    return '<span class="word">' + ''.join(('<i></i>' if i and i%2 == 0 else '') + f'<b style="background:{OP_COLORS[o]}">{o}</b>' for i,o in enumerate(genotype)) + '</span>'
+    return '<span class="word">' + ''.join(('<i></i>' if i and i%2 == 0 else '') + f'<b style="background:{OP_COLORS.get(o, QUERY)}">{o}</b>' for i,o in enumerate(genotype)) + '</span>'
 
 # %% ../nbs/30_report.ipynb #024136b1
 def metrics_html(

@@ -27,7 +27,7 @@ def spot_of(
     "Where a slot is drawn in a band."
     return LEFT + PITCH*(slot//2) + .03 + .445*(slot%2), y+.43
 
-# %% ../nbs/01_slots.ipynb #9f8a18c2
+# %% ../nbs/01_slots.ipynb #e39210bb
 def _frame(
     ax,        # a whole figure in inches, y downwards
     s:int, y:float, # slot and upper edge of the band
@@ -39,16 +39,17 @@ def _frame(
 ):
     "One slot: its letter, its curves, its shares now."
     (x, a), best = spot_of(s, y), p[now].argmax()
-    o = 'NEGA'[best] if np.ptp(p[now]) > 1e-9 else '?'
-    ax.text(x+.21, y+.3, o, ha='center', va='center', weight='bold', fontsize=8, color='white' if o == 'A' else 'black', bbox=dict(boxstyle='round,pad=.22', fc=OP_COLORS.get(o, 'white'), ec='none'))
-    line = lambda k, part: np.column_stack([x + .41*np.concatenate([[0.],t])[part]/end, a + .75*(1-np.concatenate([[.25],p[:,k]])[part]/top)])
+    o, n = list(OP_COLORS)[best] if np.ptp(p[now]) > 1e-9 else '?', len(OP_COLORS)
+    fill = OP_COLORS.get(o, 'white')
+    ax.text(x+.21, y+.3, o, ha='center', va='center', weight='bold', fontsize=8, color=ink_on(fill), bbox=dict(boxstyle='round,pad=.22', fc=fill, ec='none'))
+    line = lambda k, part: np.column_stack([x + .41*np.concatenate([[0.],t])[part]/end, a + .75*(1-np.concatenate([[1/n],p[:,k]])[part]/top)])
     for part,alpha in ((slice(0,now+2),1), (slice(now+1,None),.25)):
-        ax.add_collection(LineCollection([line(k, part) for k in range(4)], colors=list(OP_COLORS.values()), linestyles=list(OP_LINES.values()), alpha=alpha, lw=[2 if k == best else 1 for k in range(4)]))
-    ax.plot([x,x+.41], [a+.75*(1-.25/top)]*2, color='black', lw=.6, ls=':')
+        ax.add_collection(LineCollection([line(k, part) for k in range(n)], colors=list(OP_COLORS.values()), linestyles=[OP_LINES.get(c, '-') for c in OP_COLORS], alpha=alpha, lw=[2 if k == best else 1 for k in range(n)]))
+    ax.plot([x,x+.41], [a+.75*(1-1/n/top)]*2, color='black', lw=.6, ls=':')
     ax.plot([x+.41*t[now]/end]*2, [a,a+.75], color=QUERY, lw=.6)
     ax.imshow(p[now][:,None], cmap=HEAT, vmin=0, vmax=top, extent=(x,x+.41,a+1.27,a+.83), aspect='auto', interpolation='nearest')
 
-# %% ../nbs/01_slots.ipynb #575adb25
+# %% ../nbs/01_slots.ipynb #2b5f3abe
 def _band(
     ax, y:float, # a whole figure in inches, y downwards; upper edge
     name:str,    # of the search
@@ -67,12 +68,12 @@ def _band(
         for i,v in enumerate(numbers.values()): ax.text(spot_of(s, y)[0]+.205, y+1.79+.11*i, v[s], ha='center', va='center', fontsize=6.5)
     says = {.3: 'letter', .8: 'share\nso far', 1.79: 'doubt, bits', 1.9: 'lead', 2.01: 'since epoch'}
     for dy,text in says.items(): ax.text(LEFT-.06, y+dy, text, ha='right', va='center', fontsize=6.5)
-    for i,o in enumerate('NEGA'): ax.text(LEFT-.06, y+1.315+.11*i, f'{o} now', ha='right', va='center', fontsize=6.5)
+    for i,o in enumerate(OP_COLORS): ax.text(LEFT-.06, y+1.26+.44*(i+.5)/len(OP_COLORS), f'{o} now', ha='right', va='center', fontsize=6.5)
     ax.text(.04, y+.1, name, va='bottom', fontsize=8, weight='bold')
     ax.imshow(np.linspace(top,0,64)[:,None], cmap=HEAT, vmin=0, vmax=top, extent=(COL2-.36,COL2-.28,y+1.7,y+1.26), aspect='auto')
     for v,dy in ((top,1.27),(0,1.69)): ax.text(COL2-.25, y+dy, f'{v:.2g}', va='center', fontsize=6)
 
-# %% ../nbs/01_slots.ipynb #4fe35731
+# %% ../nbs/01_slots.ipynb #25b374cf
 @style()
 def moment(
     hs:dict,     # name of a search -> (T, 12, 4) alpha
@@ -84,7 +85,7 @@ def moment(
 ) -> Figure:
     "Every slot at one moment of a search: letter, shares so far and now, certainty. Raises `InputError` for another shape."
     for k,h in hs.items():
-        if np.ndim(h) != 3 or np.shape(h)[1:] != (12,4) or not len(h): raise InputError(f'alpha of {k!r} has shape {np.shape(h)}, expected (T, 12, 4): stack one (12, 4) alpha per epoch')
+        if np.ndim(h) != 3 or np.shape(h)[1:] != (12,len(OP_COLORS)) or not len(h): raise InputError(f'alpha of {k!r} has shape {np.shape(h)}, expected (T, 12, {len(OP_COLORS)}): stack one alpha per epoch, a column for each of {op_letters()}')
     ts = ts or {k: np.arange(1, len(h)+1) for k,h in hs.items()}
     end, top = end or max(t[-1] for t in ts.values()), max(float(torch.as_tensor(h).softmax(-1).max()) for h in hs.values())
     tall = [BAND*len(hs) + .03, 1.55*bool(net), 1.5*bool(losses)]
@@ -94,7 +95,7 @@ def moment(
     at = {k: range(len(h))[now if now < 0 else min(now, len(h)-1)] for k,h in hs.items()}
     for i,(k,h) in enumerate(hs.items()): _band(ax, BAND*i, k, h, ts[k], at[k], max(top,.3), end)
     ax.set(xlim=(0,COL2), ylim=(tall[0],-.03))
-    if net: draw_genotype(''.join('NEGA'[i] for i in np.asarray(hs[net][at[net]]).argmax(-1)), ax=fig.add_axes(place(1)))
+    if net: draw_genotype(''.join(list(OP_COLORS)[i] for i in np.asarray(hs[net][at[net]]).argmax(-1)), ax=fig.add_axes(place(1)))
     if losses:
         _, y, _, h = place(2)
         low = fig.add_axes((.1, y+.3*h, .86, .64*h))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .core import *
 from .ops import *
 
-# %% ../nbs/11_space.ipynb #0b55a0e6
+# %% ../nbs/11_space.ipynb #ff7f6db9
 class Mixed(nn.Module):
     "All interactions at once, weighted by the softmax of `alpha`, Eq. (1), sorted by map. It is itself an interaction."
     def __init__(self,
@@ -31,12 +31,14 @@ class Mixed(nn.Module):
     def forward(self,
         x1:Tensor, # (B, C, H, W) the branch with the small receptive field
         x2:Tensor, # (B, C, H, W) the branch with the large one
-    ) -> tuple[Tensor,Tensor]: # the weighted sum of the four, for each branch
-        wN, wE, wG, wA = self.alpha.softmax(0)
+    ) -> tuple[Tensor,Tensor]: # the weighted sum of all, for each branch
+        wN, wE, wG, wA, *more = self.alpha.softmax(0)
         att, (g1, g2) = self.ops['A'], self.ops['G'].gates(x1, x2)
         m1, m2 = att.mixes(x1, x2)
         part = lambda x, other, g, m: torch.addcmul(other*wE + m*(wA*att.gamma), x, wN + wA + wG*g)
-        return part(x1, x2, g1, m1), part(x2, x1, g2, m2)
+        y1, y2 = part(x1, x2, g1, m1), part(x2, x1, g2, m2)
+        for w,op in zip(more, list(self.ops.values())[4:]): y1, y2 = (y+w*z for y,z in zip((y1, y2), op(x1, x2)))
+        return y1, y2
 
 # %% ../nbs/11_space.ipynb #1aa7a252
 @torch.no_grad()
@@ -175,14 +177,14 @@ def init_weights(
     nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/11_space.ipynb #db411e51
+# %% ../nbs/11_space.ipynb #f7604243
 def check_genotype(
     g:str, # e.g. 'GGEGAGGNGAEA'
 ) -> str: # the same, upper case
-    "Raises `InputError` unless `g` is twelve letters of N E G A."
+    "Raises `InputError` unless `g` is twelve letters of N E G A, or of others in `OPS`."
     g = str(g).strip().upper()
     wrong = sorted(set(g)-set(OPS))
-    if wrong: raise InputError(f"genotype {g!r} has the letter {wrong[0]!r}, expected only N E G A (none, exchange, gate, attention); Table 1's is {TABLE1}")
+    if wrong: raise InputError(f"genotype {g!r} has the letter {wrong[0]!r}, expected only {' '.join(OPS)}, the letters of OPS; Table 1's is {TABLE1}")
     if len(g) != 12: raise InputError(f"genotype {g!r} has {len(g)} letters, expected 12, two for each of six cells; Table 1's is {TABLE1}")
     return g
 
@@ -207,10 +209,10 @@ def derived(
     "One architecture, by its word of twelve letters. Raises `InputError` for a word that isn't one."
     return MSINet([OPS[o] for o in check_genotype(genotype)], channels, rho, fuse, mid)
 
-# %% ../nbs/11_space.ipynb #3c38def7
+# %% ../nbs/11_space.ipynb #6d359ad2
 def alphas(
     net:nn.Module, # holds twelve `Mixed`
-) -> Tensor: # (12, 4) detached copy, columns N E G A
+) -> Tensor: # (12, 4) detached copy, a column for each letter of `OPS`: N E G A
     "The architecture parameters α of a supernet, slot by slot."
     rows = [m.alpha.detach().cpu().clone() for m in net.modules() if isinstance(m, Mixed)]
     if not rows: raise InputError('this network has no mixed choices, expected a supernet: build it with supernet()')

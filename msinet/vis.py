@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COL1', 'COL2', 'HEAT', 'NETS', 'LINES', 'STYLE', 'OP_COLORS', 'OP_NAMES', 'OP_LINES', 'RIGHT', 'WRONG', 'QUERY',
-           'WIRE', 'style', 'rgb', 'denormalise', 'show_images', 'activation', 'overlay', 'plot_alphas',
-           'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip', 'strips', 'gap', 'curve', 'cmc_plot',
-           'page_box', 'save', 'data_uri']
+           'WIRE', 'style', 'ink_on', 'op_letters', 'rgb', 'denormalise', 'show_images', 'activation', 'overlay',
+           'plot_alphas', 'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip', 'strips', 'gap',
+           'curve', 'cmc_plot', 'page_box', 'save', 'data_uri']
 
 # %% ../nbs/01_vis.ipynb #75ab9ac0
 import base64, io
@@ -72,14 +72,19 @@ OP_NAMES  = dict(N='none', E='exchange', G='channel gate', A='cross attention')
 OP_LINES  = dict(N='--', E='-.', G='-', A='-')
 RIGHT, WRONG, QUERY = '#1a9850', '#d73027', '#666666'
 
-# %% ../nbs/01_vis.ipynb #e1e6b253
-def _ink(
+# %% ../nbs/01_vis.ipynb #cf81c2c4
+def ink_on(
     color:str, # a colour to write on
 ) -> str:
     "Black or white, whichever has the higher contrast (WCAG relative luminance)."
     c = np.array(to_rgb(color))
     light = np.where(c <= .04045, c/12.92, ((c+.055)/1.055)**2.4) @ [.2126, .7152, .0722]
     return 'black' if light > .179 else 'white'
+
+# %% ../nbs/01_vis.ipynb #60cdedd2
+def op_letters() -> str:
+    "The letters of the interactions, in the order of α's columns: `N E G A` and what was added to `OP_COLORS`."
+    return ' '.join(OP_COLORS)
 
 # %% ../nbs/01_vis.ipynb #583fb7dc
 def _array(x) -> np.ndarray:
@@ -204,7 +209,7 @@ def _shares(
     "The softmax of Eq. (1)."
     return torch.as_tensor(alpha).double().softmax(-1).numpy()
 
-# %% ../nbs/01_vis.ipynb #d0aa6d78
+# %% ../nbs/01_vis.ipynb #03e16b97
 def _plot_slot(
     ax:Axes,       # one panel
     p:np.ndarray,  # (T, 4) shares
@@ -212,23 +217,23 @@ def _plot_slot(
     t:np.ndarray,  # (T,) when, in epochs
 ):
     "The shares of one slot over the search, its letter in the title."
-    best = 'NEGA'[p[-1].argmax()]
-    for o,y in zip('NEGA', p.T):
-        ax.plot(t, y, color=OP_COLORS[o], ls=OP_LINES[o], lw=1.8 if o == best else 1, marker='.' if len(y) == 1 else '')
-    ax.axhline(.25, color='black', lw=.7, ls=':', zorder=0)
+    best = list(OP_COLORS)[p[-1].argmax()]
+    for (o,c),y in zip(OP_COLORS.items(), p.T):
+        ax.plot(t, y, color=c, ls=OP_LINES.get(o, '-'), lw=1.8 if o == best else 1, marker='.' if len(y) == 1 else '')
+    ax.axhline(1/len(OP_COLORS), color='black', lw=.7, ls=':', zorder=0)
     ax.set_title(f'slot {slot+1}', loc='left', fontsize=7, color=QUERY)
-    ax.set_title(best, loc='right', fontsize=7.5, weight='bold', color=_ink(OP_COLORS[best]),
+    ax.set_title(best, loc='right', fontsize=7.5, weight='bold', color=ink_on(OP_COLORS[best]),
                  bbox=dict(boxstyle='round,pad=.18', fc=OP_COLORS[best], ec='none'))
 
-# %% ../nbs/01_vis.ipynb #9a762b08
+# %% ../nbs/01_vis.ipynb #1e8d620c
 @style()
 def plot_alphas(
-    h,        # (T, 12, 4) alpha, columns N E G A
+    h,        # (T, 12, 4) alpha, columns N E G A, and one more for each letter added to `OP_COLORS`
     t=None,   # (T,) when each was taken, in epochs; after epoch 1, 2, … unless given, else each epoch's end is marked
     fig=None, # figure or subfigure to draw in
 ) -> Figure:
-    "Shares of the four interactions in each slot, Eq. (1), over the search. Raises `InputError` for another shape."
-    p = _shares(_shaped('h', h, ('T',12,4), 'stack one (12, 4) alpha per epoch'))
+    "Shares of the interactions in each slot, Eq. (1), over the search. Raises `InputError` for another shape."
+    p = _shares(_shaped('h', h, ('T',12,len(OP_COLORS)), f'stack one alpha per epoch, a column for each of {op_letters()}'))
     fig = fig or plt.figure(figsize=(COL2, 2.5), layout='constrained')
     axs, marks = fig.subplots(2, 6, sharex=True, sharey=True), () if t is None else range(1, int(t[-1])+1)
     for s,ax in enumerate(axs.T.flat):
@@ -237,8 +242,8 @@ def plot_alphas(
     for c,ax in enumerate(axs[0]): ax.annotate(f'cell {c+1}', (.5,1), (0,15), xycoords='axes fraction', textcoords='offset points', ha='center')
     axs[0,0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     fig.supxlabel('epoch', fontsize=8); fig.supylabel(r'softmax($\alpha$)', fontsize=8)
-    keys = [Line2D([], [], color=c, ls=OP_LINES[o], label=f'{o}  {OP_NAMES[o]}') for o,c in OP_COLORS.items()]
-    fig.legend(handles=[*keys, Line2D([], [], color='black', lw=.7, ls=':', label='even share')], loc='outside upper center', ncols=5, handlelength=2.6)
+    keys = [Line2D([], [], color=c, ls=OP_LINES.get(o, '-'), label=f'{o}  {OP_NAMES.get(o, "")}') for o,c in OP_COLORS.items()]
+    fig.legend(handles=[*keys, Line2D([], [], color='black', lw=.7, ls=':', label='even share')], loc='outside upper center', ncols=len(keys)+1, handlelength=2.6)
     return fig
 
 # %% ../nbs/01_vis.ipynb #804fbd77
@@ -254,7 +259,7 @@ def _bars(
     w = min(.034, .12/(1.35*n))
     for i in range(n): ax.add_patch(Rectangle((x + (i-n/2)*1.35*w + .175*w, y-.1), w, .2, fc='#8fbfe0', ec='#33658a', lw=.5, zorder=2))
 
-# %% ../nbs/01_vis.ipynb #c6d072b2
+# %% ../nbs/01_vis.ipynb #71421d1f
 def _interaction(
     ax:Axes,  # where
     x, y,     # centre, inches
@@ -262,7 +267,7 @@ def _interaction(
     d=.24,    # distance of a branch from the centre
 ):
     "A box across both branches; thin lines show what the interaction does to them."
-    ink, l, r = _ink(OP_COLORS[o]), x-.08, x+.08
+    ink, l, r = ink_on(OP_COLORS[o]), x-.08, x+.08
     ax.add_patch(FancyBboxPatch((l, y-.36), .16, .72, boxstyle='round,pad=0,rounding_size=.03', fc=OP_COLORS[o], ec='none', zorder=2))
     for s in (1,-1): ax.plot([l,r], [y+s*d, y-s*d if o == 'E' else y+s*d], color=ink, lw=.7, ls='-', zorder=3)
     if o in 'GA': ax.plot([x,x], [y-d,y+d], color=ink, lw=.7, ls='-' if o == 'G' else ':', zorder=3, marker='o' if o == 'G' else 'D', ms=2.4)
@@ -300,44 +305,44 @@ def _block(
     ax.add_patch(Polygon([(x,y-.42),(x,y+.42),(x+.2,y+.3),(x+.2,y-.3)], fc='#dcdcdc', ec='#8c8c8c', lw=.6, zorder=2))
     ax.text(x+.1, y, text, rotation=90, ha='center', va='center', fontsize=7, zorder=3)
 
-# %% ../nbs/01_vis.ipynb #45a5a1fc
+# %% ../nbs/01_vis.ipynb #57dfc6cc
 def _share_bars(
     ax:Axes,  # where
     xs,       # left end of each cell, inches
     y,        # foot of the bars, inches
-    p,        # (12, 4) shares
+    p,        # (12, n) shares
 ):
-    "Four small bars under each interaction: the softmax shares of its slot, the highest of all .4 inches high."
-    unit = .4/p.max()
-    for x,four in zip([x+c for x in xs for c in (.32,.66)], p):
-        for i,(o,v) in enumerate(zip('NEGA', four)): ax.add_patch(Rectangle((x+(i-2)*.065+.005, y), .055, v*unit, fc=OP_COLORS[o], ec='none', zorder=2))
+    "Small bars under each interaction: the softmax shares of its slot, the highest of all .4 inches high."
+    unit, n = .4/p.max(), len(OP_COLORS)
+    for x,row in zip([x+c for x in xs for c in (.32,.66)], p):
+        for i,(c,v) in enumerate(zip(OP_COLORS.values(), row)): ax.add_patch(Rectangle((x+(i-n/2)*.26/n+.005, y), .26/n-.01, v*unit, fc=c, ec='none', zorder=2))
         ax.plot([x-.14,x+.14], [y,y], **WIRE)
-    ax.plot([.52,COL2-.1], [y+unit/4]*2, color='black', lw=.7, ls=':', zorder=3)
-    ax.text(.5, y+unit/4, 'share ¼', ha='right', va='center', fontsize=7)
+    ax.plot([.52,COL2-.1], [y+unit/n]*2, color='black', lw=.7, ls=':', zorder=3)
+    ax.text(.5, y+unit/n, 'share ¼' if n == 4 else f'share 1/{n}', ha='right', va='center', fontsize=7)
 
-# %% ../nbs/01_vis.ipynb #17853705
+# %% ../nbs/01_vis.ipynb #860e9be8
 def _genotype_key(
     ax:Axes, # where
     rho:int, # light convolutions per step of the second branch
 ):
     "What the signs in the drawing of a genotype mean."
     bar = dict(marker='|', ls='', mew=2.2, ms=8, color='#8fbfe0')
-    keys = [Patch(color=c, label=f'{o} {OP_NAMES[o]}') for o,c in OP_COLORS.items()]
+    keys = [Patch(color=c, label=f'{o} {OP_NAMES.get(o, "")}') for o,c in OP_COLORS.items()]
     keys += [Line2D([], [], label=f'light convolution (1 : {rho})', **bar), Line2D([], [], marker='$\\oplus$', ms=7, mew=.3, ls='', color='#404040', label='sum with the input')]
-    ax.legend(handles=keys, loc='lower center', bbox_to_anchor=(.5,0), ncols=6, columnspacing=1.2, handlelength=1, handletextpad=.5, borderaxespad=.1)
+    ax.legend(handles=keys, loc='lower center', bbox_to_anchor=(.5,0), ncols=len(keys), fontsize=7 if len(keys) < 7 else 6, columnspacing=1.2 if len(keys) < 7 else .8, handlelength=1, handletextpad=.5, borderaxespad=.1)
 
-# %% ../nbs/01_vis.ipynb #136a62b9
+# %% ../nbs/01_vis.ipynb #b11cc58f
 @style()
 def draw_genotype(
     genotype:str, # 12 letters of N E G A, two per cell (Table 1)
-    alpha=None,   # (12, 4): also draw the softmax shares, Eq. (1)
+    alpha=None,   # (12, 4), a column for each letter of `OP_COLORS`: also draw the softmax shares, Eq. (1)
     rho=3,        # light convolutions per step of the second branch
     ax=None,      # where; a new figure over the full width unless told
 ) -> Axes:
     "The architecture of a genotype (Fig. 2, Table 1); 1×1 convolutions are left out. Raises `InputError` when it isn't 12 letters of N E G A."
     if len(genotype) != 12 or set(genotype)-set(OP_COLORS):
-        raise InputError(f"genotype is {genotype!r} ({len(genotype)} letters), expected 12 letters, each N, E, G or A: Table 1's is 'GGEGAGGNGAEA'")
-    p = None if alpha is None else _shares(_shaped('alpha', alpha, (12,4), 'give one row per slot'))
+        raise InputError(f"genotype is {genotype!r} ({len(genotype)} letters), expected 12 letters, each one of {op_letters()}: Table 1's is 'GGEGAGGNGAEA'")
+    p = None if alpha is None else _shares(_shaped('alpha', alpha, (12,len(OP_COLORS)), f'give one row per slot, a column for each of {op_letters()}'))
     H, y = (1.55, .86) if p is None else (2.1, 1.41)
     if ax is None: ax = plt.figure(figsize=(COL2,H)).add_axes([0,0,1,1])
     ax.set(xlim=(0,COL2), ylim=(0,H), aspect='equal'); ax.axis('off')

@@ -79,12 +79,15 @@ def cost(
     return n_params(net), macs(net, size)
 
 # %% ../nbs/40_widgets.ipynb #276eae34
-@lru_cache(8)
 def slot_costs(
     channels=(64,256,384,512), # of stem and stages
     size=(256,128), # (H, W) of the input
 ) -> tuple: # (2,) parameters and MACs of the network of all N, (12, 4, 2) what each letter adds to them
     "What the interactions cost in each slot."
+    return _slot_costs(channels, size, *OPS.items())
+
+@lru_cache(8)
+def _slot_costs(channels, size, *ops): # `ops` are part of the question: another interaction is counted anew
     with torch.device('meta'): net, plain = supernet(channels=channels), derived('N'*12, channels)
     params = [[n_params(m.ops[k]) for k in OPS] for m in net.modules() if isinstance(m, Mixed)]
     out = np.stack([np.array(params), slot_macs(net, size).numpy().astype(np.int64)], -1)
@@ -99,7 +102,7 @@ def word_cost(
 ) -> tuple[int,int]: # parameters, multiply-accumulates of one image
     "The same as `cost`, by addition."
     bare, extra = slot_costs(channels, size)
-    return tuple((bare + extra[range(12), ['NEGA'.index(o) for o in check_genotype(word)]].sum(0)).tolist())
+    return tuple((bare + extra[range(12), [list(OPS).index(o) for o in check_genotype(word)]].sum(0)).tolist())
 
 # %% ../nbs/40_widgets.ipynb #730ea1e6
 @torch.no_grad()
@@ -141,7 +144,9 @@ def interaction_lab(
         fig.text(.5, (t.size[1]+.12)/tall, f'{sum(a == b for a,b in zip(word, TABLE1))} of 12 letters are those of Table 1; counted without the neck', ha='center', va='center', fontsize=7)
         return fig
     def spots(**v): return [(((xs[i//2]+.32+.34*(i%2)-.15)/W, (H-.86-.42)/tall, .3/W, .84/tall), f'slot {i+1}: next letter') for i in range(12)]
-    def turn(i, word, **v): word = check_genotype(word); return dict(word=word[:i] + 'NEGA'[('NEGA'.index(word[i])+1)%4] + word[i+1:])
+    def turn(i, word, **v):
+        word, after = check_genotype(word), dict(zip(OPS, [*OPS][1:] + [*OPS][:1])) # letter -> the next one
+        return dict(word=word[:i] + after[word[i]] + word[i+1:])
     text = w.Text(word, description='letters', continuous_update=False, layout=dict(width='250px'), style=dict(description_width='80px'))
     panel = Panel(style()(draw), dict(word=text, picture=slider('picture', 0, 0, len(items)-1), weights=choice('weights', weights)), spots=spots, click=turn)
     return panel
