@@ -58,6 +58,12 @@ def sidebar(nbs, names):
     return expand(conf["website"]["sidebar"]["contents"], names)
 
 
+def navbar(root):
+    "What the bar at the top says and where it leads; a menu leads to its first page."
+    items = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["navbar"]["left"]
+    return [(i["text"], i.get("href") or i["menu"][0]) for i in items]
+
+
 # ---------------------------------------------------------------- one page
 
 def slug(text):
@@ -275,7 +281,7 @@ def exporter():
     return HTMLExporter(template_name="basic", exclude_anchor_links=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=False)
 
 
-def shell(page, rows, pages, title):
+def shell(page, rows, pages, title, bar):
     "The whole page: top bar, sidebar, body, the pages before and after."
     up = "../" * page.name.count("/")
     at = [n for _, _, n in rows if n in pages]
@@ -283,11 +289,10 @@ def shell(page, rows, pages, title):
     link = lambda n, label, cls="": f'<a class="{cls}" href="{up}{pages[n].address}">{escape(label)}</a>'
     nav = "".join(f'<li class="d{d}">' + (link(n, t or pages[n].title, "here" * (n == page.name)) if n in pages else f"<b>{escape(t or '')}</b>") + "</li>" for d, t, n in rows)
     ends = "" if i is None else "".join(link(at[j], label.format(pages[at[j]].title)) if 0 <= j < len(at) else "<span></span>" for j, label in ((i-1, "← {}"), (i+1, "{} →")))
-    top = [(d, t, n) for d, t, n in rows if d == 0 and n in pages] or [(0, None, at[0])] if at else []
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(page.title)} – {escape(title)}</title><link rel="stylesheet" href="{up}site.css"><link rel="icon" href="{up}favicon.svg">
 <script defer src="{MATHJAX}"></script></head><body>
-<header><a href="{up}index.html"><b>{escape(title)}</b></a>{''.join(link(n, t or pages[n].title) for _, t, n in top)}</header>
+<header><a href="{up}index.html"><b>{escape(title)}</b></a>{''.join(link(n, t) for t, n in bar if n in pages)}</header>
 <div class="page"><details class="side" open><summary>Pages</summary><nav><ul>{nav}</ul></nav></details>
 <main><h1>{escape(page.title)}</h1><p class="line">{escape(page.line)}</p>{page.html}<div class="ends">{ends}</div></main></div>
 <script>if (innerWidth < 900) document.querySelector('.side').open = false; document.querySelector('.here')?.scrollIntoView({{block: 'center'}}); scrollTo(0, 0)</script>
@@ -307,7 +312,7 @@ def relinked(html, page, pages, home=""):
     return re.sub(r'href="([^"]*)"', to, html)
 
 
-def write_site(pages, rows, nbs, out, title, home=""):
+def write_site(pages, rows, nbs, out, title, home="", bar=()):
     "Every page, one style sheet, the pictures that pages name."
     from pygments.formatters import HtmlFormatter
 
@@ -318,7 +323,7 @@ def write_site(pages, rows, nbs, out, title, home=""):
     for p in pages.values():
         to = out / p.address
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(relinked(shell(p, rows, pages, title), p, pages, home), encoding="utf-8")
+        to.write_text(relinked(shell(p, rows, pages, title, bar), p, pages, home), encoding="utf-8")
         for src, _ in Seen(p.html).images:
             if src and not urlsplit(src).scheme and (nbs / posixpath.dirname(p.name) / src).is_file():
                 (to.parent / src).parent.mkdir(parents=True, exist_ok=True)
@@ -338,7 +343,7 @@ def main(root=ROOT):
     for p in pages.values():
         render(p, to_html)
     said = faults(pages, rows, nbs, home)
-    write_site(pages, rows, nbs, root / OUT, cfg.title, home)
+    write_site(pages, rows, nbs, root / OUT, cfg.title, home, navbar(root))
     big = max(pages.values(), key=lambda p: len(p.html))
     print("\n".join(said))
     print(f"{len(pages)} pages in {OUT}/, the largest {len(big.html)/1e6:.2f} MB ({big.name}), {len(said)} faults, {time.time()-start:.0f} s")
