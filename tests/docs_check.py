@@ -23,7 +23,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 OUT = "_docs_check"
 LIMIT = 3_000_000  # bytes of a page that still opens at once on a phone
-MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"  # for equations, when a page is read; no check needs it
+MATHJAX = r"""<script>MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']]}}</script>
+<script defer src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"></script>"""  # equations, for whoever reads a page while connected; no check needs it
 
 
 # ---------------------------------------------------------------- the sidebar
@@ -291,7 +292,7 @@ def shell(page, rows, pages, title, bar):
     ends = "" if i is None else "".join(link(at[j], label.format(pages[at[j]].title)) if 0 <= j < len(at) else "<span></span>" for j, label in ((i-1, "← {}"), (i+1, "{} →")))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(page.title)} – {escape(title)}</title><link rel="stylesheet" href="{up}site.css"><link rel="icon" href="{up}favicon.svg">
-<script defer src="{MATHJAX}"></script></head><body>
+{MATHJAX}</head><body>
 <header><a href="{up}index.html"><b>{escape(title)}</b></a>{''.join(link(n, t) for t, n in bar if n in pages)}</header>
 <div class="page"><details class="side" open><summary>Pages</summary><nav><ul>{nav}</ul></nav></details>
 <main><h1>{escape(page.title)}</h1><p class="line">{escape(page.line)}</p>{page.html}<div class="ends">{ends}</div></main></div>
