@@ -7,7 +7,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from tidy import COLAB, address, install, link, open_in_colab
+from tidy import COLAB, address, install, link, open_in_colab, title_alone
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,8 +63,9 @@ def test_every_notebook_opens_in_colab():
 
 def test_colab_finds_title_link_and_cell_once():
     path = ROOT / "nbs" / "sub" / "x.ipynb"
-    nb = dict(cells=[dict(cell_type="code", source=["#| default_exp x"]), dict(cell_type="markdown", source=["# x\n", "\n", "> a line\n", "\n", "Words.\n", "\n", "More."]), dict(cell_type="code", source=["1"])])
-    assert open_in_colab(nb, path, "me/kit") and not open_in_colab(nb, path, "me/kit")
-    assert "".join(nb["cells"][1]["source"]) == f"# x\n\n> a line\n\n{link(path, 'me/kit')}\n\nWords.\n\nMore."
-    assert link(path, "me/kit") == f"[Open in Colab]({COLAB}me/kit/blob/main/nbs/sub/x.ipynb)" and "".join(nb["cells"][2]["source"]) == install("me/kit")
-    assert open_in_colab(nb, path, "you/kit") and len(nb["cells"]) == 4 and "me/kit" not in json.dumps(nb), "a fork's links are its own"
+    source = ["# x\n", "\n", "> a line\n", "\n", "Words.\n", "\n", "More."]
+    nb = dict(cells=[dict(cell_type="code", source=["#| default_exp x"]), dict(cell_type="markdown", source=source), dict(cell_type="code", source=["1"])])
+    assert title_alone(nb) and open_in_colab(nb, path, "me/kit") and not open_in_colab(nb, path, "me/kit") and not title_alone(nb)
+    assert ["".join(c["source"]) for c in nb["cells"]] == ["#| default_exp x", "# x\n\n> a line", link(path, "me/kit"), install("me/kit"), "Words.\n\nMore.", "1"]
+    assert link(path, "me/kit") == f"[Open in Colab]({COLAB}me/kit/blob/main/nbs/sub/x.ipynb)"
+    assert open_in_colab(nb, path, "you/kit") and len(nb["cells"]) == 6 and "me/kit" not in json.dumps(nb), "a fork's links are its own"
