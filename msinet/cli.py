@@ -149,7 +149,7 @@ def run_search(cfg:SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
     if part_of()[0]: return # of several processes the first one reports
-    print(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is 0.25)')
+    print(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is {1/found.alphas.shape[-1]:.2f})')
     print(table(found.metrics)); print(closing(found.run, report(found.run)))
 
 def run_train(cfg:TrainConfig):

@@ -71,7 +71,7 @@ def demo(
     check_batches(found_data, s, t)
     say(f'data      {found_data.name}: {len(found_data.train)} images to learn from, {len(found_data.query)} queries, {len(found_data.gallery)} in the gallery')
     found = search(s, data, progress)
-    say(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is 0.25)')
+    say(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is {1/found.alphas.shape[-1]:.2f})')
     trained = train(replace(t, genotype=found.genotype), data, progress)
     write_json(run/'metrics.json', {**trained.metrics, 'supernet': found.metrics})
     page = report(run, found_data)

@@ -6,8 +6,8 @@
 __all__ = ['PHASES', 'TINY', 'read_run', 'alpha_course', 'config_of', 'run_data', 'code_mark', 'example_run', 'cell_maps',
            'load_images', 'activation_figure', 'spread', 'strip_rows', 'embeddings', 'strips_of', 'strangers',
            'answers_figure', 'few_of', 'framed', 'by_components', 'by_neighbours', 'dots', 'embedding_figure', 'Shown',
-           'search_figures', 'loss_figures', 'as_it_began', 'cluster_figures', 'network_figures', 'run_figures',
-           'save_figures']
+           'search_figures', 'loss_figures', 'as_it_began', 'cluster_figures', 'glance', 'network_figures',
+           'run_figures', 'save_figures']
 
 # %% ../nbs/30_figures.ipynb #76f61c72
 import hashlib, os, shutil, tempfile, time, warnings
@@ -358,6 +358,21 @@ def cluster_figures(
                   cluster_curves(labels, true, [h['ari'] for h in rows], [h['purity'] for h in rows]))]
 
 # %% ../nbs/30_figures.ipynb #ff0a73f3
+def glance(
+    word:str,  # the genotype
+    alpha,     # (12, number of interactions) after the search
+    rows:list, # tuples as `strip` takes them
+) -> Figure:
+    "A run in one picture: the architecture that was found with its shares, and below it who is found."
+    h, width = rows[0][0].shape[0]/rows[0][0].shape[1], 1.9+1.14*max(len(r[1]) for r in rows)
+    below = len(rows)*(h+.65)*COL2/width
+    fig = plt.figure(figsize=(COL2,2.1+below), layout='constrained')
+    top, low = fig.subfigures(2, 1, height_ratios=(2.1,below))
+    draw_genotype(word, alpha, ax=top.add_axes([0,0,1,1]))
+    strips(rows, low)
+    return fig
+
+# %% ../nbs/30_figures.ipynb #7818239d
 def network_figures(
     run:Path,
     data:ReIDData, # measured on
@@ -373,8 +388,12 @@ def network_figures(
     x = load_images([data.query[i] for i in which], size)
     maps = cell_maps(net, x[-1:])
     items, words = few_of(data, which[-1])
+    glances = [row for i in spread(ap, 9)[4:8:3] for k in vectors for row in strip_rows(data, *vectors[k], [i], [k])]
+    alphas, word = read_run(run)['alphas'], about.get('genotype')
     far = {k: d[:,d.isfinite().all(0)] for k,v in vectors.items() if (d := strangers(*v, data.same_cam_ok)).isfinite().all(0).any()}
-    return [Shown('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
+    return [*([Shown('glance', 'At a glance', 'The architecture with the final shares of each slot, and whom two queries find before and after training: the one in the middle of the ranking by average precision, and one near its end. '
+                     'Green is right, red is wrong.', glance(word, alphas[-1], glances))] if alphas is not None and word else []),
+            Shown('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
                   'Numbers are distances.', strips(strip_rows(data, *vectors['trained'], which, [f'AP {100*ap[i]:.0f}' for i in which]))),
             Shown('cmc', 'How often', 'Share of queries whose first true match is among the first k.', cmc_plot({n: c.curve(20) for n,c in rankings.items()}).figure),
             *([Shown('gap', 'How near strangers come', 'The ten nearest pictures of other identities for each query; the dot is the mean, its bar the 95 % interval.', gap(far).figure)] if far else []),
