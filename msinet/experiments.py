@@ -136,7 +136,7 @@ def figure(
     left.set(ylabel='', xlabel=f'{metric}, %')
     if len(columns) > 1: sns.move_legend(left, 'lower left', bbox_to_anchor=(0,1), ncol=2, title=None, frameon=False)
     show_differences(right, d[d.arm.isin(arms)], arms, columns)
-    right.set(xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else ' or '.join(dict.fromkeys(part.against.values()))}, points")
+    right.set(xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else 'its own reference'}, points")
     return fig
 
 # %% ../nbs/50_experiments.ipynb #d1e7b913
