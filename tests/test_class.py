@@ -147,7 +147,7 @@ def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
     ns = {}
     for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         code = "".join(cell["source"])
-        if cell["cell_type"] != "code" or code.startswith("check(") or "google.colab" in code:
+        if cell["cell_type"] != "code" or code.startswith("check("):
             continue
         exec(compile(re.sub(r"epochs=\d+", "epochs=1", code), f"{path.name}[{i}]", "exec"), ns)
         plt.close("all")

@@ -58,8 +58,8 @@ def link(path, where):
 
 
 def install(where):
-    "The cell that does nothing but in Colab."
-    return f"#| hide\nif 'google.colab' in str(get_ipython()):\n    %pip install -q 'msinet @ git+https://github.com/{where}'"
+    "The cell that does nothing but in Colab. It is plain Python, so that a notebook is a script, too."
+    return f"#| hide\nif 'google.colab' in str(globals().get('get_ipython')):\n    get_ipython().run_line_magic('pip', \"install -q 'msinet @ git+https://github.com/{where}'\")"
 
 
 def open_in_colab(nb, path, where):
