@@ -388,7 +388,8 @@ def network_figures(
     x = load_images([data.query[i] for i in which], size)
     maps = cell_maps(net, x[-1:])
     items, words = few_of(data, which[-1])
-    glances = [row for i in spread(ap, 9)[4:8:3] for k in vectors for row in strip_rows(data, *vectors[k], [i], [k])]
+    near = spread(ap, 9)
+    glances = [row for i in dict.fromkeys((near[len(near)//2], near[-2:][0])) for k in vectors for row in strip_rows(data, *vectors[k], [i], [k])]
     alphas, word = read_run(run)['alphas'], about.get('genotype')
     far = {k: d[:,d.isfinite().all(0)] for k,v in vectors.items() if (d := strangers(*v, data.same_cam_ok)).isfinite().all(0).any()}
     return [*([Shown('glance', 'At a glance', 'The architecture with the final shares of each slot, and whom two queries find before and after training: the one in the middle of the ranking by average precision, and one near its end. '
