@@ -341,7 +341,7 @@ def test_blocks_that_are_not_whole(items, tmp_path):
     with pytest.raises(InputError, match="cannot take 0.0 GB"): PixelCache(items, (8, 8), tmp_path/"file"/"c")
 
 
-FORK = multiprocessing.get_context("fork")
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs processes that begin as copies of this one")
 
 
 def test_full_disk(items, tmp_path, monkeypatch):
@@ -355,20 +355,22 @@ def build(paths, dir):
     PixelCache([Item(p, 0) for p in paths], (64, 32), dir)
 
 
+@needs_fork
 def test_two_at_once(items, tmp_path):
     paths = [i.path for i in items]
-    runs = [FORK.Process(target=build, args=(paths, tmp_path/"c")) for _ in range(2)]
+    runs = [multiprocessing.get_context("fork").Process(target=build, args=(paths, tmp_path/"c")) for _ in range(2)]
     for r in runs: r.start()
     for r in runs: r.join(60); assert r.exitcode == 0
     assert [p.suffix for p in (tmp_path/"c").iterdir()] == [".npy"]
     assert_close(PixelCache(items, (64, 32), tmp_path/"c")[[0, 5]], PixelCache(items, (64, 32))[[0, 5]])
 
 
+@needs_fork
 def test_killed_half_way(tmp_path, monkeypatch):
     import msinet.batches as b
     items, real = many(tmp_path, 1500), b.read_picture
     monkeypatch.setattr(b, "read_picture", lambda p: (time.sleep(.02), real(p))[1])
-    run = FORK.Process(target=build, args=([i.path for i in items], tmp_path/"c"))
+    run = multiprocessing.get_context("fork").Process(target=build, args=([i.path for i in items], tmp_path/"c"))
     run.start()
     end = time.time()+60
     while not list(tmp_path.glob("c/*.part")) and time.time() < end: time.sleep(.05)
