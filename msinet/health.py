@@ -44,7 +44,7 @@ def spread_of(
     return (d.std(correction=0)/d.mean().clamp(min=1e-12)).item() if d.numel() and d.mean() > 1e-4 else 0.
 
 # %% ../nbs/21_health.ipynb #169f36a7
-LIMITS = dict(alpha_same=1., dead_rows=1, spread=.02) # at which one is warned
+LIMITS = dict(alpha_same=1., dead_rows=1, spread=.02) # warned at or above the first two, below the last
 
 @torch.no_grad()
 def spread_in(
@@ -109,7 +109,7 @@ def ills(
 def health_figure(
     rows:list, # of one phase, as in history.jsonl
 ):
-    "The three numbers over the epochs, red where they are ill; None where none was kept."
+    "The three numbers over the epochs, red where they are ill, the ill side shaded; None where none was kept."
     names = dict(alpha_same='share of the commonest letter', dead_rows='dead rows of the memory', spread='spread of distances')
     kept = [k for k in names if any(k in r for r in rows)]
     if not kept: return None
@@ -118,7 +118,10 @@ def health_figure(
         own = [r for r in rows if k in r]
         ax.plot([r['epoch'] for r in own], [r[k] for r in own], color=QUERY, lw=1)
         ax.scatter([r['epoch'] for r in own], [r[k] for r in own], c=[WRONG if k in ills(r) else RIGHT for r in own], s=14, zorder=3)
+        most, least = (f([LIMITS[k], *(r[k] for r in own)]) for f in (max, min))
+        if k == 'spread': ax.set_yscale('log'); ax.set_ylim(max(least, LIMITS[k]/20)/2, 2*most)
+        else: ax.set_ylim(-.04*most, 1.2*most)
+        ax.axhspan(LIMITS[k], ax.get_ylim()[0 if k == 'spread' else 1], color=WRONG, alpha=.08, lw=0)
         ax.axhline(LIMITS[k], color='black', ls='--', lw=.8)
         ax.set(xlabel='epoch', title=names[k]); ax.title.set_fontsize(9); ax.spines[['top','right']].set_visible(False)
-        ax.set_ylim(bottom=0)
     return fig

@@ -118,7 +118,7 @@ def exercises(
 ) -> list[Exercise]:
     "The exercises of a notebook in order. Raises `InputError` where one is incomplete."
     cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    src, out = [''.join(c['source']) for c in cells], []
+    src, out = [re.sub(r'(?m)^#\|.*\n', '', ''.join(c['source'])) for c in cells], [] # without nbdev's directives
     for i,s in enumerate(src):
         if cells[i]['cell_type'] != 'code' or not re.match(r'answer = |def answer\(', s): continue
         after = [*src[i+1:i+3], '', '']

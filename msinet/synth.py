@@ -39,7 +39,7 @@ class Dials:
 
 # %% ../nbs/03_synth.ipynb #36240e34
 LEVELS = dict(
-    easy  =Dials(group=2, n_fine=4, bg_contrast=.3, camera_strength=.5), # learnt in a minute on a laptop
+    easy  =Dials(group=2, n_fine=4, bg_contrast=.3, camera_strength=.5), # learnt in some minutes on a laptop
     medium=Dials(group=2, bg_contrast=.55, camera_strength=.6),
     hard  =Dials(group=4))
 

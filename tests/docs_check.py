@@ -156,7 +156,10 @@ def render(page, exporter):
         if shown and "#| echo: false" in source:
             cells += [nbformat.v4.new_markdown_cell(plain_markdown(d)) for d in docs]
             continue
-        c = nbformat.from_dict(dict(c, source="\n".join(s for s in source.split("\n") if not s.startswith("#|")), execution_count=None, metadata={}))
+        code = "\n".join(s for s in source.split("\n") if not s.startswith("#|"))
+        if folded := "#| code-fold: true" in source:
+            cells.append(nbformat.v4.new_markdown_cell(f"<details><summary>Code</summary>\n\n```python\n{code}\n```\n\n</details>"))
+        c = nbformat.from_dict(dict(c, source=code, execution_count=None, metadata={"tags": ["folded"] * folded}))
         for o in c.outputs:
             for at, keys in ((o, ("text",)), (o.get("data", {}), o.get("data", {}).keys())):
                 at.update({k: "".join(at[k]) for k in keys if isinstance(at.get(k), list)})
@@ -278,8 +281,9 @@ def read_processed(root, workers=2):
 
 def exporter():
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
-    return HTMLExporter(template_name="basic", exclude_anchor_links=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=False)
+    return HTMLExporter(config=Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"folded"})), template_name="basic", exclude_anchor_links=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=False)
 
 
 def shell(page, rows, pages, title, bar):

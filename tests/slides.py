@@ -4,10 +4,10 @@ Three rules, and nothing to set by hand. A heading of level 1 or 2 begins a slid
 all else stays on the slide where it comes. Imports, hidden cells and checks are skipped, and solutions are the speaker's notes.
 Code of more than four lines shows only what it gives, unless it is there to be answered.
 """
-import json
 import re
-import sys
 from pathlib import Path
+
+from tidy import is_check
 
 CLASS = Path(__file__).parent.parent / "nbs" / "class"
 
@@ -26,21 +26,13 @@ def kind(cell):
     text = source(cell)
     if cell["cell_type"] == "markdown":
         return "notes" if text.startswith("<details>") else "slide" if re.match(r"##? ", text) else "subslide" if text.startswith("### ") else "-"
-    return "skip" if text.startswith(("#| hide", "check(")) or only_imports(text) else "-"
+    return "skip" if text.startswith("#| hide") or is_check(cell) or only_imports(text) else "-"
 
 
 def long(cell):
     "Whether a cell's code is left out."
     text = source(cell)
     return cell["cell_type"] == "code" and text.count("\n") > 3 and "answer" not in text and bool(cell["outputs"])
-
-
-def fold(nb):
-    "Fold the cells of the checks, which hold the answers. True when something changed."
-    checks = [c for c in nb["cells"] if c["cell_type"] == "code" and source(c).startswith("check(") and c["metadata"] != {"jupyter": {"source_hidden": True}}]
-    for c in checks:
-        c["metadata"] = {"jupyter": {"source_hidden": True}}
-    return bool(checks)
 
 
 def slides(path):
@@ -61,10 +53,6 @@ def slides(path):
 
 if __name__ == "__main__":
     out = Path("_slides")
-    for path in sorted(CLASS.glob("*.ipynb")):
-        nb = json.loads(path.read_text(encoding="utf-8"))
-        if fold(nb):
-            path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-        if path.stem != "teacher" and "fold" not in sys.argv:
-            out.mkdir(exist_ok=True)
-            (out / f"{path.stem}.slides.html").write_text(slides(path), encoding="utf-8")
+    out.mkdir(exist_ok=True)
+    for path in sorted(CLASS.glob("0*.ipynb")):
+        (out / f"{path.stem}.slides.html").write_text(slides(path), encoding="utf-8")

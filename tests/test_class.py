@@ -31,6 +31,7 @@ from msinet.widgets import alpha_player, cost, interaction_lab, word_cost
 
 sys.path.insert(0, str(Path(__file__).parent))
 from slides import kind, slides  # noqa: E402
+from tidy import is_check  # noqa: E402
 
 CLASS = Path(__file__).parent.parent / "nbs" / "class"
 WORD = "NEGADNEGADND"
@@ -147,7 +148,7 @@ def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
     ns = {}
     for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
         code = "".join(cell["source"])
-        if cell["cell_type"] != "code" or code.startswith("check("):
+        if cell["cell_type"] != "code" or is_check(cell):
             continue
         exec(compile(re.sub(r"epochs=\d+", "epochs=1", code), f"{path.name}[{i}]", "exec"), ns)
         plt.close("all")
@@ -177,8 +178,8 @@ def test_a_verdict_is_shown_in_colour_and_in_text():
 def test_checks_are_folded():
     for path in PAGES:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if "".join(cell["source"]).startswith("check("):
-                assert cell["metadata"] == {"jupyter": {"source_hidden": True}}, f"{path.name}: run make slides"
+            if is_check(cell):
+                assert cell["metadata"] == {"jupyter": {"source_hidden": True}} and cell["source"][0] == "#| code-fold: true\n", f"{path.name}: run make export"
 
 
 def test_slides_leave_answers_out():

@@ -41,7 +41,7 @@ TINY = dict(data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=2", size=(32, 16
 UNNAMED = dict(iters=2, k1=4, k2=2, watch=9, every=1)
 CONFIGS = dict(
     search=replace(SEARCH["smoke"], **TINY),
-    train=replace(TRAIN["smoke"], **TINY, every=1),
+    train=replace(TRAIN["smoke"], **TINY | dict(batch=8), every=1),
     usl=replace(UNSUP["smoke"], **TINY, **UNNAMED, method="hdcrl"),
     uda=replace(UNSUP["smoke"], **TINY, **UNNAMED, method="idm"),
 )
@@ -116,7 +116,8 @@ def fill(dir):
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["test_faults", "msinet.cli", "torch._dynamo", "einops._torch_specific", "PIL.JpegImagePlugin", "PIL.PngImagePlugin"])
+CONTEXT.set_forkserver_preload(["test_faults", "msinet.cli", "torch._dynamo", "einops._torch_specific", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
+                                "sklearn.cluster", "sklearn.decomposition", "sklearn.manifold", "matplotlib.backends.backend_agg", "tyro"])
 
 
 def perform(kind, out, at=0, sig=signal.SIGKILL, fault="", only="", **change):

@@ -2,7 +2,7 @@
 
 A stored page has no kernel: where a widget left its picture, only the picture is kept. nbdev takes the whole of a title's cell for
 front matter, so on the site its other words would be lost: they get a cell of their own. And each notebook opens in Colab: by a link
-under its title, and a cell that installs the kit there.
+under its title, and a cell that installs the kit there. In the class, the cells of the checks are folded, for they hold the answers.
 """
 import json
 import re
@@ -72,8 +72,22 @@ def open_in_colab(nb, path, where):
     return json.dumps(nb) != before
 
 
+def is_check(cell):
+    "Whether a cell checks an answer of the class."
+    return cell["cell_type"] == "code" and re.match(r"(#\|.*\n)*check\(", "".join(cell["source"])) is not None
+
+
+def fold(nb):
+    "Fold the checks, in JupyterLab and on the site. True when something changed."
+    before = json.dumps(nb)
+    for c in filter(is_check, nb["cells"]):
+        c["metadata"] = {"jupyter": {"source_hidden": True}}
+        c["source"] = ["#| code-fold: true\n", *(line for line in c["source"] if not line.startswith("#|"))]
+    return json.dumps(nb) != before
+
+
 if __name__ == "__main__":
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         nb = json.loads(path.read_text(encoding="utf-8"))
-        if any([tidy(nb), title_alone(nb), open_in_colab(nb, path, address())]):
+        if any([tidy(nb), title_alone(nb), open_in_colab(nb, path, address()), path.parent.name == "class" and fold(nb)]):
             path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
