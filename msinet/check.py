@@ -211,7 +211,7 @@ def draw_check(
     "Pictures per camera, pictures per identity, faults."
     fig, (ax, bx, cx) = plt.subplots(1, 3, figsize=(COL2,2.2), layout='constrained', width_ratios=(3,2,2))
     check.cameras.plot.bar(ax=ax, width=.8, rot=0, color=[NETS[0], QUERY, NETS[2]])
-    ax.set(xlabel='camera', ylabel='pictures', title=f'{check.data.name}: pictures by camera', ylim=(0,1.3*check.cameras.to_numpy().max()))
+    ax.set(xlabel='camera', ylabel='pictures', title=f'{check.data.name}: pictures by camera', ylim=(0,1.5*check.cameras.to_numpy().max()))
     ax.legend(loc='upper center', ncols=3, fontsize=6, frameon=False)
     sizes = pd.Series([i.pid for i in check.data.train]).value_counts().value_counts().sort_index()
     bx.bar(sizes.index, sizes, width=.9, color=NETS[0]); bx.axvline(K-.5, color=WRONG, ls='--', lw=1)

@@ -391,7 +391,7 @@ def network_figures(
     near, alphas = spread(ap, 9), read_run(run)['alphas'] if 'genotype' in about else None # a training without a search has none
     glances = [row for i in dict.fromkeys((near[len(near)//2], near[-2:][0])) for k in vectors for row in strip_rows(data, *vectors[k], [i], [k])] if alphas is not None else []
     far = {k: d[:,d.isfinite().all(0)] for k,v in vectors.items() if (d := strangers(*v, data.same_cam_ok)).isfinite().all(0).any()}
-    return [*([Shown('glance', 'At a glance', 'The architecture with the final shares of each slot, and whom two queries find before and after training: the one in the middle of the ranking by average precision, and one near its end. '
+    return [*([Shown('glance', 'At a glance', 'The architecture with the final shares of each slot, and whom two queries find before and after training: by average precision, the first lies in the middle of all queries, the second near the best. '
                      'Green is right, red is wrong.', glance(about['genotype'], alphas[-1], glances))] if glances else []),
             Shown('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
                   'Numbers are distances.', strips(strip_rows(data, *vectors['trained'], which, [f'AP {100*ap[i]:.0f}' for i in which]))),

@@ -109,15 +109,15 @@ def word_cost(
 def response(
     word:str,      # twelve letters
     x,             # (1, 3, H, W) normalised picture
-    supernet=None, # an `MSINet` of mixed choices; None: untrained weights
+    supernet=None, # an `MSINet` of mixed choices; None: an untrained one
     channels=(8,32,48,64), # of stem and stages, without a supernet
 ) -> list: # six maps (h, w), each from 0 to 1
     "Energy after each cell for a picture."
-    if supernet is not None: channels = (supernet.stem.conv.conv.out_channels, *supernet.channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = derived(word, channels, **({} if supernet is None else dict(rho=len(supernet.cells[0].large1))))
-    if supernet is not None: net.load_state_dict(derive(supernet, word))
+        if supernet is None: supernet = MSINet([Mixed]*12, channels) # one for all words: only their interactions differ
+        net = derived(word, (supernet.stem.conv.conv.out_channels, *supernet.channels), len(supernet.cells[0].large1))
+    net.load_state_dict(derive(supernet, word))
     with Hooks(net.cells, lambda i, m, inp, y: activation(y)[0]) as h: net.eval()(x)
     return [h.out[i] for i in range(6)]
 
