@@ -1,6 +1,6 @@
 """What `nbdev_clean` leaves to do.
 
-A stored page has no kernel: where a widget left its picture, only the picture is kept. nbdev takes the whole of a title's cell for
+A stored page has no kernel: of a widget only the picture is kept that it left. nbdev takes the whole of a title's cell for
 front matter, so on the site its other words would be lost: they get a cell of their own. And each notebook opens in Colab: by a link
 under its title, and a cell that installs the kit there. In the class, the cells of the checks are folded, for they hold the answers.
 """
@@ -23,11 +23,14 @@ def address():
 
 
 def tidy(nb):
-    "Drop views of widgets that left a picture. True when something was dropped."
-    outs = [o["data"] for c in nb["cells"] for o in c.get("outputs", []) if VIEW in o.get("data", {}) and "image/png" in o["data"]]
-    for data in outs:
-        del data[VIEW]
-    return bool(outs)
+    "Drop views of widgets: a stored page shows the picture they left, or nothing. True when something was dropped."
+    before = json.dumps(nb)
+    for c in nb["cells"]:
+        for o in c.get("outputs", []):
+            o.get("data", {}).pop(VIEW, None) if "image/png" in o.get("data", {}) else None
+        if c["cell_type"] == "code":
+            c["outputs"] = [o for o in c["outputs"] if VIEW not in o.get("data", {})]
+    return json.dumps(nb) != before
 
 
 def title_of(nb):
