@@ -126,7 +126,7 @@ def decode_bar(
     progress:bool, # show it
 ) -> tqdm:
     "The bar of a decoding."
-    return tqdm(total=n, desc='decode', unit='img', disable=not progress)
+    return tqdm(total=n, desc='decode', unit='img', disable=None if progress else True)
 
 # %% ../nbs/04_batches.ipynb #293c5fdf
 def write_block(

@@ -64,7 +64,7 @@ def examine_all(
 ) -> tuple[list[Fault],dict[str,bytes]]: # what is wrong; path -> fingerprint of those that can be read
     "Read and decode many files, with threads."
     blocks, faults, digest = [paths[k:k+step] for k in range(0, len(paths), step)], [], {}
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc='check', unit='img', disable=not progress) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc='check', unit='img', disable=None if progress else True) as bar:
         for block,done in zip(blocks, pool.map(lambda b: [*map(examine, b)], blocks)):
             faults += [f for f,_ in done if f]
             digest.update((p, d) for p,(f,d) in zip(block, done) if not f)

@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'ADAPT', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportC
 
 # %% ../nbs/52_cli.ipynb #de83185b
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args
@@ -216,11 +217,14 @@ def main(
     args:list=None, # words of the command line, those of the process unless given
 ):
     "The command `msinet`. Exit code 0 when all went well, 2 after a mistake in what was asked, 130 when it was interrupted, 143 when it was told to end."
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda m, kind, *where: f'\nnote: {m}\n' if kind is UserWarning else plain(m, kind, *where) # without a line of code
     try:
         cfg = parse(list(sys.argv[1:] if args is None else args))
         with Signals(): COMMANDS[type(cfg)](cfg)
     except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt as e: print(f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}", file=sys.stderr); sys.exit(128 + getattr(e, 'signum', 2))
+    finally: warnings.formatwarning = plain
 
 # %% ../nbs/52_cli.ipynb #6da32693
 if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no file

@@ -20,7 +20,7 @@ import torch
 import tyro
 from einops import rearrange
 from PIL import Image
-from scipy.stats import beta
+from scipy import special
 from torch import nn, Tensor
 from torch.nn import functional as F
 
@@ -271,7 +271,7 @@ def rate_interval(
 ) -> tuple[float,float]:
     "Clopper-Pearson interval of a rate."
     a = (1-level)/2
-    return (float(beta.ppf(a, k, n-k+1)) if k else 0., float(beta.ppf(1-a, k+1, n-k)) if k < n else 1.)
+    return (float(special.betaincinv(k, n-k+1, a)) if k else 0., float(special.betaincinv(k+1, n-k, 1-a)) if k < n else 1.)
 
 # %% ../nbs/31_deploy.ipynb #d1c78371
 @dataclass(frozen=True)

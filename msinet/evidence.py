@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import special
 from torch import Tensor, nn
 
 from .core import *
@@ -43,7 +43,7 @@ def mean_ci(
     "Mean of a few runs with its t interval. Raises `InputError` below two."
     v = np.asarray(values, float)
     if v.ndim != 1 or len(v) < 2 or not np.isfinite(v).all(): raise InputError(f'found {v.tolist()}, expected two or more numbers: one run has no spread')
-    half = stats.t.ppf((1+level)/2, len(v)-1)*v.std(ddof=1)/len(v)**.5
+    half = special.stdtrit(len(v)-1, (1+level)/2)*v.std(ddof=1)/len(v)**.5
     return Interval(float(v.mean()), float(v.mean()-half), float(v.mean()+half), len(v))
 
 # %% ../nbs/25_evidence.ipynb #aa27b0ca
@@ -78,7 +78,7 @@ def paired(
 # %% ../nbs/25_evidence.ipynb #31ff6e86
 def rank_correlation(
     a, b,                  # (n,) two values of each thing
-    stat=stats.kendalltau, # or `scipy.stats.spearmanr`
+    stat=None,             # such as `scipy.stats.spearmanr`; Kendall's τ unless given
     level:float=.95,       # confidence
     n:int=2000,            # draws
     seed:int=0,            # of the draws
@@ -87,6 +87,7 @@ def rank_correlation(
     a, b = np.asarray(a, float), np.asarray(b, float)
     if len(a) != len(b) or len(a) < 4 or not np.isfinite([a, b]).all() or not (np.ptp(a) and np.ptp(b)):
         raise InputError(f'found {len(a)} and {len(b)} values, expected as many, at least four, finite and not all alike: an order needs things to put in order')
+    if stat is None: from scipy.stats import kendalltau as stat # here, because it takes a second to load
     r, some = np.random.default_rng(seed), []
     while len(some) < n:
         k = r.integers(len(a), size=len(a))

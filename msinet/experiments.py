@@ -16,7 +16,6 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 import tyro
 
@@ -126,6 +125,7 @@ def figure(
     name = name if ' ' in name else f'figure {name}'
     part, t = part_of_paper(name), results(name, where, scale)
     if not (t.status == 'done').any(): raise InputError(f'nothing of {name} is done in {where}, expected rows: write msinet run {name!r} --scale {scale}')
+    import seaborn as sns # here, because it takes a second to load
     d = differences(t, part.against)
     done = t[t.status == 'done'].assign(column=lambda t: t.column.map(lambda c: c.replace('>', ' → ')))
     arms, columns = ([x for x in xs if (done[k] == x.replace('>', ' → ')).any()] for k,xs in (('arm', part.arms), ('column', part.columns)))

@@ -333,16 +333,17 @@ def loss_figures(
 
 # %% ../nbs/30_figures.ipynb #ef87a6a9
 def as_it_began(
-    cfg,           # TrainConfig or UnsupConfig of a run
-    after_bn:bool, # as its network embeds
+    cfg,         # TrainConfig or UnsupConfig of a run
+    net:ReIDNet, # what it gave
 ) -> tuple[str,ReIDNet]: # what to call it, the network in eval mode
     "A run's network before its first step: untrained, or with the weights that it started from if they are still there."
+    n_ids = next((m.out_features for k,m in net.named_modules() if k.endswith('classifier') and isinstance(m, nn.Linear)), 0) # classifiers draw random numbers, too
     set_seed(cfg.seed)
-    net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0, FUSES[getattr(cfg, 'fuse', 'sum')])
-    net.after_bn = after_bn
-    if not Path(cfg.weights).is_file(): return 'untrained', net.eval()
-    start_from(net, cfg.weights, fresh=True)
-    return 'at the start', net.eval()
+    first = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, FUSES[getattr(cfg, 'fuse', 'sum')])
+    first.after_bn = net.after_bn
+    if not Path(cfg.weights).is_file(): return 'untrained', first.eval()
+    start_from(first, cfg.weights, fresh=True)
+    return 'at the start', first.eval()
 
 # %% ../nbs/30_figures.ipynb #d71d735a
 def cluster_figures(
@@ -379,7 +380,7 @@ def network_figures(
 ) -> list[Shown]:
     "What the trained network sees and whom it finds, beside the untrained one."
     net, about = open_net(run)
-    size, (name,first) = about['size'], as_it_began(config_of(run, TrainConfig) or config_of(run, UnsupConfig), net.after_bn)
+    size, (name,first) = about['size'], as_it_began(config_of(run, TrainConfig) or config_of(run, UnsupConfig), net)
     nets = {name: first, 'trained': net}
     vectors = {k: embeddings(n, data, size) for k,n in nets.items()}
     rankings = {k: rank(*q, *g, same_cam_ok=data.same_cam_ok) for k,(q,g) in vectors.items()} | {'raw pixels': evaluate(Pixels(), data, size)}
@@ -395,7 +396,7 @@ def network_figures(
                      'Green is right, red is wrong.', glance(about['genotype'], alphas[-1], glances))] if glances else []),
             Shown('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
                   'Numbers are distances.', strips(strip_rows(data, *vectors['trained'], which, [f'AP {100*ap[i]:.0f}' for i in which]))),
-            Shown('cmc', 'How often', 'Share of queries whose first true match is among the first k.', cmc_plot({n: c.curve(20) for n,c in rankings.items()}).figure),
+            Shown('cmc', 'How often', 'Share of queries whose first true match is among the first k; the legend has the share for k = 1.', cmc_plot({n: c.curve(20) for n,c in rankings.items()}).figure),
             *([Shown('gap', 'How near strangers come', 'The ten nearest pictures of other identities for each query; the dot is the mean, its bar the 95 % interval.', gap(far).figure)] if far else []),
             Shown('embeddings', 'Everybody from above', 'Queries (triangles) and gallery (dots) of up to twelve identities, laid flat by t-SNE: colours should gather by identity, not by camera. Neighbours mean something, distances between clumps do not.',
                   embedding_figure(vectors)),

@@ -150,13 +150,14 @@ class Progress(Callback):
     "A bar over all batches of all epochs, with the remaining time and the running loss."
     def __init__(self, title:str=''): self.title = title
     def before_fit(self, learn):
-        n = len(learn.dl)
-        self.bar = tqdm(total=learn.epochs*n, initial=learn.epoch*n, desc=self.title, mininterval=.5, leave=True,
+        self.n = len(learn.dl) # of an epoch; with identities of unequal size it is a guess
+        self.bar = tqdm(total=learn.epochs*self.n, initial=learn.epoch*self.n, desc=self.title, mininterval=.5, leave=True, disable=None, # no bar in a log file
                         bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}')
         self.text = ''
-    def after_batch(self, learn): self.bar.update()
+    def after_batch(self, learn): self.bar.update(min(1, self.bar.total-self.bar.n))
     def after_epoch(self, learn):
         shown = {k: f'{v:.3g}' for k,v in learn.row.items() if isinstance(v, float) and k not in ('seconds','lr')}
+        self.bar.n = learn.epoch*self.n
         self.bar.set_postfix(epoch=f'{learn.epoch}/{learn.epochs}', **shown)
     def after_fit(self, learn): self.bar.close()
 

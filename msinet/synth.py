@@ -398,7 +398,7 @@ def draw_into(
     for name,path in pictures.items(): files[path].append(folder/name)
     for d in {f.parent for group in files.values() for f in group} | {folder/'masks'}: d.mkdir(parents=True, exist_ok=True)
     jobs = [(path, group, folder/'masks'/f'{group[0].stem}.png') for path,group in files.items()]
-    bar = lambda done: [None for _ in tqdm(done, total=len(jobs), disable=not progress, desc='drawing')]
+    bar = lambda done: [None for _ in tqdm(done, total=len(jobs), disable=None if progress else True, desc='drawing')]
     if procs < 2: return bar(map(save_shot, jobs))
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     with context.Pool(procs) as pool: bar(pool.imap_unordered(save_shot, jobs, chunksize=16))

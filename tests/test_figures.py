@@ -13,9 +13,11 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
-from msinet.figures import run_figures
+from msinet.figures import as_it_began, config_of, read_run, run_data, run_figures
+from msinet.retrieval import evaluate
 from msinet.search import SEARCH, search
-from msinet.train import TRAIN, train
+from msinet.synth import get_data
+from msinet.train import TRAIN, TrainConfig, open_net, train
 from msinet.vis import COL1, COL2, save
 
 NBS = Path(__file__).parent.parent / "nbs"
@@ -46,6 +48,15 @@ def run(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "run")
     word = search(replace(SEARCH["smoke"], out=out)).genotype
     return train(replace(TRAIN["smoke"], out=out, resume=True, genotype=word)).run
+
+
+def test_the_untrained_network_is_the_one_that_was_measured(run):
+    "What figures call untrained gives the run's own numbers from before its training."
+    cfg, (net, about) = config_of(run, TrainConfig), open_net(run)
+    name, first = as_it_began(cfg, net)
+    got = evaluate(first, get_data(run_data(run), about["size"]), about["size"])
+    want = read_run(run)["metrics"]["before"]
+    assert name == "untrained" and abs(got.mean_ap() - want["mAP"]) < 1e-6 and abs(got.curve(1)[0] - want["R1"]) < 1e-6
 
 
 def test_figures_from_the_shell(run, tmp_path, capsys):
