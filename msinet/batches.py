@@ -272,7 +272,7 @@ def pk_batches(
 
 # %% ../nbs/04_batches.ipynb #5b6a13ef
 class PKSampler:
-    "Lists of P*K indices: P identities, K pictures of each. Raises `InputError` when there are fewer than P identities."
+    "Lists of P×K indices: P identities, K pictures of each. Raises `InputError` when there are fewer than P identities."
     def __init__(self,
         labels,     # (N,) one per picture; negative ones are left out
         P:int=16,   # identities in a batch
@@ -309,7 +309,7 @@ def batch_generator(
 
 # %% ../nbs/04_batches.ipynb #9b147484
 class TrainLoader:
-    "Yields (x, y): this process's part of P*K augmented pictures (B, 3, H, W), and the labels of all P*K. `last` has the indices of all."
+    "Yields (x, y): this process's part of P×K augmented pictures (B, 3, H, W), and the labels of all P×K. `last` has the indices of all."
     def __init__(self,
         pixels:PixelCache, # N pictures
         labels,            # N labels; negative ones are left out

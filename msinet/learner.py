@@ -113,9 +113,15 @@ def fused(
     return all(p.is_cuda for p in params) or None
 
 # %% ../nbs/20_learner.ipynb #bab2252a
-def sgd(params, lr:float, wd:float): return torch.optim.SGD(ps := list(params), lr, momentum=.9, weight_decay=wd, fused=fused(ps))
-def adamw(params, lr:float, wd:float): return torch.optim.AdamW(ps := list(params), lr, weight_decay=wd, fused=fused(ps))
-def adam(params, lr:float, wd:float): return torch.optim.Adam(ps := list(params), lr, weight_decay=wd, fused=fused(ps))
+def sgd(params, lr:float, wd:float):
+    "Stochastic gradient descent with momentum .9."
+    return torch.optim.SGD(ps := list(params), lr, momentum=.9, weight_decay=wd, fused=fused(ps))
+def adamw(params, lr:float, wd:float):
+    "Adam whose weight decay leaves the gradient alone."
+    return torch.optim.AdamW(ps := list(params), lr, weight_decay=wd, fused=fused(ps))
+def adam(params, lr:float, wd:float):
+    "Adam, weight decay as a part of the gradient."
+    return torch.optim.Adam(ps := list(params), lr, weight_decay=wd, fused=fused(ps))
 OPTIMISERS = dict(sgd=sgd, adamw=adamw, adam=adam)
 
 # %% ../nbs/20_learner.ipynb #0e271fd6

@@ -142,7 +142,8 @@ class Part:
     table:int=0      # the published table, 0 where there is none
 
 # %% ../nbs/50_runs.ipynb #6ef14d32
-def starts(arm:str, label:str) -> dict: # from scratch and from ImageNet
+def starts(arm:str, label:str) -> dict: # label -> arm
+    "An arm from scratch and from ImageNet."
     return {f'{label}, scratch': arm, f'{label}, ImageNet': arm+IMAGENET}
 
 LABELS = {'ResNet50': 'resnet50', 'OSNet': 'osnet', 'CDNet': 'cdnet', 'MSINet': 'msinet'}

@@ -128,8 +128,13 @@ def twice(
 # %% ../nbs/11_space.ipynb #86ef7dda
 TABLE1 = 'GGEGAGGNGAEA'
 
-def quarter_out(c_in:int, c_out:int) -> int: return c_out//4
-def quarter_in(c_in:int, c_out:int) -> int: return c_in//4
+def quarter_out(c_in:int, c_out:int) -> int:
+    "A quarter of the channels that a cell gives."
+    return c_out//4
+
+def quarter_in(c_in:int, c_out:int) -> int:
+    "A quarter of the channels that a cell gets."
+    return c_in//4
 
 # %% ../nbs/11_space.ipynb #9fcdfbc5
 def down(

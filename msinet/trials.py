@@ -46,7 +46,8 @@ def located(
     return replace(r, train=train, search=search, tests=tuple((s, place(spec)) for s,spec in r.tests))
 
 # %% ../nbs/50_trials.ipynb #20a429d6
-def short_list(v) -> list: # four digits are enough to compare by
+def short_list(v) -> list:
+    "Numbers with four digits, enough to compare by."
     return [round(float(a), 4) for a in v]
 
 def looked(

@@ -158,7 +158,7 @@ def render(page, exporter):
             continue
         code = "\n".join(s for s in source.split("\n") if not s.startswith("#|"))
         if folded := "#| code-fold: true" in source:
-            cells.append(nbformat.v4.new_markdown_cell(f"<details><summary>Code</summary>\n\n```python\n{code}\n```\n\n</details>"))
+            cells.append(nbformat.v4.new_markdown_cell(f"<details><summary>Check</summary>\n\n```python\n{code}\n```\n\n</details>"))
         c = nbformat.from_dict(dict(c, source=code, execution_count=None, metadata={"tags": ["folded"] * folded}))
         for o in c.outputs:
             for at, keys in ((o, ("text",)), (o.get("data", {}), o.get("data", {}).keys())):
@@ -293,7 +293,7 @@ def shell(page, rows, pages, title, bar):
     i = at.index(page.name) if page.name in at else None
     link = lambda n, label, cls="": f'<a class="{cls}" href="{up}{pages[n].address}">{escape(label)}</a>'
     nav = "".join(f'<li class="d{d}">' + (link(n, t or pages[n].title, "here" * (n == page.name)) if n in pages else f"<b>{escape(t or '')}</b>") + "</li>" for d, t, n in rows)
-    ends = "" if i is None else "".join(link(at[j], label.format(pages[at[j]].title)) if 0 <= j < len(at) else "<span></span>" for j, label in ((i-1, "← {}"), (i+1, "{} →")))
+    ends = "" if i is None else "".join(link(at[j], label.format(pages[at[j]].title)) if 0 <= j < len(at) else "<span></span>" for j, label in ((i-1, "←\u00a0{}"), (i+1, "{}\u00a0→")))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(page.title)} – {escape(title)}</title><link rel="stylesheet" href="{up}site.css"><link rel="icon" href="{up}favicon.svg">
 {MATHJAX}</head><body>

@@ -85,7 +85,7 @@ def fold(nb):
     before = json.dumps(nb)
     for c in filter(is_check, nb["cells"]):
         c["metadata"] = {"jupyter": {"source_hidden": True}}
-        c["source"] = ["#| code-fold: true\n", *(line for line in c["source"] if not line.startswith("#|"))]
+        c["source"] = ["#| code-fold: true\n", "#| code-summary: Check\n", *(line for line in c["source"] if not line.startswith("#|"))]
     return json.dumps(nb) != before
 
 
