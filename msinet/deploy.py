@@ -33,6 +33,7 @@ from .retrieval import *
 from .checkpoint import *
 from .search import *
 from .train import *
+from .figures import run_data
 from .vis import save as save_figure # `save` alone is the checkpoint's
 
 # %% ../nbs/31_deploy.ipynb #f0820abc
@@ -360,7 +361,7 @@ class CompareConfig:
     a:tyro.conf.Positional[str] # a picture
     b:tyro.conf.Positional[str] # another
     run:str         # the network: a run folder or its weights
-    data:str='synth' # pairs of known identity: synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
+    data:str=''     # pairs of known identity for the threshold, as for `train`; empty: the run's own test part
     fmr:float=.01   # false-match rate that is allowed
     out:str=''      # name of the histogram and the .json without ending; empty writes none
     device:str=''   # cpu, cuda, mps; empty takes the best
@@ -368,16 +369,18 @@ class CompareConfig:
 # %% ../nbs/31_deploy.ipynb #a8497900
 def run_compare(
     cfg:CompareConfig,
-) -> dict: # the fields of a `Verdict`
+) -> dict: # the set that the threshold comes from, and the fields of a `Verdict`
     "`msinet compare`. Raises `InputError` for anything that can't be opened, and for a rate that the set can't show."
     net, about = open_net(cfg.run)
-    net, data = net.to(def_device(cfg.device)), get_data(cfg.data, about['size'])
+    spec = cfg.data or run_data(cfg.run)
+    net, data = net.to(def_device(cfg.device)), get_data(spec, about['size'])
     def unit(items):
         e = embed(net, test_loader(items, about['size']))
         return e._replace(f=F.normalize(valid_vectors(e.f, 'validation', [i.path for i in items])))
     true, false = pair_distances(unit(data.query), unit(data.gallery), data.same_cam_ok)
     v = compare(net, cfg.a, cfg.b, about['size'], true, false, cfg.fmr)
+    said = dict(data=spec, **asdict(v))
     if cfg.out:
         save_figure(pair_plot(true, false, v), Path(cfg.out).name, Path(cfg.out).parent)
-        write_json(f'{cfg.out}.json', asdict(v))
-    return asdict(v)
+        write_json(f'{cfg.out}.json', said)
+    return said

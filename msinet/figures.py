@@ -81,6 +81,7 @@ def run_data(
     "The data set that a run was measured on."
     run = Path(run) if Path(run).is_dir() else Path(run).parent
     t = config_of(run, TrainConfig) or config_of(run, UnsupConfig) or config_of(run, SearchConfig)
+    if t is None: raise InputError(f'{run} has no config.json, expected the folder of a run: or name the set, as --data or as an argument')
     spec = getattr(t, 'target', '') or t.data
     if spec.startswith('given:'): raise InputError(f'the data of {run} were given from Python ({spec[6:]}), expected a set that can be named: give it again, as --data or as an argument')
     return spec

@@ -1,7 +1,9 @@
 "A gallery is made once, kept, asked, changed and refused to strangers; two pictures are judged by pairs of known identity."
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from msinet.core import InputError
 from msinet.deploy import (CompareConfig, Gallery, QueryConfig, approximate, compare, index_folder, load_gallery, pair_distances, rate_interval, recall, run_compare,
                            run_query, save_gallery, threshold, verdict, weights_hash)
 from msinet.retrieval import Embeddings
+from msinet.train import TRAIN
 
 SIZE = (8, 4)
 
@@ -110,7 +113,7 @@ def test_pairs_and_thresholds(pics):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from msinet.train import TRAIN, train
+    from msinet.train import train
     return train(replace(TRAIN["smoke"], out=str(tmp_path_factory.mktemp("run")/"r"), epochs=1, threads=1)).run
 
 
@@ -121,4 +124,8 @@ def test_commands(run, pics, tmp_path):
     assert again["names"] == out["names"] and json.loads((tmp_path/"o"/"x.json").read_text())["names"] == out["names"] and (tmp_path/"o"/"x.png").stat().st_size > 1000
     v = run_compare(CompareConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), data="synth:n_ids=1,n_test=8", fmr=.05, out=str(tmp_path/"pair")))
     assert v["same"] and v["distance"] == 0 and (tmp_path/"pair.png").exists() and (tmp_path/"pair.json").exists()
+    own = run_compare(CompareConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), fmr=.05))
+    assert own["same"] and own["data"] == TRAIN["smoke"].data  # a network's threshold comes from its own set
+    shutil.copy(Path(run)/"model.safetensors", tmp_path/"alone.safetensors")
+    with pytest.raises(InputError, match="no config.json"): run_compare(CompareConfig(a="a", b="b", run=str(tmp_path/"alone.safetensors")))
     with pytest.raises(InputError, match="holds no gallery"): run_query(QueryConfig(gallery=str(tmp_path/"none"), image="x"))
