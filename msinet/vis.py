@@ -233,7 +233,7 @@ def plot_alphas(
     fig=None, # figure or subfigure to draw in
 ) -> Figure:
     "Shares of the interactions in each slot, Eq. (1), over the search. Raises `InputError` for another shape."
-    p = _shares(_shaped('h', h, ('T',12,len(OP_COLORS)), f'stack one alpha per epoch, a column for each of {op_letters()}'))
+    p = _shares(_shaped('h', h, ('T',12,len(OP_COLORS)), f'stack one alpha per epoch, a column for each of {op_letters()}; letters of your own must be in OPS first'))
     fig = fig or plt.figure(figsize=(COL2, 2.5), layout='constrained')
     axs, marks = fig.subplots(2, 6, sharex=True, sharey=True), () if t is None else range(1, int(t[-1])+1)
     for s,ax in enumerate(axs.T.flat):
