@@ -28,7 +28,7 @@ def tidy(nb):
     for c in nb["cells"]:
         for o in c.get("outputs", []):
             o.get("data", {}).pop(VIEW, None) if "image/png" in o.get("data", {}) else None
-        if c["cell_type"] == "code":
+        if "outputs" in c:
             c["outputs"] = [o for o in c["outputs"] if VIEW not in o.get("data", {})]
     return json.dumps(nb) != before
 
