@@ -101,7 +101,7 @@ def ills(
 ) -> dict: # kind -> what is wrong, and what to try
     "What an epoch's numbers give to worry about."
     said = dict(alpha_same='one interaction won in all slots: lower lr_alpha, search longer, or take another seed',
-                dead_rows=f"rows of the memory that did not move for {STILL} epochs: {row.get('dead_rows')}; their identities are not drawn: look whether they have enough pictures, or take a smaller P",
+                dead_rows=f"rows of the memory that did not move for {STILL} epochs: {row.get('dead_rows')}; their identities are not drawn: look whether they have enough pictures, or take a smaller batch",
                 spread='all embeddings are nearly equal, and a ranking is an accident: lower lr, lengthen the warm-up, or check the data')
     bad = dict(alpha_same=lambda v: v >= LIMITS['alpha_same'], dead_rows=lambda v: v >= LIMITS['dead_rows'], spread=lambda v: v < LIMITS['spread'])
     return {k: t for k,t in said.items() if k in row and bad[k](row[k])}

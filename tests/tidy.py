@@ -25,11 +25,10 @@ def address():
 def tidy(nb):
     "Drop views of widgets: a stored page shows the picture they left, or nothing. True when something was dropped."
     before = json.dumps(nb)
-    for c in nb["cells"]:
-        for o in c.get("outputs", []):
-            o.get("data", {}).pop(VIEW, None) if "image/png" in o.get("data", {}) else None
-        if "outputs" in c:
-            c["outputs"] = [o for o in c["outputs"] if VIEW not in o.get("data", {})]
+    for c in (c for c in nb["cells"] if "outputs" in c):
+        c["outputs"] = [o for o in c["outputs"] if VIEW not in o.get("data", {}) or "image/png" in o["data"]]
+        for o in c["outputs"]:
+            o.get("data", {}).pop(VIEW, None)
     return json.dumps(nb) != before
 
 
