@@ -90,7 +90,7 @@ def fingerprint(
         try: s = os.stat(path)
         except OSError: return None
         return s.st_size, s.st_mtime_ns
-    for i in items: h.update(f'{i.path}\0{state(i.path)}\0'.encode())
+    for i in items: h.update(f'{i.path}\0{state(i.path)}\0'.encode(errors='surrogatepass'))
     return h.hexdigest()
 
 # %% ../nbs/04_batches.ipynb #c341c949

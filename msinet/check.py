@@ -8,7 +8,7 @@ __all__ = ['STOP', 'NOTE', 'MAGIC', 'Fault', 'examine', 'examine_all', 'repeated
            'CheckConfig', 'describe_check', 'run_check', 'save_check']
 
 # %% ../nbs/02_check.ipynb #2a29ba05
-import hashlib, io, os, warnings
+import hashlib, io, os, re, warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def examine(
     except OSError as e: return Fault(path, 'unreadable', e.strerror or ''), b''
     if not data: return Fault(path, 'empty'), b''
     digest = hashlib.blake2b(data, digest_size=12).digest()
-    try: read_picture(path, io.BytesIO(data))
+    try: read_picture('it', io.BytesIO(data))
     except InputError as e:
         if not data.startswith(MAGIC): return Fault(path, 'unreadable', f'begins with {data[:8]!r}'), digest
         return Fault(path, 'truncated', str(e).partition('(')[2].partition(');')[0]), digest
@@ -160,6 +160,11 @@ class Check:
         return [k for k in STOP if n.get(k, 0)] + ['no positive']*int(0 < len(self.data.query) == n.get('no positive', 0))
 
     @property
+    def why(self) -> str:
+        "Why it isn't safe, in words."
+        return ', '.join(self.stops) or 'fewer than two training identities'
+
+    @property
     def safe(self) -> bool:
         "Is training on it safe?"
         return not self.stops and len({i.pid for i in self.data.train}) > 1
@@ -198,7 +203,7 @@ def check_data(
     faults += broken + repeated(data, digest) + unanswered(data) + shared(data) + lying_around(data)
     known, seen = data.source.excluded if data.source else (), {}
     for f in faults:
-        if f.path not in known: seen.setdefault((f.path, 'empty' if f.kind == 'missing' and os.path.isfile(f.path) else f.kind), f)
+        if one_line(f.path) not in known: seen.setdefault((f.path, 'empty' if f.kind == 'missing' and os.path.isfile(f.path) else f.kind), f)
     rows = [(p, kind, f.detail) for (p,kind),f in seen.items()]
     return Check(data, pd.DataFrame(rows, columns=['path','kind','detail']), counted(data), per_camera(data), tuple(str(m) for m in told))
 
@@ -211,16 +216,17 @@ def draw_check(
     "Pictures per camera, pictures per identity, faults."
     fig, (ax, bx, cx) = plt.subplots(1, 3, figsize=(COL2,2.2), layout='constrained', width_ratios=(3,2,2))
     check.cameras.plot.bar(ax=ax, width=.8, rot=0, color=[NETS[0], QUERY, NETS[2]])
-    ax.set(xlabel='camera', ylabel='pictures', title=f'{check.data.name}: pictures by camera', ylim=(0,1.5*check.cameras.to_numpy().max()))
+    ax.set(xlabel='camera', ylabel='pictures', ylim=(0,1.5*check.cameras.to_numpy().max()))
+    ax.set_title(f'{one_line(check.data.name)}: pictures by camera', parse_math=False)
     ax.legend(loc='upper center', ncols=3, fontsize=6, frameon=False)
     sizes = pd.Series([i.pid for i in check.data.train]).value_counts().value_counts().sort_index()
     bx.bar(sizes.index, sizes, width=.9, color=NETS[0]); bx.axvline(K-.5, color=WRONG, ls='--', lw=1)
-    for a in (ax, bx, cx): a.locator_params(axis='x' if a is cx else 'y', integer=True)
-    bx.set(xlabel='pictures of an identity', ylabel='training identities', title=f'left of the line: fewer than K = {K}')
+    for a,which in ((ax,'y'), (bx,'both'), (cx,'x')): a.locator_params(axis=which, integer=True)
+    bx.set(xlabel='pictures of an identity', ylabel='training identities', title=f'left of the line: fewer than K = {K}', xlim=(0, 1+max(K, *sizes.index)))
     t = check.table[::-1]
     cx.barh(t.index, t.files, color=[WRONG if v == 'stop' else QUERY for v in t.verdict])
     for y,n in enumerate(t.files): cx.text(n, y, f' {n}', va='center', fontsize=6)
-    cx.set(title='safe to train on' if check.safe else 'not safe to train on', xlabel='files'); cx.margins(x=.15); cx.tick_params(axis='y', labelsize=6)
+    cx.set(title='safe to train on' if check.safe else 'not safe to train on', xlabel='files', xlim=(0, 1.2*max(1, *t.files))); cx.tick_params(axis='y', labelsize=6)
     return fig
 
 # %% ../nbs/02_check.ipynb #1f3c3c48
@@ -232,9 +238,10 @@ def write_exclusions(
     file, root = Path(file).expanduser(), Path(check.data.source.root if check.data.source else '.')
     if root.resolve() in file.resolve().parents: raise InputError(f'{file} lies in {root}, among the data; expected a place beside it, since data are never touched: choose another')
     out = check.faults[check.faults.kind.isin([*STOP, 'duplicate'])].drop_duplicates('path')
-    rows = [f'{os.path.relpath(p, root)}\t{kind}' for p,kind in zip(out.path, out.kind)]
-    old = sorted(f'{os.path.relpath(p, root)}\tas before' for p in (check.data.source.excluded if check.data.source else ()))
-    try: file.parent.mkdir(parents=True, exist_ok=True); file.write_text('\n'.join([f'# left out of {check.data.name}, written by msinet data check', *old, *rows, '']), encoding='utf-8')
+    name = lambda p: re.sub(r'^(?=[#\s])', './', one_line(os.path.relpath(p, root))) # a line with # in front is a remark
+    rows = [f'{name(p)}\t{kind}' for p,kind in zip(out.path, out.kind)]
+    old = sorted(f'{name(p)}\tas before' for p in (check.data.source.excluded if check.data.source else ()))
+    try: file.parent.mkdir(parents=True, exist_ok=True); file.write_text('\n'.join([f'# left out of {one_line(check.data.name)}, written by msinet data check', *old, *rows, '']), encoding='utf-8')
     except OSError as e: raise InputError(f'{file} cannot be written ({e.strerror}); expected a place for a text file: choose another') from None
     return len(rows)
 
@@ -253,12 +260,12 @@ def describe_check(
 ) -> str: # lines
     "A check in words and tables."
     source = check.data.source
-    some = [f"  {kind:18} {r.path}{f' ({r.detail})' if r.detail else ''}" for kind,g in check.faults.groupby('kind', sort=False) for r in g.head(n).itertuples()]
+    some = [one_line(f"  {kind:18} {r.path}{f' ({r.detail})' if r.detail else ''}") for kind,g in check.faults.groupby('kind', sort=False) for r in g.head(n).itertuples()]
     if source and source.excluded: some.append(f'  {len(source.excluded)} files are left out by an exclusion list')
-    verdict = 'safe to train on' if check.safe else f"not safe to train on: {', '.join(check.stops) or 'fewer than two training identities'}"
+    verdict = 'safe to train on' if check.safe else f"not safe to train on: {check.why}"
     found = check.table[check.table.files > 0]
-    return '\n'.join([f"{check.data.name}: {source.layout if source else 'made'}", check.counts.to_string(), found.to_string() if len(found) else 'no faults',
-                      *some, *(f'  {m}' for m in check.notes), verdict])
+    return '\n'.join([f"{one_line(check.data.name)}: {source.layout if source else 'made'}", check.counts.to_string(), found.to_string() if len(found) else 'no faults',
+                      *some, *(f'  {one_line(m)}' for m in check.notes), verdict])
 
 # %% ../nbs/02_check.ipynb #d0e6a78f
 def run_check(
@@ -277,7 +284,7 @@ def run_check(
             n = write_exclusions(found, cfg.fix)
             spec = '::'.join([*(m for m in spec.split('::') if not m.startswith('exclude=')), f'exclude={cfg.fix}'])
             found = check_data(spec, progress)
-            say(f"{n} files listed in {cfg.fix}; with {spec} it is {'safe' if found.safe else 'still not safe: ' + ', '.join(found.stops)}")
+            say(one_line(f"{n} files listed in {cfg.fix}; with {spec} it is {'safe' if found.safe else 'still not safe: ' + found.why}"))
         if cfg.figure: save_check(found, cfg.figure)
         safe = safe and found.safe
     return int(not safe)

@@ -9,7 +9,7 @@ __all__ = ['VID_QUERIES', 'PUBLISHED', 'RENDERED', 'MARKET', 'MSMT', 'DATASETS',
            'read_picture', 'data_mark', 'folder']
 
 # %% ../nbs/02_data.ipynb #7652ab82
-import re, warnings
+import os, re, warnings
 from collections import defaultdict
 from functools import reduce
 from pathlib import Path
@@ -42,7 +42,7 @@ def find_layout(
 ) -> tuple[Path,str]: # the set's folder and its layout
     "Find a set by what is inside: in `root` or up to two levels below. Raises `InputError` when it is not there or there several times."
     root = Path(root).expanduser()
-    if not root.is_dir(): raise InputError(f'{root} is not a folder; expected a copy of {name}: check the path')
+    if not os.path.isdir(root): raise InputError(f'{root} is not a folder; expected a copy of {name}: check the path')
     missing, first = lambda d, needs: [n for n in needs if not (d/n).exists()], next(iter(layouts.values()))
     for layout,needs in layouts.items():
         for level in levels(root):
@@ -118,7 +118,7 @@ def msmt17(
     def read(files, part):
         where = root/(f'mask_{part}_v2' if (root/f'mask_{part}_v2').is_dir() else part)
         rows = [row for f in files for row in read_list(root/f)]
-        return on_disk([Item(str(where/n), p, msmt_camera(n)) for n,p in rows], ' and '.join(files))
+        return on_disk([Item(str(where/n), p, msmt_camera(n)) for n,p in rows], ' and '.join(files), where)
     data = ReIDData(read(fit, 'train'), read(['list_query.txt'], 'test'), read(['list_gallery.txt'], 'test'), 'MS')
     layout = f"{'masked faces' if masked else 'folders train and test'}, training on {'train + val' if val else 'train alone'}"
     return sourced(data, root, layout, PUBLISHED['MS'] if val else {**PUBLISHED['MS'], 'train': (1041,30248)})
@@ -159,7 +159,7 @@ def vehicleid(
         file = root/'train_test_split'/name
         there = ', '.join(sorted(p.name for p in file.parent.glob('*.txt'))) or 'nothing'
         if not file.is_file(): raise InputError(f'{name} is not in {file.parent}; found {there}: choose another n_test or complete the copy')
-        return on_disk([Item(str(root/'image'/f'{n}.jpg'), p) for n,p in read_list(file)], name)
+        return on_disk([Item(str(root/'image'/f'{n}.jpg'), p) for n,p in read_list(file)], name, root/'image')
     test, rng = defaultdict(list), np.random.default_rng(seed)
     for i in read(f'test_list_{n_test}.txt'): test[i.pid].append(i)
     gallery = [test[p].pop(rng.integers(len(test[p]))) for p in sorted(test)]
@@ -186,11 +186,11 @@ def without(
 ) -> ReIDData:
     "A set without the pictures of an exclusion list. Raises `InputError` when the list is not there; warns when it is of another copy."
     file, root = Path(names).expanduser(), Path(data.source.root if data.source else '.')
-    if not file.is_file(): raise InputError(f'{file} is not a file; expected an exclusion list, as `msinet data check --fix {file}` writes it: check the path')
-    rows = [line.split('\t')[0].strip() for line in file.read_text(encoding='utf-8', errors='replace').splitlines() if not line.startswith('#')]
-    out = {str(root/r) for r in rows if r}
-    kept = [[i for i in part if i.path not in out] for part in (data.train, data.query, data.gallery)]
-    if out and kept == [data.train, data.query, data.gallery] and not any(Path(p).exists() for p in out):
+    if not os.path.isfile(file): raise InputError(f'{file} is not a file; expected an exclusion list, as `msinet data check --fix {file}` writes it: check the path')
+    rows = [line.split('\t')[0].strip() for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines() if not line.startswith('#')]
+    out = {one_line(root/r) for r in rows if r}
+    kept = [[i for i in part if one_line(i.path) not in out] for part in (data.train, data.query, data.gallery)]
+    if out and kept == [data.train, data.query, data.gallery] and not any(map(os.path.exists, out)):
         warnings.warn(f'none of the {len(out)} pictures listed in {file} is in {root}; expected a list of this copy: write it anew', stacklevel=2)
     source = (data.source or Source('.', 'made'))._replace(excluded=frozenset(out))
     return ReIDData(*kept, data.name, data.same_cam_ok, source)

@@ -68,7 +68,7 @@ def table_items(
     pids = numbers(t.pid, keep=True)
     cams = numbers(t.cam, keep=True) if 'cam' in t else {}
     items = {r.path: Item(str(Path(root)/r.path), pids[r.pid], cams[r.cam] if cams else None) for r in t.itertuples()}
-    there = {*on_disk(list(items.values()), 'the table')}
+    there = {*on_disk(list(items.values()), 'the table', root)}
     return {p:i for p,i in items.items() if i in there}
 
 # %% ../nbs/02_folder.ipynb #202d4205
@@ -79,9 +79,9 @@ def pick_listed(
 ) -> list[Item]: # sorted by path
     "The items that a list names. Raises `InputError` when the list is not there or names a picture that is not."
     if isinstance(names, (str, Path)):
-        file = next((f for f in (Path(names).expanduser(), Path(root)/names) if f.is_file()), None)
+        file = next((f for f in (Path(names).expanduser(), Path(root)/names) if os.path.isfile(f)), None)
         if not file: raise InputError(f'{names} is not a file; expected a text file with one picture name a line: check the path')
-        names = [line.strip() for line in file.read_text(errors='replace').splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines() if line.strip()]
     bare = lambda n: str(n).split('/')[-1]
     often, alone = Counter(map(bare, items)), {bare(n): i for n,i in items.items()}
     found = [items.get(str(n).removeprefix('./')) or (alone[bare(n)] if often[bare(n)] == 1 else None) for n in names]
@@ -177,7 +177,7 @@ def folder(
 ) -> ReIDData:
     "A folder of your own pictures as a ReID set. Raises `InputError` when it cannot be read as one."
     root = Path(root).expanduser()
-    if root.suffix.lower() == '.csv' and root.is_file(): root, table = root.parent, root
+    if root.suffix.lower() == '.csv' and os.path.isfile(root): root, table = root.parent, root
     t = None if table is None else read_table(table)
     items = own_items(root, pattern) if t is None else table_items(root, t)
     listed = t is not None and 'split' in t and train is None and test is None

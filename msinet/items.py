@@ -9,6 +9,7 @@ __all__ = ['SUFFIXES', 'EXAMPLE', 'Item', 'Source', 'ReIDData', 'summary', 'rela
 # %% ../nbs/02_items.ipynb #186d0b95
 import hashlib, os, re, warnings
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def pictures(
 ) -> list[Path]: # sorted
     "The pictures in a folder and below it, without hidden and empty files. Raises `InputError` when there are none."
     root = Path(root).expanduser()
-    if not root.is_dir(): raise InputError(f'{root} is not a folder; expected a folder of pictures: check the path')
+    if not os.path.isdir(root): raise InputError(f'{root} is not a folder; expected a folder of pictures: check the path')
     good = lambda p,n: os.path.splitext(n)[1].lower() in SUFFIXES and not is_litter(n) and os.path.isfile(p) and os.path.getsize(p)
     found = sorted(Path(p) for p,n in files_below(root) if good(p, n))
     if not found: raise InputError(f"{root} has no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}: check the path")
@@ -113,7 +114,7 @@ class LeftOut(UserWarning):
         paths,     # of the pictures
         why:str,   # such as 'missing'
     ):
-        super().__init__(text)
+        super().__init__(one_line(text))
         self.paths, self.why = [str(p) for p in paths], why
 
 # %% ../nbs/02_items.ipynb #1c99f6bd
@@ -126,7 +127,7 @@ def read_names(
     pattern:str, # regular expression with a group `pid` and perhaps `cam`
 ) -> list[tuple[Path,str,str|None]]: # (path, identity, camera) as written in the names
     "Read identity and camera out of names. Raises `InputError` when the pattern is no good or fits nothing."
-    try: pat = re.compile(pattern)
+    try: pat = re.compile(pattern, re.DOTALL)
     except re.error as e: raise InputError(f"pattern '{pattern}' is not a regular expression ({e}); expected {EXAMPLE}") from None
     if 'pid' not in pat.groupindex: raise InputError(f"pattern '{pattern}' has no group pid; expected {EXAMPLE}")
     names = [p.relative_to(root).as_posix() if '/' in pattern else p.name for p in paths]
@@ -143,7 +144,7 @@ def read_list(
 ) -> list[tuple[str,int]]: # (name, identity)
     "Names and identities from a list file. Raises `InputError` at a line that is neither empty nor such a pair, and at a name outside the list's folder."
     rows = []
-    for k,line in enumerate(file.read_text(errors='replace').splitlines(), 1):
+    for k,line in enumerate(file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines(), 1):
         words = line.rsplit(maxsplit=1)
         if len(words) == 2 and words[1].isdecimal(): check_below(words[0].strip(), f'line {k} of {file}'); rows.append((words[0].strip(), int(words[1])))
         elif words: raise InputError(f'line {k} of {file} is {line.strip()[:60]!r}; expected a name, a space and a number: mend the file')
@@ -153,11 +154,16 @@ def read_list(
 def on_disk(
     items, # of `Item`
     where, # the list they come from, for the message
+    root,  # the folder that the list's names start from
 ) -> list[Item]: # sorted by path
-    "Only the items whose picture is there and not empty. Raises `InputError` when that is none, warns when it is not all."
-    good = sorted(i for i in items if (p := Path(i.path)).is_file() and p.stat().st_size)
+    "Only the items whose picture is there and not empty. Raises `InputError` when that is none, or when a link leads out of the folder; warns when it is not all."
+    good = sorted(i for i in items if os.path.isfile(i.path) and os.path.getsize(i.path))
     first = f', such as {items[0].path}' if items else ''
     if not good: raise InputError(f'none of the {len(items)} pictures listed in {where} is there{first}: complete the copy')
+    real, top = lru_cache(None)(os.path.realpath), os.path.join(os.path.realpath(root), '')
+    lies = lambda p: real(p) if os.path.islink(p) else os.path.join(real(os.path.dirname(p)), '')
+    out = next((i.path for i in good if not lies(i.path).startswith(top)), None)
+    if out: raise InputError(f'{where} names {out}, which a link leads out of {root}; expected pictures in that folder: put the pictures there, or the list beside them')
     gone = sorted({i.path for i in items} - {i.path for i in good})
     if len(good) < len(items): warnings.warn(LeftOut(f'{len(items)-len(good)} of {len(items)} pictures listed in {where} are missing and left out, such as {gone[0]}', gone, 'missing'), stacklevel=3)
     return good
@@ -167,6 +173,6 @@ def data_mark(
     data:ReIDData,
 ) -> str: # twelve hexadecimal digits
     "A fingerprint of a set that doesn't depend on where it lies. Pictures that are rendered on demand count by their names."
-    def line(i): return f'{Path(i.path).name} {i.pid} {i.cam} {Path(i.path).stat().st_size if Path(i.path).is_file() else -1}'
+    def line(i): return f'{Path(i.path).name} {i.pid} {i.cam} {os.path.getsize(i.path) if os.path.isfile(i.path) else -1}'
     lists = ['\n'.join(sorted(map(line, items))) for items in (data.train, data.query, data.gallery)]
-    return hashlib.sha256('\n\n'.join(lists).encode()).hexdigest()[:12]
+    return hashlib.sha256('\n\n'.join(lists).encode(errors='surrogatepass')).hexdigest()[:12]

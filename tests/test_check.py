@@ -138,6 +138,18 @@ def test_joined_sets_picture_and_words(market, tmp_path):
     assert (tmp_path/"check.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("K", [2, 8])
+def test_picture_of_a_uniform_set(tmp_path, K):
+    "Every identity has two pictures and nothing is wrong: bars and line are in view, and ticks are whole numbers."
+    for p in range(6):
+        for c in (1, 2): noise(tmp_path/"own"/f"{p}_cam{c}.jpg")
+    fig = draw_check(check_data(rf"folder={tmp_path/'own'}::(?P<pid>\d)_cam(?P<cam>\d)"), K)
+    fig.draw_without_rendering()
+    _, bx, cx = fig.axes
+    assert bx.get_xlim() == (0, K+1) and bx.lines[0].get_xdata()[0] == K-.5 and [b.get_height() for b in bx.patches] == [3]
+    assert all(float(t).is_integer() for a, ts in ((bx, bx.get_xticks()), (bx, bx.get_yticks()), (cx, cx.get_xticks())) for t in ts) and cx.get_xlim()[0] == 0
+
+
 def test_rendered_sets_are_checked_without_files():
     synth = pytest.importorskip("msinet.synth")
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from msinet.batches import PixelCache, PixelStream, PKSampler, augment, normalise, pad_crop, pixels, pk, pk_batches, random_boxes, random_erase, random_flip, test_loader, train_loader
+from msinet.check import CheckConfig, run_check
 from msinet.core import InputError
-from msinet.data import DATASETS, Item, ReIDData, folder, join, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
+from msinet.data import DATASETS, Item, ReIDData, data_mark, folder, join, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*as published")  # the copies here are tiny
 
@@ -233,6 +235,70 @@ def test_lists_that_lie(tmp_path):
     with pytest.raises(InputError, match="train_share is 2"): folder(tmp_path, CAM, train_share=2)
     draw(tmp_path, ["d_cam1.jpg"])
     with pytest.warns(UserWarning, match="1 of 4 test identities have no match by another camera"): folder(tmp_path, CAM, train_share=0)
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_no_list_leads_out_of_its_folder(tmp_path, link):
+    out, own = tmp_path/"elsewhere", tmp_path/"own"
+    draw(out, ["0.jpg", "1.jpg"])
+    draw(own, ["a.jpg", "b.jpg"])
+    if link == "file": os.symlink(out/"0.jpg", own/"x.jpg")
+    else: os.symlink(out, own/"x", target_is_directory=True)
+    name = "x.jpg" if link == "file" else "x/0.jpg"
+    for row in (name, "../elsewhere/0.jpg", str(out/"0.jpg"), "own/../../elsewhere/0.jpg"):
+        with pytest.raises(InputError, match="out of") as e: folder(table(own, f"path,pid\na.jpg,1\n{row},2\nb.jpg,1\n"))
+        assert "\n" not in str(e.value)
+    root = tmp_path/"VehicleID"
+    draw(root/"image", ["0000001.jpg"])
+    os.symlink(out, root/"image"/"x", target_is_directory=True)
+    (root/"train_test_split").mkdir()
+    (root/"train_test_split"/"test_list_800.txt").write_text("0000001 5\nx/0 6\n")
+    with pytest.raises(InputError, match="out of"): vehicleid(root)
+
+
+def test_a_set_may_lie_behind_a_link(tmp_path):
+    draw(tmp_path/"disk", ["a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    os.symlink(tmp_path/"disk", tmp_path/"own", target_is_directory=True)
+    assert len(folder(table(tmp_path/"own", "path,pid\na.jpg,1\nb.jpg,1\nc.jpg,2\nd.jpg,2\n"), train_share=.5).train) == 2
+    os.symlink(tmp_path/"disk"/"a.jpg", tmp_path/"disk"/"e.jpg")  # a link that stays inside
+    assert len(folder(table(tmp_path/"disk", "path,pid\na.jpg,1\nb.jpg,1\nc.jpg,2\ne.jpg,2\n"), train_share=.5).train) == 2
+
+
+ODD = [b"<script>alert(1)<.script>", b"two\nlines", b"car\rriage\ttab", b"\x1b[2J", b"n"*200, b"\xff\xfe", "Zo\u00eb \u4eba".encode(), b" # no remark", b"(1)", b"$x^$"]
+
+
+@pytest.fixture
+def odd(tmp_path):
+    "Names that a file system allows: markup, line breaks, orders to a terminal, very long, bytes that are no letters."
+    for k, name in enumerate(ODD):
+        for c in (1, 2, 3):
+            p = os.path.join(os.fsencode(tmp_path), b"$own^$", name+b"_cam%d.jpg" % c)
+            os.makedirs(os.path.dirname(p), exist_ok=True)
+            with open(p, "wb") as f: Image.fromarray(np.random.default_rng(10*k+c).integers(0, 256, (12, 6, 3), dtype=np.uint8)).save(f, "jpeg")
+    return tmp_path/"$own^$"
+
+
+@pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="the file system allows no such names")
+def test_odd_names_go_all_the_way(odd, tmp_path):
+    d = folder(odd, CAM)
+    assert len({i.pid for i in d.train+d.query}) == len(ODD) and len(d.train) == 15
+    assert len(data_mark(d)) == 12 and PixelCache(d.train, (12, 6), tmp_path/"cache")[[0, 14]].shape == (2, 12, 6, 3)
+    for i in d.train[:9]: Path(i.path).write_bytes(Path(i.path).read_bytes()[:-100])  # cut off
+    said = []
+    assert run_check(CheckConfig(f"folder={odd}::{CAM}", fix=str(tmp_path/"bad.txt"), figure=str(tmp_path/"check.png")), say=said.append) == 0
+    assert not [c for text in said for c in text.replace("\n", "") if not c.isprintable()] and "\n".join(said).encode()
+    assert len((tmp_path/"bad.txt").read_text(encoding="utf-8").splitlines()) == 10 and said[-1].startswith("9 files listed")
+    assert folder(odd, CAM).train == d.train and [len(load_data(f"folder={odd}::{CAM}::exclude={tmp_path/'bad.txt'}").train), len(d.query)] == [6, 15]
+    with pytest.raises(InputError) as e: pixels(d.train[0].path)
+    assert str(e.value).isprintable() and str(e.value).encode()
+
+
+def test_names_that_are_too_long(tmp_path):
+    draw(tmp_path, ["a.jpg", "b.jpg"])
+    with pytest.warns(UserWarning, match="1 of 3 pictures listed in the table are missing"): folder(table(tmp_path, f"path,pid\na.jpg,1\nb.jpg,1\n{'x'*300}.jpg,2\n"), train_share=0)
+    for spec in ("M={}", "MS={}", "VR={}", "VID={}", "folder={}", "folder={}.csv", f"folder={tmp_path}::(?P<pid>.)::exclude={{}}"):
+        with pytest.raises(InputError): load_data(spec.format("/"+"x"*300))
+    with pytest.raises(InputError, match="not a file"): folder(tmp_path, r"(?P<pid>.)", train="x"*300)
 
 
 def test_relabel_and_summary():
