@@ -408,43 +408,56 @@ def feature_rows(
 def _framed(
     ax:Axes,   # where
     im,        # (H, W, 3)
-    x, h,      # left end, height; the width is 1
+    x, h,      # left end and height of its place; the width is 1
     color:str, # frame
     text:str,  # below
 ):
-    "A picture with a thick frame and a text below."
-    ax.imshow(im, extent=(x,x+1,0,h), aspect='auto')
-    ax.add_patch(Rectangle((x,0), 1, h, fill=False, ec=color, lw=2, joinstyle='round', zorder=3))
+    "A picture with a thick frame, as large as its place allows, and a text below."
+    tall = im.shape[0]/im.shape[1]
+    w = min(1, h/tall)
+    x0 = x+(1-w)/2
+    ax.imshow(im, extent=(x0,x0+w,0,w*tall), aspect='auto')
+    ax.add_patch(Rectangle((x0,0), w, w*tall, fill=False, ec=color, lw=2, joinstyle='round', zorder=3))
     ax.text(x+.5, -.12, text, ha='center', va='top', fontsize=6.5, color=color)
 
 # %% ../nbs/01_vis.ipynb #82e203ab
+def _tall(
+    pictures, # any form that `rgb` takes
+) -> float: # height of the places for them, in widths
+    "Places that suit the middle one of these pictures; there, the others are smaller."
+    return float(np.clip(np.median([np.divide(*rgb(p).shape[:2]) for p in pictures]), .5, 2.5))
+
+# %% ../nbs/01_vis.ipynb #d42566dd
 def _strip_size(
-    query, # the query's picture
-    k:int, # how many are retrieved
-) -> tuple[float,float,float]: # in widths of a picture: height of a picture, width and height of the strip
+    k:int,     # how many are retrieved
+    h:float,   # height of a place
+    title:str, # left of high strips, above low ones
+) -> tuple[float,float]: # width and height of the strip, in widths of a place
     "How large a strip is."
-    h = rgb(query).shape[0]/rgb(query).shape[1]
-    return h, 1.9+1.14*k, h+.65
+    return 1.9+1.14*k, h+.65+(.45 if title and h < 1.2 else 0)
 
 # %% ../nbs/01_vis.ipynb #0d74d6bb
 @style()
 def strip(
-    query,     # one picture, any form that `rgb` takes; all are drawn in its proportions
+    query,     # one picture, any form that `rgb` takes
     images,    # K retrieved pictures, nearest first
     distances, # (K,) distance of each from the query
     right,     # (K,) whether each shows the query's identity
-    title='',  # text at the left, such as the network's name
+    title='',  # text beside it, such as the network's name
     ax=None,   # where
+    tall=None, # height of a picture's place, in widths; what suits these pictures unless given
 ) -> Axes:
     "A query and what it retrieves, nearest first (Fig. 6). Raises `InputError` when the lengths differ."
     k = len(_some('pictures', images))
     d, ok = (_shaped(s, v, (k,), f'give one for each of the {k} pictures') for s,v in dict(distances=distances, right=right).items())
-    h, W, H = _strip_size(query, k)
+    h = tall or _tall([query, *images])
+    W, H = _strip_size(k, h, title)
     ax = ax or plt.subplots(figsize=np.multiply((W,H), min(COL2/W, .57)), layout='constrained')[1]
     _framed(ax, rgb(query), 0, h, QUERY, 'query')
     for i,(im,di,r) in enumerate(zip(images, d, ok)): _framed(ax, rgb(im), 1.4+1.14*i, h, RIGHT if r else WRONG, f'{di:.2f}' if r else f'✗{di:.2f}')
-    ax.text(-.15, (h-.4)/2, title, rotation=90, ha='right', va='center', fontsize=7)
-    ax.set(xlim=(-.45,W-.45), ylim=(h+.1-H,h+.1), aspect='equal'); ax.axis('off')
+    if h < 1.2: ax.text(0, h+.12, title.replace('\n', ', '), va='bottom', fontsize=7)
+    else: ax.text(-.15, (h-.4)/2, title, rotation=90, ha='right', va='center', fontsize=7)
+    ax.set(xlim=(-.45,W-.45), ylim=(-.55,H-.55), aspect='equal'); ax.axis('off')
     return ax
 
 # %% ../nbs/01_vis.ipynb #e4ce0c7c
@@ -454,11 +467,12 @@ def strips(
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Several strips below each other, to compare networks or queries (Fig. 6). Raises `InputError` when the lengths differ."
-    sizes = [_strip_size(q, len(ims)) for q,ims,*_ in _some('strips', rows)]
-    W, heights = max(w for _,w,_ in sizes), [h for *_,h in sizes]
+    h = _tall([p for q,ims,*_ in _some('strips', rows) for p in (q, *ims)])
+    sizes = [_strip_size(len(row[1]), h, ''.join(row[4:])) for row in rows]
+    W, heights = max(w for w,_ in sizes), [h for _,h in sizes]
     fig = fig or plt.figure(figsize=np.multiply((W,sum(heights)), min(COL2/W, .57)), layout='constrained')
     axs = fig.subplots(len(rows), 1, squeeze=False, gridspec_kw=dict(height_ratios=heights)).flat
-    for ax,row in zip(axs, rows): strip(*row, ax=ax).set_xlim(-.45, W-.45)
+    for ax,row in zip(axs, rows): strip(*row, ax=ax, tall=h).set_xlim(-.45, W-.45)
     return fig
 
 # %% ../nbs/01_vis.ipynb #c9caac0b

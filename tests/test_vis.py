@@ -83,6 +83,21 @@ def test_strip_frames_and_distances():
     assert len(vis.strips([(pictures(1)[0], pictures(3), d, right, n) for n in "ab"]).axes) == 2
 
 
+def test_strips_keep_proportions():
+    "A truck, a motorcycle and a square, each as it is, in a place of its own on one line."
+    ims = [np.zeros((h, w, 3), np.uint8) for h, w in ((20, 60), (60, 24), (30, 30))]
+    ax = vis.strip(ims[0], ims, [0.1, 0.2, 0.3], [True, False, True])
+    boxes = [p.get_bbox() for p in ax.patches]
+    np.testing.assert_allclose([b.height/b.width for b in boxes], [1/3, 1/3, 2.5, 1])
+    assert all(b.y0 == 0 and b.width <= 1 + 1e-9 and b.height <= 2/3 + 1e-9 for b in boxes)  # the middle one of four: 1/3, 1/3, 1, 2.5
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    fig = vis.strips([(ims[0], [ims[0]]*15, np.arange(15)/15, [True]*15, "a network with a long name") for _ in range(3)])
+    fig.draw_without_rendering()
+    assert fig.axes[0].get_position().width*fig.get_figwidth() > .9*vis.COL2  # titles take no width
+    names = [t.get_window_extent() for a in fig.axes for t in a.texts if t.get_text().startswith("a net")]
+    assert len(names) == 3 and not any(a.overlaps(b) for a, b in zip(names, names[1:]))
+
+
 def test_activation_and_overlay():
     x = torch.zeros(2, 3, 4, 2)
     x[0, :, 2, 1] = 5.0
