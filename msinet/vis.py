@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COL1', 'COL2', 'HEAT', 'NETS', 'LINES', 'STYLE', 'OP_COLORS', 'OP_NAMES', 'OP_LINES', 'RIGHT', 'WRONG', 'QUERY',
            'WIRE', 'style', 'ink_on', 'op_letters', 'rgb', 'denormalise', 'show_images', 'activation', 'overlay',
-           'plot_alphas', 'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip', 'strips', 'gap',
-           'curve', 'cmc_plot', 'page_box', 'save', 'data_uri']
+           'plot_alphas', 'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip_size', 'strip', 'strips',
+           'gap', 'curve', 'cmc_plot', 'page_box', 'save', 'data_uri']
 
 # %% ../nbs/01_vis.ipynb #75ab9ac0
 import base64, io
@@ -418,13 +418,14 @@ def _framed(
     ax.text(x+.5, -.12, text, ha='center', va='top', fontsize=6.5, color=color)
 
 # %% ../nbs/01_vis.ipynb #82e203ab
-def _strip_size(
+def strip_size(
     query, # the query's picture
     k:int, # how many are retrieved
+    title='', # at the left, upright; it may need more height than a wide picture
 ) -> tuple[float,float,float]: # in widths of a picture: height of a picture, width and height of the strip
     "How large a strip is."
     h = rgb(query).shape[0]/rgb(query).shape[1]
-    return h, 1.9+1.14*k, h+.65
+    return h, 1.9+1.14*k, max(h+.65, .18*max(map(len, title.split('\n'))))
 
 # %% ../nbs/01_vis.ipynb #0d74d6bb
 @style()
@@ -439,12 +440,12 @@ def strip(
     "A query and what it retrieves, nearest first (Fig. 6). Raises `InputError` when the lengths differ."
     k = len(_some('pictures', images))
     d, ok = (_shaped(s, v, (k,), f'give one for each of the {k} pictures') for s,v in dict(distances=distances, right=right).items())
-    h, W, H = _strip_size(query, k)
+    h, W, H = strip_size(query, k, title)
     ax = ax or plt.subplots(figsize=np.multiply((W,H), min(COL2/W, .57)), layout='constrained')[1]
     _framed(ax, rgb(query), 0, h, QUERY, 'query')
     for i,(im,di,r) in enumerate(zip(images, d, ok)): _framed(ax, rgb(im), 1.4+1.14*i, h, RIGHT if r else WRONG, f'{di:.2f}' if r else f'✗{di:.2f}')
     ax.text(-.15, (h-.4)/2, title, rotation=90, ha='right', va='center', fontsize=7)
-    ax.set(xlim=(-.45,W-.45), ylim=(h+.1-H,h+.1), aspect='equal'); ax.axis('off')
+    ax.set(xlim=(-.45,W-.45), ylim=((h-.45-H)/2,(h-.45+H)/2), aspect='equal'); ax.axis('off')
     return ax
 
 # %% ../nbs/01_vis.ipynb #e4ce0c7c
@@ -454,7 +455,7 @@ def strips(
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Several strips below each other, to compare networks or queries (Fig. 6). Raises `InputError` when the lengths differ."
-    sizes = [_strip_size(q, len(ims)) for q,ims,*_ in _some('strips', rows)]
+    sizes = [strip_size(q, len(ims), title) for q,ims,*_,title in _some('strips', rows)]
     W, heights = max(w for _,w,_ in sizes), [h for *_,h in sizes]
     fig = fig or plt.figure(figsize=np.multiply((W,sum(heights)), min(COL2/W, .57)), layout='constrained')
     axs = fig.subplots(len(rows), 1, squeeze=False, gridspec_kw=dict(height_ratios=heights)).flat
