@@ -366,8 +366,8 @@ def glance(
     rows:list, # tuples as `strip` takes them
 ) -> Figure:
     "A run in one picture: the architecture that was found with its shares, and below it who is found."
-    h, width = rows[0][0].shape[0]/rows[0][0].shape[1], 1.9+1.14*max(len(r[1]) for r in rows)
-    below = len(rows)*(h+.65)*COL2/width
+    _, width, heights = strip_size(rows)
+    below = sum(heights)*min(COL2/width, .57)
     fig = plt.figure(figsize=(COL2,2.1+below), layout='constrained')
     top, low = fig.subfigures(2, 1, height_ratios=(2.1,below))
     draw_genotype(word, alpha, ax=top.add_axes([0,0,1,1]))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COL1', 'COL2', 'HEAT', 'NETS', 'LINES', 'STYLE', 'OP_COLORS', 'OP_NAMES', 'OP_LINES', 'RIGHT', 'WRONG', 'QUERY',
            'WIRE', 'style', 'ink_on', 'op_letters', 'rgb', 'denormalise', 'show_images', 'activation', 'overlay',
-           'plot_alphas', 'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip', 'strips', 'gap',
-           'curve', 'cmc_plot', 'page_box', 'save', 'data_uri']
+           'plot_alphas', 'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip_size', 'strip', 'strips',
+           'gap', 'curve', 'cmc_plot', 'page_box', 'save', 'data_uri']
 
 # %% ../nbs/01_vis.ipynb #75ab9ac0
 import base64, io
@@ -428,13 +428,14 @@ def _tall(
     return float(np.clip(np.median([np.divide(*rgb(p).shape[:2]) for p in pictures]), .5, 2.5))
 
 # %% ../nbs/01_vis.ipynb #d42566dd
-def _strip_size(
-    k:int,     # how many are retrieved
-    h:float,   # height of a place
-    title:str, # left of high strips, above low ones
-) -> tuple[float,float]: # width and height of the strip, in widths of a place
-    "How large a strip is."
-    return 1.9+1.14*k, h+.65+(.45 if title and h < 1.2 else 0)
+def strip_size(
+    rows:list, # tuples as `strips` takes them
+    tall=None, # height of a picture's place; what suits these pictures unless given
+) -> tuple[float,float,list]: # height of a place, width and heights of the strips, in widths of a place
+    "How large strips below each other are. A title stands beside its strip, upright, or above a low one."
+    h, titles = tall or _tall([p for q,ims,*_ in rows for p in (q, *ims)]), [''.join(row[4:]) for row in rows]
+    upright = lambda t: max(h+.65, .18*max(map(len, t.split('\n'))))
+    return h, 1.9+1.14*max(len(row[1]) for row in rows), [upright(t) if h >= 1.2 else h+.65+.45*bool(t) for t in titles]
 
 # %% ../nbs/01_vis.ipynb #0d74d6bb
 @style()
@@ -450,14 +451,13 @@ def strip(
     "A query and what it retrieves, nearest first (Fig. 6). Raises `InputError` when the lengths differ."
     k = len(_some('pictures', images))
     d, ok = (_shaped(s, v, (k,), f'give one for each of the {k} pictures') for s,v in dict(distances=distances, right=right).items())
-    h = tall or _tall([query, *images])
-    W, H = _strip_size(k, h, title)
+    h, W, (H,) = strip_size([(query, images, d, ok, title)], tall)
     ax = ax or plt.subplots(figsize=np.multiply((W,H), min(COL2/W, .57)), layout='constrained')[1]
     _framed(ax, rgb(query), 0, h, QUERY, 'query')
     for i,(im,di,r) in enumerate(zip(images, d, ok)): _framed(ax, rgb(im), 1.4+1.14*i, h, RIGHT if r else WRONG, f'{di:.2f}' if r else f'✗{di:.2f}')
     if h < 1.2: ax.text(0, h+.12, title.replace('\n', ', '), va='bottom', fontsize=7)
     else: ax.text(-.15, (h-.4)/2, title, rotation=90, ha='right', va='center', fontsize=7)
-    ax.set(xlim=(-.45,W-.45), ylim=(-.55,H-.55), aspect='equal'); ax.axis('off')
+    ax.set(xlim=(-.45,W-.45), ylim=(-.55,H-.55) if h < 1.2 else ((h-.45-H)/2,(h-.45+H)/2), aspect='equal'); ax.axis('off')
     return ax
 
 # %% ../nbs/01_vis.ipynb #e4ce0c7c
@@ -467,9 +467,7 @@ def strips(
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Several strips below each other, to compare networks or queries (Fig. 6). Raises `InputError` when the lengths differ."
-    h = _tall([p for q,ims,*_ in _some('strips', rows) for p in (q, *ims)])
-    sizes = [_strip_size(len(row[1]), h, ''.join(row[4:])) for row in rows]
-    W, heights = max(w for w,_ in sizes), [h for _,h in sizes]
+    h, W, heights = strip_size(_some('strips', rows))
     fig = fig or plt.figure(figsize=np.multiply((W,sum(heights)), min(COL2/W, .57)), layout='constrained')
     axs = fig.subplots(len(rows), 1, squeeze=False, gridspec_kw=dict(height_ratios=heights)).flat
     for ax,row in zip(axs, rows): strip(*row, ax=ax, tall=h).set_xlim(-.45, W-.45)

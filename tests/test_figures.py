@@ -13,7 +13,7 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
-from msinet.figures import as_it_began, config_of, read_run, run_data, run_figures
+from msinet.figures import as_it_began, config_of, glance, read_run, run_data, run_figures
 from msinet.retrieval import evaluate
 from msinet.search import SEARCH, search
 from msinet.synth import get_data
@@ -71,6 +71,16 @@ def test_figures_from_the_shell(run, tmp_path, capsys):
 def test_a_search_alone_has_figures_too(tmp_path):
     search(replace(SEARCH["smoke"], out=str(tmp_path / "run"), epochs=1))
     assert [s.name for s in run_figures(tmp_path / "run")] == ["alphas", "alpha_maps", "genotype", "losses_search"]
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (96, 96), (32, 160)])
+def test_strips_fill_the_page_whatever_the_shape(shape):
+    rows = [(np.zeros((*shape, 3)), np.zeros((15, *shape, 3)), np.zeros(15), [True] * 15, t) for t in ("at the start", "trained")]
+    fig = glance("GGEGAGGNGAEA", np.zeros((12, 4)), rows)
+    fig.draw_without_rendering()
+    strips = [ax for ax in fig.axes if len(ax.images) == 16]
+    assert len(strips) == 2 and all(ax.get_window_extent().width > 0.6 * fig.bbox.width for ax in strips)
+    plt.close(fig)
 
 
 def test_no_run(tmp_path):
