@@ -45,7 +45,7 @@ def card(
     "The card of a model's folder."
     rows = [f"| {n} | {100*m['mAP']:.1f} | {100*m['R1']:.1f} | {100*m['R5']:.1f} |" for n,m in metrics.items() if isinstance(m, dict) and {'mAP','R1','R5'} <= {*m}]
     word = f"genotype `{about['genotype']}`, " if about.get('genotype') else ''
-    plain = data.replace('`', "'").replace('\n', ' ')
+    plain = one_line(data).replace('`', "'")
     return '\n'.join(['---', 'library_name: msinet', 'license: apache-2.0', 'tags: [object-reidentification, msinet]', '---', '', f"# {about.get('backbone', 'msinet')} for object re-identification", '',
         f"{word}{params:,} parameters, images of {about['size'][0]}×{about['size'][1]} pixels. Trained on `{plain}`.", '', '| percent | mAP | R1 | R5 |', '|---|---:|---:|---:|', *rows, '',
         '```python', 'from msinet.hub import load', 'net = load("this folder")', 'f = net.embed(images) # (B, 3, H, W), normalised -> (B, D)', '```', '',

@@ -82,9 +82,9 @@ def report(
     parts += worries(r['history'])
     parts += [section(s.title, s.text, s.fig) for s in run_figures(run, data)]
     about = html.escape(json.dumps(dict(config=r['config'], environment=r['environment']), indent=1))
-    name = html.escape(run.resolve().name)
+    name, of = (html.escape(one_line(t)) for t in (run.resolve().name, (data or get_data(run_data(run))).name))
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>msinet: {name}</title><style>{STYLE_SHEET}</style>'
-            f'<h1>{name}</h1><p class="soft">A run of msinet on {html.escape((data or get_data(run_data(run))).name)}. To open it in JupyterLab: <code>make lab</code>, and set <code>RUN</code> on the first page to this folder.</p>'
+            f'<h1>{name}</h1><p class="soft">A run of msinet on {of}. To open it in JupyterLab: <code>make lab</code>, and set <code>RUN</code> on the first page to this folder.</p>'
             + ''.join(parts) + f'<h2>Configuration and environment</h2><details><summary>every number that this run depends on</summary><pre>{about}</pre></details></html>')
     write_whole(run/'report.html', page.encode())
     return run/'report.html'

@@ -2,8 +2,10 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -274,13 +276,16 @@ def odd(tmp_path):
     "Names that a file system allows: markup, line breaks, orders to a terminal, very long, bytes that are no letters."
     for k, name in enumerate(ODD):
         for c in (1, 2, 3):
-            p = os.path.join(os.fsencode(tmp_path), b"$own^$", name+b"_cam%d.jpg" % c)
+            p = os.path.join(os.fsencode(tmp_path), b"$own^$<b>\xff", name+b"_cam%d.jpg" % c)
             os.makedirs(os.path.dirname(p), exist_ok=True)
             with open(p, "wb") as f: Image.fromarray(np.random.default_rng(10*k+c).integers(0, 256, (12, 6, 3), dtype=np.uint8)).save(f, "jpeg")
-    return tmp_path/"$own^$"
+    return Path(os.path.dirname(os.fsdecode(p)))
 
 
-@pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="the file system allows no such names")
+plain_names_only = pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="the file system allows no such names")
+
+
+@plain_names_only
 def test_odd_names_go_all_the_way(odd, tmp_path):
     d = folder(odd, CAM)
     assert len({i.pid for i in d.train+d.query}) == len(ODD) and len(d.train) == 15
@@ -293,6 +298,18 @@ def test_odd_names_go_all_the_way(odd, tmp_path):
     assert folder(odd, CAM).train == d.train and [len(load_data(f"folder={odd}::{CAM}::exclude={tmp_path/'bad.txt'}").train), len(d.query)] == [6, 15]
     with pytest.raises(InputError) as e: pixels(d.train[0].path)
     assert str(e.value).isprintable() and str(e.value).encode()
+
+
+@plain_names_only
+def test_a_run_on_odd_names(odd, tmp_path):
+    "Training, the run's page and the model's card."
+    from msinet.hub import to_hub
+    from msinet.report import report
+    from msinet.train import TRAIN, train
+    run = train(replace(TRAIN["smoke"], data=f"folder={odd}::{CAM}", out=str(tmp_path/"run\n<b>$x^$"), epochs=1)).run
+    page = report(run).read_text(encoding="utf-8")
+    assert "<b>$" not in page and "run\\n&lt;b&gt;$x^$" in page and "&lt;b&gt;\\udcff" in page
+    assert "folder=…" in (to_hub(run, tmp_path/"hub")/"README.md").read_text(encoding="utf-8")
 
 
 def test_names_that_are_too_long(tmp_path):

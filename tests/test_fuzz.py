@@ -44,7 +44,7 @@ def fine(f, *args):
         try:
             return f(*args)
         except InputError as e:
-            assert "\n" not in str(e).strip() or any("\n" in str(a) for a in args), str(e)
+            assert str(e).isprintable(), str(e)
             return None
 
 
