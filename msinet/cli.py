@@ -197,7 +197,7 @@ def run_bench(cfg:BenchConfig):
 def ask(cfg:QueryConfig):
     "`msinet query`"
     a = run_query(cfg)
-    for name,d in zip(a['names'], a['distances']): print(f'{d:8.3f}  {name}')
+    for name,d in zip(a['names'], a['distances']): print(f'{d:8.3f}  {one_line(name)}')
     print(*a['files'], sep='\n')
 
 def pair(cfg:CompareConfig):
@@ -219,6 +219,7 @@ def main(
     "The command `msinet`. Exit code 0 when all went well, 2 after a mistake in what was asked, 130 when it was interrupted, 143 when it was told to end."
     plain = warnings.formatwarning
     warnings.formatwarning = lambda m, kind, *where: f'\nnote: {m}\n' if kind is UserWarning else plain(m, kind, *where) # without a line of code
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # a sign that a terminal lacks ends no run
     try:
         cfg = parse(list(sys.argv[1:] if args is None else args))
         with Signals(): COMMANDS[type(cfg)](cfg)

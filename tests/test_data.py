@@ -301,14 +301,20 @@ def test_odd_names_go_all_the_way(odd, tmp_path):
 
 
 @plain_names_only
-def test_a_run_on_odd_names(odd, tmp_path):
-    "Training, the run's page and the model's card."
+def test_a_run_on_odd_names(odd, tmp_path, capsys):
+    "Training, the run's page, a gallery, the model's card."
+    from msinet.cli import main
     from msinet.hub import to_hub
     from msinet.report import report
     from msinet.train import TRAIN, train
     run = train(replace(TRAIN["smoke"], data=f"folder={odd}::{CAM}", out=str(tmp_path/"run\n<b>$x^$"), epochs=1)).run
+    capsys.readouterr()
     page = report(run).read_text(encoding="utf-8")
     assert "<b>$" not in page and "run\\n&lt;b&gt;$x^$" in page and "&lt;b&gt;\\udcff" in page
+    os.symlink(run, tmp_path/"plain")
+    main(["query", "--run", str(tmp_path/"plain"), "--gallery", str(tmp_path/"gallery"), "--index", str(odd), "--image", sorted(map(str, odd.iterdir()))[-1], "--k", "30"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 32 and all(line.isprintable() for line in lines)
     assert "folder=…" in (to_hub(run, tmp_path/"hub")/"README.md").read_text(encoding="utf-8")
 
 
