@@ -18,7 +18,7 @@ def exported(
     if cls.__module__ != '__main__': return cls
     known = import_module('msinet._modidx').d['syms']
     twins = [getattr(import_module(m), cls.__name__) for m,names in known.items() if f'{m}.{cls.__name__}' in names]
-    return next((t for t in twins if t.__annotations__ == cls.__annotations__), None)
+    return next((t for t in twins if [*t.__annotations__] == [*cls.__annotations__]), None)
 
 # %% ../nbs/54_reference.ipynb #27df1eca
 def fields_of(
