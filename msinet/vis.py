@@ -166,11 +166,14 @@ def show_images(
     for what,l in dict(titles=titles, colors=colors).items():
         if l is not None and len(l) != len(ims): raise InputError(f"there are {len(l)} {what}, expected {len(ims)}: give one for each picture, or None")
     cols = cols or min(len(ims), 8)
-    tall = max(im.shape[0]/im.shape[1] for im in ims)
+    shapes = [im.shape[0]/im.shape[1] for im in ims]
+    tall, alike = max(shapes), max(shapes) == min(shapes)
     rows, w = -(-len(ims)//cols), min(width/cols, 1.2/tall**.5)
     fig = fig or plt.figure(figsize=(w*cols, rows*(w*tall + .17*bool(titles))), layout='constrained')
     for i,im in enumerate(ims):
-        _picture(fig.add_subplot(rows, cols, i+1), im, colors and colors[i], titles[i] if titles else '')
+        ax = fig.add_subplot(rows, cols, i+1)
+        if not alike: ax.set_anchor('N') # all hang from the top, so that titles stand on one line
+        _picture(ax, im, colors and colors[i], titles[i] if titles else '')
     return fig
 
 # %% ../nbs/01_vis.ipynb #b07f579e

@@ -83,6 +83,12 @@ def test_strip_frames_and_distances():
     assert len(vis.strips([(pictures(1)[0], pictures(3), d, right, n) for n in "ab"]).axes) == 2
 
 
+def test_titles_of_unlike_pictures_stand_on_one_line():
+    fig = vis.show_images([np.zeros((h, w, 3), np.uint8) for h, w in ((20, 60), (60, 24), (30, 30))], list("abc"))
+    fig.draw_without_rendering()
+    assert np.ptp([ax.title.get_window_extent().y0 for ax in fig.axes]) < 1
+
+
 def test_strips_keep_proportions():
     "A truck, a motorcycle and a square, each as it is, in a place of its own on one line."
     ims = [np.zeros((h, w, 3), np.uint8) for h, w in ((20, 60), (60, 24), (30, 30))]
