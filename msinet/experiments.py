@@ -252,7 +252,9 @@ class FigureConfig:
     out:str=''           # file without ending, .pdf and .png are written; empty: figure-5b and the like
 
 # %% ../nbs/50_experiments.ipynb #8e784c42
-def rows_at(cfg:TableConfig|FigureConfig) -> str:
+def rows_at(
+    cfg, # `TableConfig` or `FigureConfig`
+) -> str:
     "Where the rows are. Raises `InputError` for a place that was named and isn't there."
     if cfg.rows != type(cfg).rows and not Path(cfg.rows).exists(): raise InputError(f'{cfg.rows} is not there, expected a folder of trials or a file of rows')
     return cfg.rows
