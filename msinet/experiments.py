@@ -82,7 +82,7 @@ def cell(
     if not len(v): return 'not run'
     good = v[v.status == 'done'][metric].dropna()
     if not len(good): return 'failed'
-    return f'{good.mean():.1f} ({len(good)})' if len(good) == 1 else f'{good.mean():.1f} ± {good.std():.1f} ({len(good)})'
+    return f'{good.mean():.1f} ({len(good)})' if len(good) == 1 else f'{good.mean():.1f}\u00a0±\u00a0{good.std():.1f} ({len(good)})' # never broken at the sign
 
 # %% ../nbs/50_experiments.ipynb #d9bcbc41
 def table(
