@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'ADAPT', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportC
            'pair', 'check', 'main']
 
 # %% ../nbs/52_cli.ipynb #de83185b
+import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -230,6 +231,7 @@ def main(
         with Signals(): COMMANDS[type(cfg)](cfg)
     except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt as e: print(f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}", file=sys.stderr); sys.exit(128 + getattr(e, 'signum', 2))
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(141) # as for a program that SIGPIPE ends: `msinet table 2 | head`
     finally: warnings.formatwarning = plain
 
 # %% ../nbs/52_cli.ipynb #6da32693

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS', 'VERDICTS', 'results', 'verdict', 'differences', 'cell', 'table', 'genotypes', 'figure', 'show_differences',
            'run', 'planned', 'RunConfig', 'estimate', 'pairs', 'line_of', 'run_command', 'TableConfig', 'FigureConfig',
-           'rows_at', 'table_command', 'figure_command']
+           'rows_at', 'in_blocks', 'table_command', 'figure_command']
 
 # %% ../nbs/50_experiments.ipynb #060ac16b
 from dataclasses import dataclass, replace
@@ -259,10 +259,22 @@ def rows_at(
     if cfg.rows != type(cfg).rows and not Path(cfg.rows).exists(): raise InputError(f'{cfg.rows} is not there, expected a folder of trials or a file of rows')
     return cfg.rows
 
+# %% ../nbs/50_experiments.ipynb #5b0e7c44
+def in_blocks(
+    t:pd.DataFrame, # as from `table`
+    width:int,      # letters in a line
+) -> str:
+    "A wide table in parts below each other; the paper's number and ours stay together."
+    parts = [[]]
+    for head in t.columns.get_level_values(0).unique():
+        if parts[-1] and len(t[[*parts[-1],head]].to_string().split('\n')[0]) > width: parts.append([])
+        parts[-1].append(head)
+    return '\n\n'.join(t[p].to_string() for p in parts)
+
 # %% ../nbs/50_experiments.ipynb #5b0e7c43
 def table_command(cfg:TableConfig) -> str:
     "`msinet table`"
-    return table(cfg.n, rows_at(cfg), cfg.scale).to_string(line_width=get_terminal_size((10**4,0)).columns)
+    return in_blocks(table(cfg.n, rows_at(cfg), cfg.scale), get_terminal_size((10**4,0)).columns)
 
 def figure_command(cfg:FigureConfig) -> str:
     "`msinet figure`"
