@@ -50,7 +50,7 @@ def torchvision_path(
 def pillow_path(
     im,                  # a picture
     size:tuple[int,int], # (H, W) in pixels
-    rng=np.random.default_rng(0),
+    rng:np.random.Generator,
 ) -> torch.Tensor: # (3, H, W) float32
     "The same steps with Pillow and NumPy."
     H, W = size
@@ -87,7 +87,7 @@ def bench_data(
     "Ways from JPEG files to a batch, one thread."
     with tempfile.TemporaryDirectory() as dir, threads(1):
         items = write_jpegs(dir, n)
-        one = torchvision_path(size) or partial(pillow_path, size=size)
+        one = torchvision_path(size) or partial(pillow_path, size=size, rng=np.random.default_rng(0))
         cache, gen, out = PixelCache(items, size, dir), torch.Generator().manual_seed(0), np.empty((n, *size, 3), np.uint8)
         order = lambda: torch.randperm(n, generator=gen).tolist()
         times = lambda f, k: lambda: [f() for _ in range(k)] # short ones several times, or the clock's steps would show

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ADAPT', 'CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportConfig', 'FiguresConfig', 'BenchConfig',
            'AdaptConfig', 'option', 'begun', 'preset_of', 'parse', 'table', 'closing', 'run_search', 'run_train',
-           'run_clustered', 'run_evaluate', 'run_demo', 'run_report', 'run_figures_of', 'run_bench', 'ask', 'pair',
-           'check', 'main']
+           'run_clustered', 'run_evaluate', 'run_demo', 'run_report', 'run_figures_of', 'run_bench', 'run_runs', 'ask',
+           'pair', 'check', 'main']
 
 # %% ../nbs/52_cli.ipynb #de83185b
+import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -194,6 +195,12 @@ def run_bench(cfg:BenchConfig):
     print(f'machine   {m.flops/1e9:.3g} GFLOP/s, {m.bytes/1e9:.3g} GB/s')
     if cfg.out: write_bench(t, m, cfg.out)
 
+def run_runs(cfg:RunConfig):
+    "`msinet run`"
+    text, failed = run_command(cfg, print)
+    print(text)
+    if failed: sys.exit(1)
+
 def ask(cfg:QueryConfig):
     "`msinet query`"
     a = run_query(cfg)
@@ -209,14 +216,14 @@ def check(cfg:CheckConfig):
     sys.exit(run_check(cfg, progress=True))
 
 COMMANDS = {SearchConfig: run_search, TrainConfig: run_train, UnsupConfig: run_clustered, AdaptConfig: run_clustered, EvaluateConfig: run_evaluate, DemoConfig: run_demo, ReportConfig: run_report, FiguresConfig: run_figures_of, QueryConfig: ask, CompareConfig: pair, ExportConfig: lambda cfg: print(run_export(cfg)),
-            BenchConfig: run_bench, CheckConfig: check, RunConfig: lambda cfg: print(run_command(cfg, print)), TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
+            BenchConfig: run_bench, CheckConfig: check, RunConfig: run_runs, TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
             PretrainConfig: lambda cfg: print(pretrain(cfg, progress=True))}
 
 # %% ../nbs/52_cli.ipynb #1a2c0f27
 def main(
     args:list=None, # words of the command line, those of the process unless given
 ):
-    "The command `msinet`. Exit code 0 when all went well, 2 after a mistake in what was asked, 130 when it was interrupted, 143 when it was told to end."
+    "The command `msinet`. Exit code 0 when all went well, 1 when a run of a grid failed, 2 after a mistake in what was asked, 130 when it was interrupted, 143 when it was told to end."
     plain = warnings.formatwarning
     warnings.formatwarning = lambda m, kind, *where: f'\nnote: {m}\n' if kind is UserWarning else plain(m, kind, *where) # without a line of code
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # a sign that a terminal lacks ends no run
@@ -225,6 +232,7 @@ def main(
         with Signals(): COMMANDS[type(cfg)](cfg)
     except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt as e: print(f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}", file=sys.stderr); sys.exit(128 + getattr(e, 'signum', 2))
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(141) # as for a program that SIGPIPE ends: `msinet table 2 | head`
     finally: warnings.formatwarning = plain
 
 # %% ../nbs/52_cli.ipynb #6da32693

@@ -311,18 +311,19 @@ def compare(
     return verdict(d, true, false, fmr)
 
 # %% ../nbs/31_deploy.ipynb #e8f9e694
+@style()
 def pair_plot(
     true:np.ndarray, false:np.ndarray, # distances of pairs
     v:Verdict,                         # of two pictures
     ax=None,                           # where
 ):
     "Both heaps of distances, the threshold, and where two pictures lie."
-    ax = ax or plt.subplots(figsize=(4.5,2.2), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(COL1,2), layout='constrained')[1]
     bins = np.linspace(0, max(true.max(), false.max(), v.distance), 50)
     for x,color,name in ((true,RIGHT,'true pairs'), (false,WRONG,'false pairs')): ax.hist(x, bins, density=True, color=color, alpha=.5, label=name)
     ax.axvline(v.threshold, color='black', ls='--', lw=1, label=f'threshold {v.threshold:.2f}')
     ax.axvline(v.distance, color=QUERY, lw=2, label=f'these two {v.distance:.2f}')
-    ax.set(xlabel='distance', ylabel='density', yticks=[]); ax.spines[['top','right','left']].set_visible(False); ax.legend(frameon=False, fontsize=7)
+    ax.set(xlabel='distance', ylabel='density', yticks=[]); ax.spines[['top','right','left']].set_visible(False); ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/31_deploy.ipynb #e8c6fda2

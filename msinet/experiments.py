@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SEEDS', 'VERDICTS', 'results', 'verdict', 'differences', 'cell', 'table', 'genotypes', 'figure', 'show_differences',
            'run', 'planned', 'RunConfig', 'estimate', 'pairs', 'line_of', 'run_command', 'TableConfig', 'FigureConfig',
-           'table_command', 'figure_command']
+           'rows_at', 'in_blocks', 'table_command', 'figure_command']
 
 # %% ../nbs/50_experiments.ipynb #060ac16b
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -81,7 +82,7 @@ def cell(
     if not len(v): return 'not run'
     good = v[v.status == 'done'][metric].dropna()
     if not len(good): return 'failed'
-    return f'{good.mean():.1f} ({len(good)})' if len(good) == 1 else f'{good.mean():.1f} ± {good.std():.1f} ({len(good)})'
+    return f'{good.mean():.1f} ({len(good)})' if len(good) == 1 else f'{good.mean():.1f}\u00a0±\u00a0{good.std():.1f} ({len(good)})' # never broken at the sign
 
 # %% ../nbs/50_experiments.ipynb #d9bcbc41
 def table(
@@ -96,11 +97,11 @@ def table(
     t = results(f'table {n}', where, scale) if part.arms else None
     lines, places = list(dict.fromkeys([*paper.index, *part.arms])), {*filled(part)}
     def ours(label, column, metric):
-        if label not in part.arms: return 'quoted' if paper['from'].get(label) == 'quoted' else 'not run'
+        if label not in part.arms: return '' if pd.isna(paper.loc[label, f'{column} {metric}']) else 'quoted' if paper['from'][label] == 'quoted' else 'not run'
         said = cell(t[(t.arm == label) & (t.column == column)], metric)
         return '' if said == 'not run' and (column, label) not in places else said
-    heads = [c for c in paper.columns if ' ' in c]
-    out = {(h, side): {l: paper[h].get(l, np.nan) if side == 'paper' else ours(l, *h.split(' ')) for l in lines} for h in heads for side in ('paper','ours')}
+    heads, printed = [c for c in paper.columns if ' ' in c], paper.astype(object).fillna('')
+    out = {(h, side): {l: printed[h].get(l, '') if side == 'paper' else ours(l, *h.split(' ')) for l in lines} for h in heads for side in ('paper','ours')}
     return pd.DataFrame(out).reindex(lines)
 
 # %% ../nbs/50_experiments.ipynb #ea1794a0
@@ -110,7 +111,7 @@ def genotypes(
     "Table 1: the paper's genotype, and those that were searched here."
     t = results('table 1', where, scale)
     found = [(f'searched on {r.column}, seed {r.seed}', r.genotype) for r in t[t.status == 'done'].itertuples()]
-    return pd.DataFrame([*published(1).genotype.items(), *found], columns=['','genotype']).set_index('')
+    return pd.DataFrame([*published(1).genotype.items(), *found], columns=['row','genotype']).set_index('row').rename_axis(None)
 
 # %% ../nbs/50_experiments.ipynb #167ec561
 VERDICTS = {'higher': RIGHT, 'lower': WRONG, 'not resolved': QUERY, 'one seed': QUERY, 'not run': QUERY}
@@ -129,12 +130,15 @@ def figure(
     d = differences(t, part.against)
     done = t[t.status == 'done'].assign(column=lambda t: t.column.map(lambda c: c.replace('>', ' → ')))
     arms, columns = ([x for x in xs if (done[k] == x.replace('>', ' → ')).any()] for k,xs in (('arm', part.arms), ('column', part.columns)))
-    fig, (left,right) = plt.subplots(1, 2, figsize=(COL2, .7+.2*len(arms)*len(columns)), layout='constrained', sharey=True)
-    kw = dict(data=done, y='arm', x=metric, hue='column', order=arms, palette='colorblind', ax=left)
+    both = bool(part.against) # a part without an arm to compare with has no right half
+    fig, axs = plt.subplots(1, 1+both, figsize=(COL2 if both else COL1, .7+.2*len(arms)*len(columns)), layout='constrained', sharey=True, squeeze=False)
+    left, right = axs[0,0], axs[0,-1]
+    kw = dict(data=done, y='arm', x=metric, hue='column', order=arms, hue_order=[c.replace('>', ' → ') for c in columns], palette='colorblind', ax=left)
     sns.barplot(**kw, errorbar=None, alpha=.4, legend=len(columns) > 1)
     sns.stripplot(**kw, dodge=True, size=3, jitter=False, legend=False)
     left.set(ylabel='', xlabel=f'{metric}, %')
     if len(columns) > 1: sns.move_legend(left, 'lower left', bbox_to_anchor=(0,1), ncol=2, title=None, frameon=False)
+    if not both: return fig
     show_differences(right, d[d.arm.isin(arms)], arms, columns)
     right.set(xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else 'its own reference'}, points")
     return fig
@@ -196,8 +200,8 @@ def estimate(
     cfg:RunConfig,
 ) -> pd.DataFrame: # as `plan`
     "What the runs of a command would cost on this machine."
-    device = def_device(cfg.device)
-    rate = training_rate(run_of('MS/msinet', cfg.scale).train, device)
+    device, step = def_device(cfg.device), run_of('MS/msinet', cfg.scale).train
+    rate = training_rate(replace(step, batch=16) if device == 'cpu' else step, device) # a processor is as fast with few pictures
     return plan(planned(cfg.what, cfg.scale, cfg.seeds), cfg.dir, rate)
 
 # %% ../nbs/50_experiments.ipynb #61e1713c
@@ -221,14 +225,15 @@ def line_of(
 def run_command(
     cfg:RunConfig,
     say=None, # called with a line of text for each row
-) -> str: # what to print at the end
+) -> tuple[str,int]: # what to print at the end, how many runs failed
     "`msinet run`"
     files = pairs(cfg.files)
     if cfg.dry_run:
         p = estimate(cfg)
-        return f'{p.to_string(index=False, float_format="{:.2f}".format)}\n{(p.status != "done").sum()} of {len(p)} runs to do, about {p.hours.sum()/cfg.workers:.1f} hours with {cfg.workers} at a time, {p.GB.max()*cfg.workers:.1f} GB of disk'
+        return f'{p.to_string(index=False, float_format="{:.2f}".format)}\n{(p.status != "done").sum()} of {len(p)} runs to do, about {p.hours.sum()/cfg.workers:,.1f} hours with {cfg.workers} at a time, {p.GB.max()*cfg.workers:.2g} GB of disk', 0
     t = run(cfg.what, cfg.dir, cfg.scale, cfg.seeds, files, cfg.workers, cfg.address, say and (lambda r: say(line_of(r))))
-    return f'{(t.status == "done").sum()} of {len(t)} runs done, rows in {cfg.dir}'
+    failed = int((t.status != 'done').sum())
+    return f"{len(t)-failed} of {len(t)} runs done{f', {failed} failed; the same command tries them again' if failed else ''}. Rows in {cfg.dir}", failed
 
 # %% ../nbs/50_experiments.ipynb #97610f8d
 @dataclass(frozen=True)
@@ -247,12 +252,32 @@ class FigureConfig:
     out:str=''           # file without ending, .pdf and .png are written; empty: figure-5b and the like
 
 # %% ../nbs/50_experiments.ipynb #8e784c42
+def rows_at(
+    cfg, # `TableConfig` or `FigureConfig`
+) -> str:
+    "Where the rows are. Raises `InputError` for a place that was named and isn't there."
+    if cfg.rows != type(cfg).rows and not Path(cfg.rows).exists(): raise InputError(f'{cfg.rows} is not there, expected a folder of trials or a file of rows')
+    return cfg.rows
+
+# %% ../nbs/50_experiments.ipynb #5b0e7c44
+def in_blocks(
+    t:pd.DataFrame, # as from `table`
+    width:int,      # letters in a line
+) -> str:
+    "A wide table in parts below each other; the paper's number and ours stay together."
+    parts = [[]]
+    for head in t.columns.get_level_values(0).unique():
+        if parts[-1] and len(t[[*parts[-1],head]].to_string().split('\n')[0]) > width: parts.append([])
+        parts[-1].append(head)
+    return '\n\n'.join(t[p].to_string() for p in parts)
+
+# %% ../nbs/50_experiments.ipynb #5b0e7c43
 def table_command(cfg:TableConfig) -> str:
     "`msinet table`"
-    return table(cfg.n, cfg.rows, cfg.scale).to_string(na_rep='')
+    return in_blocks(table(cfg.n, rows_at(cfg), cfg.scale), get_terminal_size((10**4,0)).columns)
 
 def figure_command(cfg:FigureConfig) -> str:
     "`msinet figure`"
     out = Path(cfg.out or f"figure-{cfg.name.replace(' ', '-')}")
-    with style(): files = save(figure(cfg.name, cfg.rows, cfg.scale), out.name, out.parent)
+    with style(): files = save(figure(cfg.name, rows_at(cfg), cfg.scale), out.name, out.parent)
     return '\n'.join(map(str, files))

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -193,3 +195,47 @@ def test_a_figure_of_rows(tmp_path):
     assert sorted(t.arm.unique()) == ["gate", "none"] and (t.status == "done").all()
     main(["figure", "5b", "--rows", str(tmp_path / "demo"), "--out", str(tmp_path / "fig" / "b")])
     assert (tmp_path / "fig/b.pdf").read_bytes()[:5] == b"%PDF-" and (tmp_path / "fig/b.png").exists()
+
+
+def test_a_failed_run_is_told_by_the_exit_code(tmp_path, capsys):
+    for i in range(2):
+        with pytest.raises(SystemExit) as e:
+            main(["run", "MS/msinet", "--scale", "paper", "--seeds", "1", "--files", f"MS={tmp_path}/nothing", "--dir", str(tmp_path / "grid")])
+        assert e.value.code == 1 and "0 of 1 runs done, 1 failed" in capsys.readouterr().out
+    assert [r["status"] for r in read_rows(tmp_path / "grid")] == ["failed"]
+
+
+def test_a_grid_that_knows_none_of_its_places_does_not_start(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["run", "table 3", "--scale", "paper", "--dir", str(tmp_path / "grid")])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count("\n") == 1 and "--files M=/path msinet+imagenet=/path MS=/path" in said and not (tmp_path / "grid").exists()
+
+
+def test_rows_that_are_not_there_are_not_an_empty_table(tmp_path):
+    for words in (["table", "5"], ["figure", "5b"]):
+        with pytest.raises(SystemExit) as e:
+            main([*words, "--rows", str(tmp_path / "no.jsonl")])
+        assert e.value.code == 2
+
+
+def test_bars_and_intervals_stand_in_the_same_order():
+    rows = Path(__file__).parents[1] / "nbs/paper/demo.jsonl"
+    fig = figure("table 2", rows)  # OSNet has vehicles only, and they come later in the list of columns
+    left, right = fig.axes
+    t = results("table 2", rows)
+    columns = [c for c in PARTS["table 2"].columns if (t.column == c).any()]
+    assert [x.get_text() for x in left.get_legend().get_texts()] == [c.replace(">", " → ") for c in columns]
+    d = differences(t, PARTS["table 2"].against)
+    marks = {round(float(x.get_xdata()[0]), 6): float(x.get_ydata()[0]) for x in right.lines if x.get_marker() == "D"}
+    bars = {round(b.get_width(), 6): b.get_y() + b.get_height() / 2 for b in left.patches}
+    for r in d[d.seeds > 0].itertuples():
+        at = t[(t.arm == r.arm) & (t.column == r.column)].mAP.mean()
+        assert abs(bars[round(at, 6)] - marks[round(r.difference, 6)]) < 0.05
+    plt.close(fig)
+
+
+def test_a_part_without_a_reference_has_one_half():
+    fig = figure("table 4", Path(__file__).parents[1] / "nbs/paper/demo.jsonl")
+    assert len(fig.axes) == 1 and "minus" not in fig.axes[0].get_xlabel()
+    plt.close(fig)
