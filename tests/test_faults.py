@@ -34,6 +34,7 @@ from msinet.learner import Learner, NotFinite
 from msinet.lock import Lock
 from msinet.search import SEARCH, SearchStep, search
 from msinet.pretrain import ClassStep, PretrainConfig, pretrain
+from msinet.report import report
 from msinet.train import TRAIN, TrainStep, train
 from msinet.unsup import UNSUP, ClusterStep, uda, usl
 
@@ -288,6 +289,14 @@ def test_helpers_leave_without_a_word():
         finally:
             if p.poll() is None:
                 os.killpg(p.pid, signal.SIGKILL)
+
+
+def test_the_page_of_a_run_that_stopped(whole, tmp_path):
+    "Nothing is found yet, and there are numbers to look at."
+    shutil.copytree(whole["search"]["run"], tmp_path / "run")
+    for name in ("genotype.json", "metrics.json", "search.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert "The architecture" in report(tmp_path / "run").read_text(encoding="utf-8")
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------------------------
