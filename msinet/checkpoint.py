@@ -308,6 +308,8 @@ def from_official(
 ) -> dict: # for `ReIDNet(derived(), FBLNeck(channels, n_ids)).load_state_dict`, strictly
     "Rename released weights. Raises `InputError` when a name is not known: then it is another network's file."
     sd = bare(state_dict)
+    twice = [k for k in sd if f'module.{k}' in sd]
+    if twice: raise InputError(f"{twice[0]!r} is there with and without 'module.', expected each tensor once: remove one of them")
     names = {k: our_name(k.removeprefix('module.')) for k in sd}
     odd = [k for k,n in names.items() if n is None]
     if odd: raise InputError(f'{len(odd)} of {len(sd)} names are not of the released MSINet, the first is {odd[0]!r}: expected names such as cells.0.conv1a.conv.weight')

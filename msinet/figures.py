@@ -315,7 +315,7 @@ def search_figures(
     return [Shown('alphas', 'α over the search', f'Each panel is one of the twelve slots. A line is the share of one interaction, {even} when the search starts. The winners end at {w.min():.2f} to {w.max():.2f}: '
                   f'the closer to {even}, the less the word below says.', plot_alphas(alpha_course(r)[0], **fine)),
             Shown('alpha_maps', 'The same as heat maps', 'One panel for each interaction, a row for each slot.', share_maps({'': a})),
-            Shown('genotype', 'The architecture', 'The largest share of each slot, drawn in its place. Small bars are the final shares.', draw_genotype(r['genotype']['genotype'], a[-1]).figure)]
+            Shown('genotype', 'The architecture', 'The largest share of each slot, drawn in its place. Small bars are the final shares.', draw_genotype(r['genotype'].get('genotype') or letters(torch.as_tensor(a[-1])), a[-1]).figure)]
 
 # %% ../nbs/30_figures.ipynb #0622654f
 def loss_figures(

@@ -114,7 +114,7 @@ def health_figure(
     names = dict(alpha_same='share of the commonest letter', dead_rows='dead rows of the memory', spread='spread of distances')
     kept = [k for k in names if any(k in r for r in rows)]
     if not kept: return None
-    fig,axs = plt.subplots(1, len(kept), figsize=(2.6*len(kept),2.1), layout='constrained', squeeze=False)
+    fig,axs = plt.subplots(1, len(kept), figsize=(COL2*len(kept)/3,1.9), layout='constrained', squeeze=False)
     for ax,k in zip(axs[0], kept):
         own = [r for r in rows if k in r]
         ax.plot([r['epoch'] for r in own], [r[k] for r in own], color=QUERY, lw=1)
@@ -124,5 +124,7 @@ def health_figure(
         else: ax.set_ylim(-.04*most, 1.2*most)
         ax.axhspan(LIMITS[k], ax.get_ylim()[0 if k == 'spread' else 1], color=WRONG, alpha=.08, lw=0)
         ax.axhline(LIMITS[k], color='black', ls='--', lw=.8)
-        ax.set(xlabel='epoch', title=names[k]); ax.title.set_fontsize(9); ax.spines[['top','right']].set_visible(False)
+        ax.set(xlabel='epoch', title=names[k]); ax.title.set_fontsize(8); ax.tick_params(labelsize=8); ax.xaxis.label.set_fontsize(8); ax.xaxis.get_major_locator().set_params(integer=True)
+        if k == 'dead_rows': ax.yaxis.get_major_locator().set_params(integer=True)
+        ax.spines[['top','right']].set_visible(False)
     return fig

@@ -30,10 +30,11 @@ class HubNet(ReIDNet, PyTorchModelHubMixin):
         size=(256, 128),                # (H, W) of the images in pixels
         n_ids:int=0,                    # identities of its classifiers; 0 for none
         fuse:str='sum',                 # how branches become one
+        after_bn:bool=False,            # embed by normalised features, as a network that was trained without identities
     ):
         net = network(backbone, genotype, tuple(channels), rho, tuple(size), n_ids, one_of(FUSES, fuse, 'fuse'))
         super().__init__(net.backbone, net.neck)
-        self.size = tuple(size)
+        self.size, self.after_bn = tuple(size), after_bn
 
 # %% ../nbs/31_hub.ipynb #d1b27a38
 def card(
@@ -61,10 +62,12 @@ def to_hub(
     run, dir = Path(run), Path(dir)
     home = run if run.is_dir() else run.parent
     if dir.resolve() == home.resolve(): raise InputError(f'{dir} is the run itself, expected another folder for the model: its config.json would be written over')
-    n_ids = net.neck.classifier.weight.shape[0] if getattr(net.neck, 'classifier', None) is not None else 0
-    config = {k: about[k] for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse') if about.get(k) is not None} | dict(n_ids=n_ids)
-    spec = (said(home, 'config').get('train') or {}).get('data', '')
-    data = spec.partition('=')[0] + ('=…' if '=/' in spec or '=~' in spec else spec[len(spec.partition('=')[0]):]) # no paths of this computer
+    n_ids = len(net.state_dict().get('neck.classifier.weight', ())) # none where it was trained without identities
+    config = {k: about[k] for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn') if about.get(k) is not None} | dict(n_ids=n_ids)
+    run_said = said(home, 'config')
+    c = next((run_said[k] for k in ('train', 'usl', 'uda') if run_said.get(k)), {})
+    plain = lambda spec: spec.partition('=')[0] + ('=…' if '=/' in spec or '=~' in spec else spec[len(spec.partition('=')[0]):]) # no paths of this computer
+    data = ' and '.join(plain(c[k]) for k in ('source', 'data') if c.get(k))
     try:
         save_weights(net, dir/'model.safetensors', about)
         write_json(dir/'config.json', config)

@@ -138,7 +138,9 @@ class Stopped(KeyboardInterrupt):
 # %% ../nbs/21_lock.ipynb #d19561d0
 class Signals:
     "Inside the block, Ctrl-C and SIGTERM raise `Stopped`; while `gentle`, the first of them is only noted in `got`."
-    def __init__(self): self.got, self.gentle, self.before = 0, False, {}
+    def __init__(self):
+        self.got, self.gentle, self.before = 0, False, {}
+        if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=self.deaf)
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self # others can't listen
@@ -147,11 +149,15 @@ class Signals:
         return self
 
     def __exit__(self, *_):
-        for s,f in self.before.items(): signal.signal(s, f)
+        while self.before: signal.signal(*self.before.popitem())
 
     def hear(self, signum, frame):
         if not self.gentle or self.got: raise Stopped(signum)
         self.got = signum
+
+    def deaf(self): # in a helper that is forked inside the block
+        for s in self.before: signal.signal(s, signal.SIG_IGN if s == signal.SIGINT else signal.SIG_DFL)
+        self.before = {}
 
 # %% ../nbs/21_lock.ipynb #b801a2be
 class Leave(Callback):

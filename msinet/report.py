@@ -25,7 +25,7 @@ STYLE_SHEET = """
 :root { color-scheme: light dark; --ink:#222; --soft:#667; --line:#ddd; --paper:#fff; --card:#fafafa }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6e6e6; --soft:#9aa; --line:#3a3a3f; --paper:#17181c; --card:#202127 } }
 body { font:16px/1.55 system-ui,sans-serif; color:var(--ink); background:var(--paper); max-width:54rem; margin:2.5rem auto; padding:0 1.2rem }
-h1 { font-size:1.7rem; margin-bottom:.2rem } h2 { font-size:1.15rem; margin:2.4rem 0 .4rem } p { margin:.4rem 0 } .soft { color:var(--soft) }
+h1 { font-size:1.7rem; margin-bottom:.2rem } h2 { font-size:1.15rem; margin:2.4rem 0 .4rem } p { margin:.4rem 0; overflow-wrap:anywhere } .soft { color:var(--soft) }
 img { max-width:100%; background:#fff; border:1px solid var(--line); border-radius:6px; padding:.4rem; box-sizing:border-box }
 table { border-collapse:collapse; font-variant-numeric:tabular-nums } td,th { padding:.25rem .9rem .25rem 0; text-align:right; border-bottom:1px solid var(--line) } td:first-child,th:first-child { text-align:left }
 .word b { display:inline-block; min-width:1.5em; text-align:center; color:#fff; border-radius:4px; padding:.05em .1em; margin-right:.15em } .word i { display:inline-block; width:.5em }
@@ -68,7 +68,7 @@ def worries(
     "What a run was warned of, in words and drawn."
     phases = {p: [r for r in history if r.get('phase', '') == p] for p in dict.fromkeys(r.get('phase', '') for r in history)}
     ill = {p: {k: t for r in rows for k,t in ills(r).items()} for p,rows in phases.items()}
-    return [section(f'Look twice: {p}', '. '.join(ill[p].values()) + '. The dots that are red were beyond the dashed line.', health_figure(rows)) for p,rows in phases.items() if ill[p]]
+    return [section(f'Look twice: {p}', '. '.join(t[0].upper() + t[1:] for t in ill[p].values()) + '. The dots that are red were at the dashed line or beyond it.', health_figure(rows)) for p,rows in phases.items() if ill[p]]
 
 # %% ../nbs/30_report.ipynb #097007cc
 def report(

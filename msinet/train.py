@@ -161,9 +161,10 @@ def build(
 def misfits(
     own:dict, given:dict, # name -> tensor: the network's, the file's
 ) -> list[str]: # one line each
-    "What of a file doesn't fit: names that are missing or too many, shapes that differ."
+    "What of a file doesn't fit: names that are missing or too many, shapes that differ; where all fit, tensors that hold nan or inf."
     shape = lambda d, k: tuple(d[k].shape) if isinstance(d.get(k), Tensor) else 'missing' if k not in d else 'no tensor'
-    return [f'{k} is {shape(given, k)}, expected {shape(own, k)}' for k in {**own, **given} if shape(own, k) != shape(given, k) or not isinstance(given[k], Tensor)]
+    odd = [f'{k} is {shape(given, k)}, expected {shape(own, k)}' for k in {**own, **given} if shape(own, k) != shape(given, k) or not isinstance(given[k], Tensor)]
+    return odd or [f'{k} is not finite, expected numbers' for k,v in given.items() if not v.isfinite().all()]
 
 # %% ../nbs/23_train.ipynb #d09c02d3
 def start_from(

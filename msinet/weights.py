@@ -31,6 +31,7 @@ def from_osnet(
     sd, out = state_dict.get('state_dict', state_dict) if isinstance(state_dict, dict) else {}, {}
     if not isinstance(sd, dict) or not all(isinstance(k, str) for k in sd) or not sd: raise InputError('found no names, expected a state dict: names and tensors')
     for key,v in sd.items():
+        if f'module.{key}' in sd: raise InputError(f"{key!r} is there with and without 'module.', expected each tensor once: remove one of them")
         name = key.removeprefix('module.')
         for pattern,new in OSNET_NAMES: name = re.sub(pattern, new, name)
         if name.startswith('backbone') and '.IN.' not in name or name.startswith('neck'): out[name] = v

@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from msinet.learner import Learner, NotFinite
 from msinet.lock import Lock
 from msinet.search import SEARCH, SearchStep, search
 from msinet.pretrain import ClassStep, PretrainConfig, pretrain
+from msinet.report import report
 from msinet.train import TRAIN, TrainStep, train
 from msinet.unsup import UNSUP, ClusterStep, uda, usl
 
@@ -267,6 +269,34 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+HELPERS = """
+import multiprocessing
+from msinet.lock import Signals
+with Signals():
+    for _ in range(20):
+        with multiprocessing.get_context("fork").Pool(4) as pool:
+            pool.map(abs, range(8))
+"""
+
+
+def test_helpers_leave_without_a_word():
+    "Processes that render are forked while signals are listened to: told to end, they end, and don't take it for the user's Ctrl-C."
+    with subprocess.Popen([sys.executable, "-c", HELPERS], stderr=subprocess.PIPE, text=True, start_new_session=True) as p:
+        try:
+            assert p.communicate(timeout=60)[1] == "" and p.returncode == 0
+        finally:
+            if p.poll() is None:
+                os.killpg(p.pid, signal.SIGKILL)
+
+
+def test_the_page_of_a_run_that_stopped(whole, tmp_path):
+    "Nothing is found yet, and there are numbers to look at."
+    shutil.copytree(whole["search"]["run"], tmp_path / "run")
+    for name in ("genotype.json", "metrics.json", "search.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert "The architecture" in report(tmp_path / "run").read_text(encoding="utf-8")
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------------------------
