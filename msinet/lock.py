@@ -138,7 +138,7 @@ class Stopped(KeyboardInterrupt):
 # %% ../nbs/21_lock.ipynb #d19561d0
 class Signals:
     "Inside the block, Ctrl-C and SIGTERM raise `Stopped`; while `gentle`, the first of them is only noted in `got`."
-    def __init__(self): self.got, self.gentle, self.before, self.process = 0, False, {}, os.getpid()
+    def __init__(self): self.got, self.gentle, self.before = 0, False, {}
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self # others can't listen
@@ -150,7 +150,6 @@ class Signals:
         for s,f in self.before.items(): signal.signal(s, f)
 
     def hear(self, signum, frame):
-        if os.getpid() != self.process: os._exit(128+signum) # a helper that was forked in here has nothing to save
         if not self.gentle or self.got: raise Stopped(signum)
         self.got = signum
 

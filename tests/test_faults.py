@@ -30,7 +30,7 @@ import msinet.unsup
 from msinet.checkpoint import generations, load, newest
 from msinet.core import InputError
 from msinet.learner import Learner, NotFinite
-from msinet.lock import Lock, Signals
+from msinet.lock import Lock
 from msinet.search import SEARCH, SearchStep, search
 from msinet.pretrain import ClassStep, PretrainConfig, pretrain
 from msinet.train import TRAIN, TrainStep, train
@@ -208,20 +208,6 @@ def test_killed_at_any_moment(kind, whole, tmp_path):
         said = list(pool.map(lambda k: killed_and_resumed(kind, tmp_path / f"k{k}", k, signal.SIGKILL, whole[kind]), at))
     assert len(said) == KILLS[kind] and all(first["end"] == "killed" for first, _, _ in said)
     assert {done for _, done, _ in said} >= ({0, 1, 2} if kind in NAMED else {0, 1})
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_helper_that_is_told_to_stop_goes_without_a_word(sig, capfd):
-    "As those that draw the pictures, at the first `make demo`: the run's signals are not theirs."
-    with Signals() as signals:
-        pid = os.fork()
-        if not pid:
-            signal.pause()
-            os._exit(0)
-        os.kill(pid, sig)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + sig and not signals.got
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", GO)
