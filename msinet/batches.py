@@ -280,7 +280,7 @@ class PKSampler:
         seed:int=0, # of the run
     ):
         n = len({int(l) for l in labels if l >= 0})
-        if n < P: raise InputError(f'{n} identities, but a batch takes P = {P}; expected at least as many: take a smaller P or more identities')
+        if n < P: raise InputError(f'{n} identities, but a batch takes P = {P}; expected at least as many: take a smaller batch, which is P·K, or more identities')
         self.labels, self.P, self.K, self.seed = np.asarray(labels), P, K, seed
         self.epoch = self.done = self.start = 0
 

@@ -209,7 +209,11 @@ def ask(cfg:QueryConfig):
 
 def pair(cfg:CompareConfig):
     "`msinet compare`"
-    for k,v in run_compare(cfg).items(): print(f'{k:12} {v}')
+    v = run_compare(cfg)
+    low, high = v['fmr_interval']
+    print(f"same       {'yes' if v['same'] else 'no'}: distance {v['distance']:.3f}; yes is said below {v['threshold']:.3f}")
+    print(f"threshold  from {v['data']}: below it lie {v['fmr']:.2%} [{low:.2%}, {high:.2%}] of its false pairs and {v['tmr']:.0%} of its true ones")
+    print(f"these two  {v['nearer_false']:.2%} of the false pairs are nearer, {v['nearer_true']:.0%} of the true ones")
 
 def check(cfg:CheckConfig):
     "`msinet data check`"

@@ -470,7 +470,7 @@ def search(
             if main:
                 with last_words(run):
                     write_json(run/'genotype.json', dict(genotype=word, alphas=alphas(net).tolist(), softmax=alphas(net).softmax(1).tolist()))
-                    write_json(run/'metrics.json', metrics)
+                    if not (run/'model.safetensors').exists(): write_json(run/'metrics.json', metrics) # a training that followed in this folder keeps its own
                     save_weights(net, run/'search.safetensors', dict(kind='supernet', genotype=word, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse, narrow=cfg.narrow, size=cfg.size))
     acc.wait_for_everyone()
     return Found(word, history.array(), net, learn.history, metrics, run, history.step_array())

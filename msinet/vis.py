@@ -537,7 +537,7 @@ def cmc_plot(
     for i,(name,v) in enumerate(c.items()):
         ax.plot(np.arange(1,len(v)+1), 100*v, color=NETS[i%len(NETS)], ls=LINES[i%len(LINES)], marker='.', label=f'{name}: {100*v[0]:.1f}')
     ax.set(xlabel='rank', ylabel='queries matched (%)', xticks=[1, *range(5, max(map(len, c.values()))+1, 5)])
-    ax.legend(title='rank 1 (%)', title_fontsize=7)
+    ax.legend(title='rank 1 (%)', title_fontsize=7, loc='center left', bbox_to_anchor=(1,.5)) # a curve may go anywhere
     return ax
 
 # %% ../nbs/01_vis.ipynb #9ad0b6bb

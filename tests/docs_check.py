@@ -23,6 +23,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 OUT = "_docs_check"
 LIMIT = 3_000_000  # bytes of a page that still opens at once on a phone
+NO_WORDS = "No description has been provided for this image"  # what nbconvert writes where a picture has none
 MATHJAX = r"""<script>MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']]}}</script>
 <script defer src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"></script>"""  # equations, for whoever reads a page while connected; no check needs it
 
@@ -90,11 +91,11 @@ def plain_markdown(text):
 
 
 class Seen(HTMLParser):
-    "Anchors, links and pictures of a page, each with the heading it stands under."
+    "Anchors, links and pictures of a page, each with the heading it stands under; `mute` are those of pictures that no words stand in for."
 
     def __init__(self, html):
         super().__init__()
-        self.ids, self.links, self.images, self.under, self.heading = set(), [], [], "the top", None
+        self.ids, self.links, self.images, self.mute, self.under, self.heading = set(), [], [], [], "the top", None
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -106,6 +107,7 @@ class Seen(HTMLParser):
             self.links.append((a["href"] or "", self.under))
         if tag == "img":
             self.images.append(((a.get("src") or "")[:500], self.under))
+            self.mute += [self.under] * ((a.get("alt") or NO_WORDS) == NO_WORDS)
 
     def handle_data(self, data):
         if self.heading is not None:
@@ -157,9 +159,10 @@ def render(page, exporter):
             cells += [nbformat.v4.new_markdown_cell(plain_markdown(d)) for d in docs]
             continue
         code = "\n".join(s for s in source.split("\n") if not s.startswith("#|"))
+        alt = re.search(r"^#\| *fig-alt: *(.+)", source, re.M)
         if folded := "#| code-fold: true" in source:
             cells.append(nbformat.v4.new_markdown_cell(f"<details><summary>Check</summary>\n\n```python\n{code}\n```\n\n</details>"))
-        c = nbformat.from_dict(dict(c, source=code, execution_count=None, metadata={"tags": ["folded"] * folded}))
+        c = nbformat.from_dict(dict(c, source=code, execution_count=None, metadata={"tags": ["folded"] * folded, **({"alt": alt[1]} if alt else {})}))
         for o in c.outputs:
             for at, keys in ((o, ("text",)), (o.get("data", {}), o.get("data", {}).keys())):
                 at.update({k: "".join(at[k]) for k in keys if isinstance(at.get(k), list)})
@@ -222,6 +225,8 @@ def faults(pages, rows, nbs, home=""):
         lines = [*p.faults, *equation_faults(p)]
         lines += [f"{why}: {href}, under {under}" for href, under in seen[p.name].links if (why := link_fault(href, p, pages, seen, nbs, home))]
         lines += [f"{why}, under {under}" for src, under in seen[p.name].images if (why := image_fault(src, p, nbs))]
+        if mute := seen[p.name].mute:
+            lines.append(f"{len(mute)} of its pictures without words for those who can't see them, the first under {mute[0]}: #| fig-alt: what is to be seen")
         if len(p.html.encode()) > LIMIT:
             lines.append(f"{len(p.html.encode())/1e6:.1f} MB, more than {LIMIT/1e6:.0f}")
         said += [f"{p.name}: {line}" for line in lines]

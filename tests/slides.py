@@ -5,8 +5,10 @@ all else stays on the slide where it comes. Imports, hidden cells and checks are
 Code of more than four lines shows only what it gives, unless it is there to be answered.
 """
 import re
+from html import escape
 from pathlib import Path
 
+from docs_check import NO_WORDS
 from tidy import is_check
 
 CLASS = Path(__file__).parent.parent / "nbs" / "class"
@@ -41,14 +43,20 @@ def slides(path):
     from nbconvert import SlidesExporter
     from traitlets.config import Config
 
-    nb = nbformat.read(path, 4)
+    nb, alts = nbformat.read(path, 4), []
     for cell in nb.cells:
+        if cell.cell_type == "code" and (alt := re.search(r"^#\| *fig-alt: *(.+)\n", cell.source, re.M)):
+            cell.source = cell.source.replace(alt[0], "")
+            alts += [alt[1]] * sum("image/png" in o.get("data", {}) for o in cell.outputs)
         cell.metadata["slideshow"], cell.metadata["tags"] = {"slide_type": kind(cell)}, ["long"] * long(cell)
         if cell.cell_type == "markdown":  # links between notebooks are links between slides
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.slides.html)", cell.source)
     config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"long"}))
     exporter = SlidesExporter(config=config, reveal_scroll=True, reveal_theme="simple", reveal_transition="none", exclude_input_prompt=True, exclude_output_prompt=True)
-    return exporter.from_notebook_node(nb)[0]
+    page = exporter.from_notebook_node(nb)[0]
+    for words in alts:
+        page = page.replace(NO_WORDS, escape(words), 1)
+    return page
 
 
 if __name__ == "__main__":

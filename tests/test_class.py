@@ -185,6 +185,7 @@ def test_checks_are_folded():
 def test_slides_leave_answers_out():
     pytest.importorskip("nbconvert")
     page = slides(CLASS / "02_twins.ipynb")
+    assert "No description" not in page and "fig-alt" not in page and page.count("<img") >= 3
     assert page.count("<section") > 9 and "check(answer" not in page and "from msinet" not in page
     assert kind(dict(cell_type="markdown", source=["## Next"])) == "slide" and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide" and kind(dict(cell_type="markdown", source=["Look"])) == "-"
     assert kind(dict(cell_type="code", source=["import torch\n", "from msinet.vis import *"])) == "skip" and kind(dict(cell_type="code", source=["x = 1"])) == "-"

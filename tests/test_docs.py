@@ -39,6 +39,7 @@ def said(tmp_path, to_html, cells, others=(), listed=True):
     return dc.faults(pages, rows, tmp_path, "https://example.org/kit")
 
 
+PICTURE = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
 OTHER = {"sub/b.ipynb": md("# b", "## Two words, and β\n\n### `fold`")}
 
 
@@ -47,6 +48,12 @@ def test_a_sound_page_has_no_fault(tmp_path, to_html):
                "## Place\n\nSee @eq-x\n\n$$y=1$$ {#eq-x}", "<span id=\"own\"></span>[own](#own) [home](https://example.org/kit/sub/b.html#fold) `[no](link.ipynb)`",
                "```python\n[x](nowhere.ipynb) @eq-none\n```")
     assert said(tmp_path, to_html, cells, OTHER) == []
+
+
+def test_a_pictures_words_reach_the_page(to_html):
+    page = dc.Page("a.ipynb", [code("#| label: two\n#| fig-alt: Two curves, one <below> the other\ndraw()", PICTURE, PICTURE)])
+    dc.render(page, to_html)
+    assert page.html.count('alt="Two curves, one &lt;below&gt; the other"') == 2 and "fig-alt" not in page.html and not dc.Seen(page.html).mute
 
 
 @pytest.mark.parametrize("cells,what", [
@@ -61,6 +68,8 @@ def test_a_sound_page_has_no_fault(tmp_path, to_html):
     (md("[x](htp://a.org)"), "neither a page nor"),
     (md("![x](none.png)"), "no such picture"),
     (md("<img alt='x'>"), "without a source"),
+    (md("![](data:,)"), "1 of its pictures without words"),
+    ([code("draw()", PICTURE, PICTURE)], "2 of its pictures without words for those who can't see them, the first under “a”"),
     (md("as @eq-far says"), "equation eq-far"),
     (md(r"as \eqref{far} says"), "equation far"),
     ([code("1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero", traceback=[]))], "error output ZeroDivisionError"),

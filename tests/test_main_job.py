@@ -100,6 +100,8 @@ def test_demo_from_own_pictures(pictures, tmp_path, capsys):
     main(f"evaluate --run {run}".split())
     assert "mAP" in capsys.readouterr().out
     assert config_of(run, TrainConfig).data == own
+    main(f"search --out {run} --resume".split())
+    assert read_run(run)["metrics"] == r["metrics"], "a finished search that is resumed leaves the training's numbers"
 
 
 class Stop(Callback):
