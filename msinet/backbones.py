@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CDNET', 'BACKBONES', 'NECKS', 'ScaleBlock', 'ScaleNet', 'osnet', 'FCNeck', 'cdnet', 'timm_tools', 'resnet50', 'ToMap',
-           'ViT', 'vit', 'check_backbone', 'compared']
+           'on_grid', 'ViT', 'vit', 'check_backbone', 'compared']
 
 # %% ../nbs/16_backbones.ipynb #7f9d56e2
 from collections import OrderedDict
@@ -133,6 +133,17 @@ class ToMap(nn.Module):
     ) -> Tensor: # (B, C, h, w)
         return rearrange(x, 'b (h w) c -> b c h w', h=h)
 
+# %% ../nbs/16_backbones.ipynb #3be1c4d7
+def on_grid(
+    pos:Tensor,          # (1, 1+n, d) positions of the class token and of n patches
+    grid,                # rows and columns of patches
+    distilled:bool=False, # they have a second token, which is left out, as TransReID does
+) -> Tensor: # (1, 1 + rows*columns, d)
+    "A ViT's positions, laid onto another grid."
+    from timm.layers import resample_abs_pos_embed
+    if distilled: pos = torch.cat([pos[:,:1], pos[:,2:]], 1)
+    return resample_abs_pos_embed(pos, list(grid), num_prefix_tokens=1)
+
 # %% ../nbs/16_backbones.ipynb #0e5349f3
 class ViT(nn.Module):
     "A vision transformer whose tokens are maps. A backbone."
@@ -143,16 +154,13 @@ class ViT(nn.Module):
         cls:bool=False,          # one more map of a single place, the class token: a neck then embeds by it
     ):
         super().__init__()
-        from timm.layers import resample_abs_pos_embed
         patch, n, d = net.patch_embed.proj.kernel_size[0], len(net.blocks), net.embed_dim
         self.size, self.cls, self.rows = tuple(size), cls, (size[0]-patch)//stride + 1
         net.patch_embed.proj.stride = (stride, stride)
-        pos = net.pos_embed.detach()
-        if hasattr(net, 'dist_token'): # distilled DeiT: without its second token, as TransReID uses it
-            del net.dist_token
-            pos = torch.cat([pos[:,:1], pos[:,2:]], 1)
+        pos = on_grid(net.pos_embed.detach(), (self.rows, (size[1]-patch)//stride + 1), hasattr(net, 'dist_token'))
+        if hasattr(net, 'dist_token'): del net.dist_token
         self.net, self.at = net, (n//3, 2*n//3, n)
-        net.pos_embed = nn.Parameter(resample_abs_pos_embed(pos, [self.rows, (size[1]-patch)//stride + 1], num_prefix_tokens=1))
+        net.pos_embed = nn.Parameter(pos)
         self.cells = nn.ModuleList(ToMap() for _ in self.at)
         self.channels = (d,)*(3+cls)
         mean, std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean','std'))

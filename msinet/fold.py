@@ -20,7 +20,6 @@ from .space import *
 from .necks import *
 from .checkpoint import *
 from .train import *
-from .hub import to_hub
 
 # %% ../nbs/31_fold.ipynb #db038295
 @torch.no_grad()
@@ -198,7 +197,9 @@ class ExportConfig:
 # %% ../nbs/31_fold.ipynb #2f6586ee
 def run_export(cfg:ExportConfig) -> Path: # the file, or the folder
     "`msinet export`"
-    if cfg.hub: return to_hub(cfg.run, cfg.hub)
+    if cfg.hub:
+        from msinet.hub import to_hub # here, because its library would slow the start of every command
+        return to_hub(cfg.run, cfg.hub)
     net, about = open_net(cfg.run)
     run = Path(cfg.run)
     path = Path(cfg.out) if cfg.out else (run if run.is_dir() else run.parent)/'model.onnx'

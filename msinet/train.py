@@ -173,8 +173,9 @@ def start_from(
     fresh:bool=False, # may classifiers of other identities stay as they are?
 ) -> list[str]: # names in the file that were not used
     "Take in weights, every one of them; the neck stays fresh where the file is a backbone alone. Raises `InputError`, and changes nothing, when anything doesn't fit."
-    released, left = from_osnet if isinstance(net.neck, FCNeck) else lambda sd: from_official(sd, left), []
-    sd = load_weights(path)[0] if str(path).endswith('.safetensors') else released(load(path))
+    left, sd = [], load_weights(path)[0] if str(path).endswith('.safetensors') else load(path)
+    if not isinstance(sd, dict) or not any(str(k).startswith(('backbone.', 'neck.')) for k in sd): # others' names
+        sd = from_osnet(sd) if isinstance(net.neck, FCNeck) else from_timm(sd, net, left) if isinstance(net.neck, BNNeck) else from_official(sd, left)
     own = net.state_dict()
     if sd and all(k.startswith('backbone.') for k in sd): sd = {k: v for k,v in own.items() if not k.startswith('backbone.')} | sd
     wrong = misfits(own, sd)

@@ -15,8 +15,8 @@ from msinet.cam import cam
 from msinet.core import Hooks, InputError, macs, n_params
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.sam import SAM
-from msinet.train import TrainStep
-from msinet.weights import from_osnet, take
+from msinet.train import TrainStep, network, start_from
+from msinet.weights import from_osnet, from_timm, take
 
 tiny_vit = partial(vit, "vit_tiny_patch16_224", (64, 32))
 SMALL = dict(resnet50=resnet50, osnet=osnet, cdnet=cdnet, vit=partial(tiny_vit, drop_path=0.))
@@ -276,3 +276,28 @@ def test_a_backbone_that_does_not_fit_is_refused_and_nothing_changes(spoil):
 def test_names_that_are_not_osnets_are_refused(name):
     with pytest.raises(InputError, match=name):
         from_osnet({name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name,timms", [("resnet50", "resnet50"), ("deit_s", "deit_small_distilled_patch16_224"), ("deit_s", "deit_small_patch16_224")])
+def test_files_of_timm_are_taken_in_strictly(name, timms, tmp_path):
+    "A file of timm's, without a network: all but its classifier is used; too few, too many, another shape and another network's are refused by name."
+    sd = timm_tools().create_model(timms, num_classes=3).state_dict()
+    net = network(name, "", None, 3, (64, 32), 2)
+    key = next(k for k in sd if k.endswith("bias"))
+    neck = {k: v.clone() for k, v in net.state_dict().items() if k.startswith("neck.")}
+
+    def go(sd):
+        torch.save(sd, tmp_path / "w.pth")
+        return start_from(net, str(tmp_path / "w.pth"))
+
+    for bad in ({k: v for k, v in sd.items() if k != key}, sd | {key: torch.zeros(1)}, sd | {f"{key}s": torch.zeros(1)}, torchreid_like(), dict(sd, **{key: 3})):
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(InputError, match="does not fit"):
+            go(bad)
+        assert_close(net.state_dict(), before, rtol=0, atol=0)
+    left = go(sd)
+    assert left and all(k.startswith(("fc.", "head")) or k == "dist_token" for k in left)
+    own = net.state_dict()
+    assert_close(own[("backbone.net." if name == "deit_s" else "backbone.") + key], sd[key])
+    assert all(torch.equal(v, own[k]) for k, v in neck.items())
+    assert len(from_timm(sd, net)) == len([k for k in own if k.startswith("backbone.")])

@@ -72,3 +72,13 @@ def test_notebook_is_fit_to_read(path):
         plain = json.dumps([o.get("text", o.get("data", {}).get("text/plain", "")) for o in outs])
         assert not re.search(r"/(home|tmp|root|Users)/|[A-Z]:\\\\Users", plain), plain[:200]
         assert "#| export" not in source(c) or c["cell_type"] == "code"
+
+
+@pytest.mark.parametrize("path", NBS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_picture_has_words_for_those_who_cannot_see_it(path):
+    "Each cell with a stored picture says in one line what is to be seen; YAML reads the line, so it has no colon or quotes."
+    for n, c in enumerate(CELLS[path]):
+        shown = any(kind.startswith("image/") for o in c.get("outputs", []) for kind in o.get("data", {}))
+        said = re.findall(r"^#\| *fig-alt: *(.*)$", source(c), re.M) if c["cell_type"] == "code" else []
+        assert shown <= len(said) <= 1, f"cell {n}: one line #| fig-alt: … is expected on top"
+        assert all(15 <= len(s) <= 140 and not set(s) & set(":\"") and re.match(r"(#\|.*\n)*", source(c))[0].count("fig-alt") == 1 for s in said), f"cell {n}: {said}"
