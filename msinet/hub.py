@@ -84,8 +84,7 @@ def load(
     if not (dir/'config.json').is_file() or not (dir/'model.safetensors').is_file(): raise InputError(f'{dir} holds no model (config.json and model.safetensors), expected a folder that `msinet export --hub` wrote')
     config, (sd, _) = said(dir, 'config'), load_weights(dir/'model.safetensors')
     try:
-        net = HubNet(**config)
-        net.load_state_dict(sd)
+        net = filled(lambda: HubNet(**config), sd, config.get('rho', 3))
     except InputError: raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e:
         raise InputError(f"{dir} is not what its config.json says ({' '.join(str(e).split())[:160]}), expected weights of that network") from None

@@ -2,6 +2,8 @@
 import io
 import json
 import pickle
+import sys
+import time
 import warnings
 import zipfile
 
@@ -192,3 +194,23 @@ def test_words(words):
             fine(parse, words)
         except SystemExit as e:
             assert e.code in (0, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize("lie", [dict(channels=[64, 10**6, 10**6, 10**6]), dict(rho=10**7), dict(n_ids=10**9), dict(backbone="vit_b", size=[10**5, 10**5])])
+def test_a_file_cannot_ask_for_more_memory_than_it_brings(lie, tmp_path):
+    "What a model's folder says about itself is compared with its weights before anything is built."
+    import resource
+
+    about = dict(genotype="G" * 12, channels=[4, 16, 16, 16], rho=3, size=[32, 16]) | lie
+    save_weights(SMALL, tmp_path / "model.safetensors", about)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    start, limits = time.perf_counter(), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**29, limits[1]))
+    try:
+        for f in (load_model,) if "n_ids" in lie else (load_model, open_net):
+            with pytest.raises(InputError, match="differ|too few"):
+                f(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert time.perf_counter() - start < 20
