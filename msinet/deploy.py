@@ -6,10 +6,10 @@
 __all__ = ['weights_hash', 'picture_input', 'picture_vector', 'picture_vectors', 'Answer', 'Gallery', 'index_folder',
            'save_gallery', 'load_gallery', 'answer_strip', 'faiss_module', 'write_index', 'read_index', 'approximate',
            'candidates', 'recall', 'pair_distances', 'threshold', 'rate_interval', 'Verdict', 'verdict', 'compare',
-           'pair_plot', 'QueryConfig', 'run_query', 'CompareConfig', 'run_compare']
+           'pair_plot', 'QueryConfig', 'hidden', 'run_query', 'CompareConfig', 'run_compare']
 
 # %% ../nbs/31_deploy.ipynb #a054e82c
-import hashlib, json, os
+import hashlib, json, os, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -334,9 +334,22 @@ class QueryConfig:
     image:str       # picture to ask with
     index:str=''    # folder of pictures to index into the gallery first
     run:str=''      # the network: a run folder or its weights; empty takes the one that made the gallery
+    hide:str=''     # a regular expression: pictures whose names it finds are no answers, e.g. _cam1 for those of the asking camera
     k:int=15        # how many
     out:str=''      # name of the .png and .json without ending; empty: `answer` in the gallery's folder
     device:str=''   # cpu, cuda, mps; empty takes the best
+
+# %% ../nbs/31_deploy.ipynb #c0ffee31
+def hidden(
+    names,       # of a gallery
+    image,       # the picture that is asked about
+    pattern:str, # a regular expression; empty hides nothing
+) -> list: # of names
+    "Pictures that are no answers: the asking one itself, and those whose file names fit. Raises `InputError` for a pattern that isn't one."
+    try: fits = re.compile(pattern).search if pattern else lambda name: False
+    except re.error as e: raise InputError(f'hide {pattern!r} is no regular expression ({e}); expected one such as _cam1') from None
+    asked = Path(image)
+    return [n for n in names if fits(Path(n).name) or Path(n).name == asked.name and Path(n).resolve() == asked.resolve()]
 
 # %% ../nbs/31_deploy.ipynb #45b970ae
 def run_query(
@@ -348,7 +361,9 @@ def run_query(
     net, about = open_net(run)
     net = net.to(def_device(cfg.device))
     if cfg.index: save_gallery(index_folder(net, cfg.index, about['size'], Path(run).resolve()), cfg.gallery)
-    a = load_gallery(cfg.gallery, net).query(net, cfg.image, cfg.k)
+    g = load_gallery(cfg.gallery, net)
+    gone = hidden(g.names, cfg.image, cfg.hide)
+    a = (g.remove(gone) if gone else g).query(net, cfg.image, cfg.k) # the rest is compared one by one, an index knows nothing of what is gone
     name = cfg.out or str(Path(cfg.gallery)/'answer')
     _, png = save_figure(answer_strip(cfg.image, a), Path(name).name, Path(name).parent)
     answer = dict(image=cfg.image, names=a.names, distances=[round(float(d), 6) for d in a.dist])

@@ -119,7 +119,14 @@ def run(tmp_path_factory):
 
 def test_commands(run, pics, tmp_path):
     out = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), index=str(pics), run=str(run), k=4))
-    assert out["names"][0] == str(pics/"3.png") and len(out["names"]) == 4 and out["distances"][0] < 1e-3
+    assert str(pics/"3.png") not in out["names"] and len({*out["names"]}) == 4 and out["distances"] == sorted(out["distances"])
+    shutil.copy(pics/"3.png", tmp_path/"asked.png")
+    same = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(tmp_path/"asked.png"), k=5))
+    assert same["names"] == [str(pics/"3.png"), *out["names"]] and same["distances"][0] < 1e-3
+    less = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), k=99, hide="[0-2].png"))
+    assert {Path(n).name for n in less["names"]} == {p.name for p in pics.iterdir()} - {"0.png", "1.png", "2.png", "3.png"}
+    with pytest.raises(InputError, match="is no regular expression"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image="x", hide="("))
+    with pytest.raises(InputError, match="of 0 pictures"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), hide="."))
     again = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), k=4, out=str(tmp_path/"o"/"x")))
     assert again["names"] == out["names"] and json.loads((tmp_path/"o"/"x.json").read_text())["names"] == out["names"] and (tmp_path/"o"/"x.png").stat().st_size > 1000
     v = run_compare(CompareConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), data="synth:n_ids=1,n_test=8", fmr=.05, out=str(tmp_path/"pair")))
