@@ -6,11 +6,10 @@
 __all__ = ['LEVELS', 'RECORD', 'LAYOUTS', 'DRAWING', 'Dials', 'World', 'Shot', 'parse_world', 'parse', 'identity', 'site',
            'Visit', 'visit', 'backdrop', 'spot_below', 'framed', 'stage', 'snap', 'cams_of', 'synth', 'is_rendered',
            'render', 'beside', 'mask', 'lookalikes', 'distractors', 'as_market', 'as_msmt', 'as_veri', 'as_vehicleid',
-           'save_shot', 'leave_quietly', 'draw_into', 'record', 'is_there', 'write_layout', 'synth_options', 'drawn',
-           'get_data']
+           'save_shot', 'draw_into', 'record', 'is_there', 'write_layout', 'synth_options', 'drawn', 'get_data']
 
 # %% ../nbs/03_synth.ipynb #aca04f80
-import hashlib, inspect, json, multiprocessing, os, shutil, signal, sys
+import hashlib, inspect, json, multiprocessing, os, shutil, sys
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, reduce
@@ -387,12 +386,6 @@ def save_shot(
     for f in files: Image.fromarray(image).save(f, quality=95)
     Image.fromarray(np.round(255*m).astype(np.uint8)).save(mask_file)
 
-# %% ../nbs/03_synth.ipynb #5b0e7c46
-def leave_quietly():
-    "A process that helps drawing has no say in how a run ends: SIGTERM ends it without a word, Ctrl-C is for the one that started it."
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
 # %% ../nbs/03_synth.ipynb #28be4389
 def draw_into(
     folder:Path,   # to be made
@@ -408,7 +401,7 @@ def draw_into(
     bar = lambda done: [None for _ in tqdm(done, total=len(jobs), disable=None if progress else True, desc='drawing')]
     if procs < 2: return bar(map(save_shot, jobs))
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
-    with context.Pool(procs, leave_quietly) as pool: bar(pool.imap_unordered(save_shot, jobs, chunksize=16))
+    with context.Pool(procs) as pool: bar(pool.imap_unordered(save_shot, jobs, chunksize=16))
 
 # %% ../nbs/03_synth.ipynb #0acd604e
 DRAWING = 1 # the version of the drawing: raised when the same names give other pictures

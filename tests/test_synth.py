@@ -259,9 +259,3 @@ def test_what_cannot_be_written(tmp_path):
     assert (real/'keep.txt').read_text() == 'mine'
     (tmp_path/'file').write_text('')
     with pytest.raises(InputError, match='cannot be written'): write_layout(small(), tmp_path/'file')
-
-
-def test_processes_that_draw_leave_quietly(tmp_path):
-    code = "from msinet.lock import Signals\nfrom msinet.synth import get_data\nif __name__ == '__main__':\n    for seed in range(4):\n        with Signals(): get_data(f'synth:seed={seed},n_ids=4,n_test=3,cams=3,visits=3', (32,16))"
-    out = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(MSINET_CACHE=str(tmp_path)), capture_output=True, text=True)
-    assert out.returncode == 0 and len(list(tmp_path.iterdir())) == 4 and 'Traceback' not in out.stderr, out.stderr
