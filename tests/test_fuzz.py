@@ -19,7 +19,7 @@ from msinet.cli import parse
 from msinet.core import InputError, check_below
 from msinet.data import folder
 from msinet.figures import config_of, read_run
-from msinet.hub import load as load_model
+from msinet.hub import HubNet, load as load_model
 from msinet.items import read_list
 from msinet.learner import read_log
 from msinet.lock import Lock
@@ -208,9 +208,9 @@ def test_a_file_cannot_ask_for_more_memory_than_it_brings(lie, tmp_path):
     start, limits = time.perf_counter(), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**29, limits[1]))
     try:
-        for f in (load_model,) if "n_ids" in lie else (load_model, open_net):
+        for f in (load_model, HubNet.from_pretrained) if "n_ids" in lie else (load_model, HubNet.from_pretrained, open_net):
             with pytest.raises(InputError, match="differ|too few"):
-                f(tmp_path)
+                f(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert time.perf_counter() - start < 20
