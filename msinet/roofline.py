@@ -12,6 +12,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch.nn import functional as F
 from matplotlib.ticker import LogLocator, NullLocator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,14 +44,16 @@ def measure_machine(
     mb:int=128,   # size of the copy, far above the caches; a GPU needs 2048
     rounds:int=5, # the best of so many
 ) -> Machine:
-    "Measure the rate of matrix products and of copies."
+    "Measure the rate of matrix products, as such and as 1×1 convolutions, and of copies."
     clock, a, big = clock_of(device), torch.randn(n, n, device=device), torch.ones(mb*250_000, device=device)
     out, copy = torch.empty_like(a), torch.empty_like(big)
+    maps, weights = torch.randn(16, n//3, 8, 8, device=device), torch.randn(n//3, n//3, 1, 1, device=device)
     def best(f):
         times = []
         for _ in range(rounds+1): start = clock(); f(); times.append(clock()-start)
         return min(times[1:])
-    return Machine(2*n**3/best(lambda: torch.mm(a, a.T, out=out)), 2*mb*1e6/best(lambda: copy.copy_(big)))
+    products = 2*maps.numel()*len(weights)/best(lambda: F.conv2d(maps, weights)), 2*n**3/best(lambda: torch.mm(a, a.T, out=out))
+    return Machine(max(products), 2*mb*1e6/best(lambda: copy.copy_(big)))
 
 # %% ../nbs/51_roofline.ipynb #44736efb
 def conv_gradients(grad, x, w, bias, stride, padding, dilation, transposed, extra, groups, mask, out_shape=None, **_) -> int:
