@@ -127,7 +127,7 @@ def second_name(
 
 # %% ../nbs/21_checkpoint.ipynb #0293ecc2
 class Checkpoint(Callback):
-    "Store the whole run after every so many epochs, and after the last. A disk that is full is told, and the run goes on."
+    "Store the whole run after every so many epochs, and after the last. A full disk is reported, and the run goes on."
     order = 100 # when everything else has written its row
     def __init__(self,
         path,        # the file, e.g. 'run/search.pt'

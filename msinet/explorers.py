@@ -201,7 +201,7 @@ def sam_explorer(
         for n,(_,a) in seen(query).items():
             texts |= {(len(rows),0): 'â, the guess' if n in sams else 'itself'} | {(len(rows),i): f'cos {float(a[0]@a[i]):.2f}' for i in range(1,len(a))}
             rows.append(list((a/a.max()).view(-1, h, w_))); names.append(f'activation\nvector,\n{n}')
-        return tiles(rows, t, names, texts, rings, vmin=0, vmax=1, label='cosine; vectors / largest', flat=True)
+        return tiles(rows, t, names, texts, rings, vmin=0, vmax=1, label='cosine; vectors: share of their largest', flat=True)
     def spots(query, place): return [(t.box(0, 0, (n%w_/w_, n//w_/h, 1/w_, 1/h)), f'row {n//w_+1}, column {n%w_+1}') for n in range(h*w_)]
     return Panel(draw, dict(query=slider('query', 0, 0, len(data.query)-1), place=slider('place', h//4*w_+w_//2, 0, h*w_-1)), spots=spots, click=lambda i, **v: dict(place=i))
 

@@ -100,7 +100,7 @@ def built(
 def load(
     dir, # a model's folder on this computer
 ) -> HubNet: # in eval mode
-    "A network out of its folder, without any network. Raises `InputError` when it is none."
+    "A network out of its folder, without the internet. Raises `InputError` when the folder holds none."
     dir = Path(dir)
     if not (dir/'config.json').is_file() or not (dir/WEIGHTS).is_file(): raise InputError(f'{dir} holds no model (config.json and model.safetensors), expected a folder that `msinet export --hub` wrote')
     return built(said(dir, 'config'), dir/WEIGHTS, dir)

@@ -35,14 +35,14 @@ from .runs import *
 def unplaced(
     r:Run, files, # as for `located`
 ) -> list: # of names
-    "Sets and weights that a run needs, and of which isn't said where they are."
+    "Sets and weights that a run needs and whose places weren't given."
     named = {r.train.data: r.train.data in COLUMNS, **{s: s == spec for s,spec in r.tests}, r.weights: bool(r.weights)}
     if r.kind == 'uda': named[r.train.source] = r.train.source in COLUMNS
     return [n for n,needed in named.items() if needed and n not in files]
 
 # %% ../nbs/50_trials.ipynb #5b0e7c41
 def untold(who:str, names) -> str:
-    "That a run needs places."
+    "The message that a run needs places."
     return f"{who} needs {' and '.join(names)}, expected to be told where: write --files {' '.join(f'{n}=/path' for n in names)}"
 
 # %% ../nbs/50_trials.ipynb #5b0e7c42
@@ -162,7 +162,7 @@ def shrunk(
 def read_rows(
     where, # folder of trials, or a file of rows
 ) -> list: # of dicts, one per trial, sorted by key
-    "All results of a folder or a file. None when there is no such place."
+    "All results of a folder or a file. An empty list when there is no such place."
     path = Path(where)
     texts = path.read_text().splitlines() if path.is_file() else [p.read_text() for p in sorted(path.glob('*/row.json'))]
     return sorted((json.loads(t) for t in texts if t.strip()), key=lambda r: r['key'])

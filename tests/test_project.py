@@ -48,7 +48,7 @@ def test_export_and_clean_leave_no_difference(tmp_path):
 
 
 def test_floors():
-    "A module imports only modules whose notebook has a lower number."
+    "A module never imports one whose notebook has a higher number."
     floors = exports()
     for name, floor in floors.items():
         tree = ast.parse((ROOT / "msinet" / f"{name}.py").read_text(encoding="utf-8"))
