@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from .core import *
-from .losses import *
-from .sam import *
+
+from .core import InputError
+from .losses import unit
+from .sam import disagreement, SAM
 
 # %% ../nbs/15_align.ipynb #5ce8eb89
 def pairwise(

@@ -15,11 +15,11 @@ import torch
 from torch import nn, Tensor
 from einops import rearrange, reduce
 
-from .core import *
-from .batches import *
-from .ops import *
-from .space import *
-from .necks import *
+from .core import ensure_torchvision, InputError
+from .data.augment import MEAN, STD
+from .ops import ChannelGate
+from .space import conv_bn, derived, down, init_weights, light_conv, MSINet
+from .necks import BNNeck, Branch, classifier, FBLNeck, ReIDNet
 
 # %% ../nbs/16_backbones.ipynb #263af71f
 class ScaleBlock(nn.Module):

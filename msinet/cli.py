@@ -18,26 +18,24 @@ from typing import Annotated, Literal, Union, get_args
 
 import tyro
 
-from .core import *
-from .data import *
-from .check import *
-from .synth import *
-from .batches import *
-from .retrieval import *
-from .devices import *
-from .checkpoint import *
-from .lock import Signals
-from .search import *
-from .train import *
-from .unsup import *
-from .figures import *
-from .report import *
-from .demo import *
-from .deploy import *
-from .fold import *
-from .bench_all import BENCHES, bench, write_bench
-from .pretrain import PretrainConfig, pretrain
-from .experiments import RunConfig, TableConfig, FigureConfig, run_command, table_command, figure_command
+from .core import def_device, InputError, one_line
+from .rendering.world import get_data
+from .data.check import CheckConfig, run_check
+from .retrieval.evaluate import evaluate
+from .engine.devices import part_of
+from .engine.checkpoint import said
+from .engine.lock import Signals
+from .training.search import Preset, scores, SEARCH, search, SearchConfig
+from .training.pretrain import pretrain, PretrainConfig
+from .training.train import open_net, TRAIN, train, TrainConfig
+from .unsup.train import other_domain, uda, UNSUP, UnsupConfig, usl
+from .figures.report import report
+from .figures.run import config_of, run_data, save_figures
+from .deploy.export import ExportConfig, run_export
+from .deploy.gallery import CompareConfig, QueryConfig, run_compare, run_query
+from .quickstart import demo, DemoConfig, winners
+from .paper.experiments import figure_command, FigureConfig, run_command, RunConfig, table_command, TableConfig
+from .bench.all import bench, BENCHES, write_bench
 
 # %% ../nbs/52_cli.ipynb #b8ae866a
 @dataclass(frozen=True)

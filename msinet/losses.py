@@ -9,7 +9,8 @@ __all__ = ['check_labels', 'id_loss', 'unit', 'distances', 'hardest', 'triplet']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .core import *
+
+from .core import InputError
 
 # %% ../nbs/13_losses.ipynb #aca3597d
 def check_labels(

@@ -12,8 +12,6 @@ import torch
 from torch import nn, Tensor
 from einops import reduce
 
-from .core import *
-
 # %% ../nbs/12_necks.ipynb #03f73e04
 class Branch(NamedTuple):
     "What one branch of a neck says about a batch."

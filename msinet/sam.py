@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
-from .core import *
-from .ops import *
-from .losses import *
-from .space import *
+
+from .core import InputError
+from .ops import full, no_autocast
+from .space import init_weights
+from .losses import unit
 
 # %% ../nbs/15_sam.ipynb #a63cf4c9
 def correlation(

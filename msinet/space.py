@@ -15,8 +15,8 @@ import torch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .core import *
-from .ops import *
+from .core import Hooks, InputError
+from .ops import OPS
 
 # %% ../nbs/11_space.ipynb #ff7f6db9
 class Mixed(nn.Module):

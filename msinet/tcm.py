@@ -12,8 +12,9 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .core import *
-from .losses import *
+
+from .core import InputError
+from .losses import check_labels, unit
 
 # %% ../nbs/14_tcm.ipynb #586abcbb
 def by_identity(

@@ -10,10 +10,9 @@ import re
 
 import torch
 
-from .core import *
-from .space import *
-from .necks import *
-from .backbones import *
+from .core import InputError
+from .necks import ReIDNet
+from .backbones import on_grid, ViT
 
 # %% ../nbs/16_weights.ipynb #603ee225
 OSNET_NAMES = [(r'^conv1\.', 'backbone.stem.conv.'), (r'^conv5\.', 'backbone.stages.2.end.'),

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from msinet.bench import bench_data, pillow_path, ratio
-from msinet.bench_all import bench, with_share
-from msinet.bench_method import bench_infer, bench_memory
+from msinet.bench.measure import bench_data, pillow_path, ratio
+from msinet.bench.all import bench, with_share
+from msinet.bench.method import bench_infer, bench_memory
 from msinet.cli import BenchConfig, parse
 from msinet.core import InputError, set_seed, threads
 from msinet.necks import BNNeck, ReIDNet
-from msinet.roofline import Machine, Work, measure_machine, share, work
+from msinet.bench.roofline import Machine, Work, measure_machine, share, work
 from msinet.space import derived
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msinet.check import CheckConfig, check_data, describe_check, draw_check, run_check, write_exclusions
+from msinet.data.check import CheckConfig, check_data, describe_check, draw_check, run_check, write_exclusions
 from msinet.core import InputError
-from msinet.data import load_data
+from msinet.data.layouts import load_data
 
 RNG = np.random.default_rng(0)
 
@@ -151,7 +151,7 @@ def test_picture_of_a_uniform_set(tmp_path, K):
 
 
 def test_rendered_sets_are_checked_without_files():
-    synth = pytest.importorskip("msinet.synth")
+    synth = pytest.importorskip("msinet.rendering.world")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         c = check_data(synth.synth(n_ids=2))

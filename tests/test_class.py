@@ -17,17 +17,17 @@ from torch import nn
 
 from msinet import vis
 from msinet.core import InputError, n_params
-from msinet.health import sameness
-from msinet.lesson import check, exercises
-from msinet.live import live_search
+from msinet.engine.health import sameness
+from msinet.docs.lesson import check, exercises
+from msinet.widgets.live import live_search
 from msinet.ops import OPS
-from msinet.panels import doubt, share_maps
-from msinet.report import report
-from msinet.search import SEARCH, search
-from msinet.slots import moment
+from msinet.figures.panels import doubt, share_maps
+from msinet.figures.report import report
+from msinet.training.search import SEARCH, search
+from msinet.figures.slots import moment
 from msinet.space import TABLE1, alphas, derive, derived, genotype, settle, supernet
-from msinet.train import TRAIN, train
-from msinet.widgets import alpha_player, cost, interaction_lab, word_cost
+from msinet.training.train import TRAIN, train
+from msinet.widgets.lab import alpha_player, cost, interaction_lab, word_cost
 
 sys.path.insert(0, str(Path(__file__).parent))
 from slides import kind, slides  # noqa: E402

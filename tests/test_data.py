@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from msinet.batches import PixelCache, PixelStream, PKSampler, augment, normalise, pad_crop, pixels, pk, pk_batches, random_boxes, random_erase, random_flip, test_loader, train_loader
-from msinet.check import CheckConfig, run_check
+from msinet.data.loaders import PixelCache, PixelStream, PKSampler, pixels, pk, pk_batches, test_loader, train_loader
+from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
+from msinet.data.check import CheckConfig, run_check
 from msinet.core import InputError
-from msinet.data import DATASETS, Item, ReIDData, data_mark, folder, join, load_data, market1501, msmt17, relabel, summary, vehicleid, veri776
+from msinet.data.layouts import DATASETS, join, load_data, market1501, msmt17, vehicleid, veri776
+from msinet.data.items import Item, ReIDData, data_mark, relabel, summary
+from msinet.data.folder import folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*as published")  # the copies here are tiny
 
@@ -304,9 +307,9 @@ def test_odd_names_go_all_the_way(odd, tmp_path):
 def test_a_run_on_odd_names(odd, tmp_path, capsys):
     "Training, the run's page, a gallery, the model's card."
     from msinet.cli import main
-    from msinet.hub import to_hub
-    from msinet.report import report
-    from msinet.train import TRAIN, train
+    from msinet.deploy.hub import to_hub
+    from msinet.figures.report import report
+    from msinet.training.train import TRAIN, train
     run = train(replace(TRAIN["smoke"], data=f"folder={odd}::{CAM}", out=str(tmp_path/"run\n<b>$x^$"), epochs=1)).run
     capsys.readouterr()
     page = report(run).read_text(encoding="utf-8")
@@ -395,7 +398,7 @@ def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
 
 def test_a_picture_that_can_be_read_again(tmp_path, monkeypatch):
     items = many(tmp_path, 1000)
-    import msinet.batches as b
+    import msinet.data.loaders as b
     real = b.read_picture
     def flaky(path):
         if path.endswith("00007.png"): raise InputError("00007.png is not a readable picture (network)")
@@ -458,7 +461,7 @@ def test_two_at_once(items, tmp_path):
 
 @needs_fork
 def test_killed_half_way(tmp_path, monkeypatch):
-    import msinet.batches as b
+    import msinet.data.loaders as b
     items, real = many(tmp_path, 1500), b.read_picture
     monkeypatch.setattr(b, "read_picture", lambda p: (time.sleep(.02), real(p))[1])
     run = multiprocessing.get_context("fork").Process(target=build, args=([i.path for i in items], tmp_path/"c"))
@@ -472,7 +475,7 @@ def test_killed_half_way(tmp_path, monkeypatch):
 
 
 def test_rendered_pixels():
-    synth = pytest.importorskip("msinet.synth")
+    synth = pytest.importorskip("msinet.rendering.world")
     d = synth.synth(n_ids=1)
     x = PixelCache(d.train[:2], (64, 32))[[0, 1]]
     assert np.array_equal(x[0].numpy(), synth.render(d.train[0].path)) and x.shape == (2, 64, 32, 3)
@@ -654,8 +657,8 @@ def test_float_path_is_the_reference(items, transforms):
 
 def test_colours_follow_the_reference(items, transforms):
     "The three dials, factor by factor; torchvision rounds to bytes after each, which allows one level."
-    from msinet.batches import PixelCache
-    import msinet.augment as a
+    from msinet.data.loaders import PixelCache
+    import msinet.data.augment as a
     F = transforms.functional
     x = PixelCache(items, (32, 16))[range(12)].permute(0, 3, 1, 2)
     for f in (.6, 1.3):

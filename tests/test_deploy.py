@@ -12,10 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from msinet.core import InputError
-from msinet.deploy import (CompareConfig, Gallery, QueryConfig, approximate, compare, index_folder, load_gallery, pair_distances, rate_interval, recall, run_compare,
-                           run_query, save_gallery, threshold, verdict, weights_hash)
-from msinet.retrieval import Embeddings
-from msinet.train import TRAIN
+from msinet.deploy.gallery import (
+    CompareConfig, Gallery, QueryConfig, approximate, compare, index_folder, load_gallery,
+    pair_distances, rate_interval, recall, run_compare, run_query, save_gallery, threshold,
+    verdict, weights_hash,
+)
+from msinet.retrieval.places import Embeddings
+from msinet.training.train import TRAIN
 
 SIZE = (8, 4)
 
@@ -113,7 +116,7 @@ def test_pairs_and_thresholds(pics):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from msinet.train import train
+    from msinet.training.train import train
     return train(replace(TRAIN["smoke"], out=str(tmp_path_factory.mktemp("run")/"r"), epochs=1, threads=1)).run
 
 

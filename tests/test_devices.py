@@ -11,18 +11,20 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msinet.batches import test_loader as in_order
+from msinet.data.loaders import test_loader as in_order
 from msinet.core import InputError, set_seed
-from msinet.data import Item
-from msinet.devices import accelerator, agreed, check_precision, check_shares, gather, in_parts, launch, part_of, sync_bn
-from msinet.learner import adamw, sgd
+from msinet.data.items import Item
+from msinet.engine.devices import (
+    accelerator, agreed, check_precision, check_shares, gather, in_parts, launch, part_of, sync_bn,
+)
+from msinet.engine.learner import adamw, sgd
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
-from msinet.retrieval import embed
+from msinet.retrieval.evaluate import embed
 from msinet.sam import SAM
-from msinet.search import SearchStep, held, suited
+from msinet.training.search import SearchStep, held, suited
 from msinet.space import derived, supernet
 from msinet.tcm import Memory
-from msinet.train import TRAIN, TrainConfig, TrainStep, train
+from msinet.training.train import TRAIN, TrainConfig, TrainStep, train
 
 WIDTHS, P, K = (8, 16, 24, 32), 4, 2
 Y = torch.arange(P).repeat_interleave(K)

@@ -24,19 +24,19 @@ import pytest
 import torch
 from PIL import Image
 
-import msinet.demo
-import msinet.search
-import msinet.train
-import msinet.unsup
-from msinet.checkpoint import generations, load, newest
+import msinet.quickstart
+import msinet.training.search
+import msinet.training.train
+import msinet.unsup.train
+from msinet.engine.checkpoint import generations, load, newest
 from msinet.core import InputError
-from msinet.learner import Learner, NotFinite
-from msinet.lock import Lock
-from msinet.search import SEARCH, SearchStep, search
-from msinet.pretrain import ClassStep, PretrainConfig, pretrain
-from msinet.report import report
-from msinet.train import TRAIN, TrainStep, train
-from msinet.unsup import UNSUP, ClusterStep, uda, usl
+from msinet.engine.learner import Learner, NotFinite
+from msinet.engine.lock import Lock
+from msinet.training.search import SEARCH, SearchStep, search
+from msinet.training.pretrain import ClassStep, PretrainConfig, pretrain
+from msinet.figures.report import report
+from msinet.training.train import TRAIN, TrainStep, train
+from msinet.unsup.train import UNSUP, ClusterStep, uda, usl
 
 resource = pytest.importorskip("resource", reason="signals, limits and forks of Unix")
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def trap(at=0, sig=signal.SIGKILL, then=None, only=""):
     for step in (SearchStep, TrainStep, ClusterStep, ClassStep):
         watch(step, "__call__", "step")
     watch(Learner, "one_epoch", "epoch")
-    for m in (msinet.search, msinet.train, msinet.unsup):
+    for m in (msinet.training.search, msinet.training.train, msinet.unsup.train):
         watch(m, "evaluate_loaders", "evaluate")
     watch(os, "fsync", "fsync", half=not only and sig == signal.SIGKILL and not then)
     watch(os, "replace", "replace")
@@ -149,7 +149,7 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("MSINET_CACHE", str(tmp_path_factory.mktemp("cache")))
         m.setenv("OMP_NUM_THREADS", "1")
-        m.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        m.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
         yield
 
 
@@ -273,7 +273,7 @@ def same(a, b):
 
 HELPERS = """
 import multiprocessing
-from msinet.lock import Signals
+from msinet.engine.lock import Signals
 with Signals():
     for _ in range(20):
         with multiprocessing.get_context("fork").Pool(4) as pool:
@@ -604,8 +604,8 @@ def demo_job(out, answer, only, at, sig, resume):
     warnings.simplefilter("ignore")
     trap(at, sig, only=only)
     if only in ("report", "winners"):
-        old = getattr(msinet.demo, only)
-        setattr(msinet.demo, only, lambda *a: (os.kill(os.getpid(), sig), old(*a))[1])
+        old = getattr(msinet.quickstart, only)
+        setattr(msinet.quickstart, only, lambda *a: (os.kill(os.getpid(), sig), old(*a))[1])
     code = 0
     try:
         main(f"demo --preset smoke --data {TINY['data']} --size 32 16 --epochs-search 2 --epochs-train 2 --out {out}".split() + ["--resume"] * resume)

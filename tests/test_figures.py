@@ -13,11 +13,11 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
-from msinet.figures import as_it_began, config_of, glance, read_run, run_data, run_figures
-from msinet.retrieval import evaluate
-from msinet.search import SEARCH, search
-from msinet.synth import get_data
-from msinet.train import TRAIN, TrainConfig, open_net, train
+from msinet.figures.run import as_it_began, config_of, glance, read_run, run_data, run_figures
+from msinet.retrieval.evaluate import evaluate
+from msinet.training.search import SEARCH, search
+from msinet.rendering.world import get_data
+from msinet.training.train import TRAIN, TrainConfig, open_net, train
 from msinet.vis import COL1, COL2, save
 
 NBS = Path(__file__).parent.parent / "nbs"

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from msinet.core import InputError, set_seed
-from msinet.fold import ExportConfig, fold, run_export, session, to_onnx
+from msinet.deploy.export import ExportConfig, fold, run_export, session, to_onnx
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.ops import CrossAttention
 from msinet.space import FUSES, derived, supernet

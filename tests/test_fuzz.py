@@ -14,20 +14,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from msinet.checkpoint import check_same, from_official, load, load_weights, newest, packed, said, save_weights, sealed, unsealed
+from msinet.engine.checkpoint import (
+    check_same, from_official, load, load_weights, newest, packed, said, save_weights, sealed,
+    unsealed,
+)
 from msinet.cli import parse
 from msinet.core import InputError, check_below
-from msinet.data import folder
-from msinet.figures import config_of, read_run
-from msinet.hub import HubNet, load as load_model
-from msinet.items import read_list
-from msinet.learner import read_log
-from msinet.lock import Lock
-from msinet.report import section
-from msinet.resume import resume
-from msinet.search import SearchConfig
+from msinet.data.folder import folder
+from msinet.figures.run import config_of, read_run
+from msinet.deploy.hub import HubNet, load as load_model
+from msinet.data.items import read_list
+from msinet.engine.learner import read_log
+from msinet.engine.lock import Lock
+from msinet.figures.report import section
+from msinet.entries import resume
+from msinet.training.search import SearchConfig
 from msinet.space import FUSES, derived
-from msinet.train import TrainConfig, open_net, start_from
+from msinet.training.train import TrainConfig, open_net, start_from
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.weights import from_osnet
 

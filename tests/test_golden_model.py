@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from msinet.checkpoint import CELL_NAMES, from_official
+from msinet.engine.checkpoint import CELL_NAMES, from_official
 from msinet.core import n_params
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.ops import OPS, ChannelGate, CrossAttention, Exchange, Keep

@@ -34,7 +34,7 @@ PICTURES = "() => document.querySelectorAll('.jp-Notebook .jp-OutputArea img').l
 def notebooks(tmp_path_factory):
     "A folder with a copy of the notebooks, and settings for a server of its own."
     tmp = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "nbs", tmp / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs", "figures"))
+    shutil.copytree(ROOT / "nbs", tmp / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs", "*.pdf"))
     for name, value in SETTINGS.items():
         f = tmp / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         f.parent.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,12 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
-from msinet.figures import config_of, read_run
-from msinet.learner import Callback, Learner, lr_at
-from msinet.report import report
-from msinet.search import SEARCH, SMOKE_SYNTH, SearchConfig, search
-from msinet.synth import get_data
-from msinet.train import TRAIN, TrainConfig, open_net, train
+from msinet.figures.run import config_of, read_run
+from msinet.engine.learner import Callback, Learner, lr_at
+from msinet.figures.report import report
+from msinet.training.search import SEARCH, SMOKE_SYNTH, SearchConfig, search
+from msinet.rendering.world import get_data
+from msinet.training.train import TRAIN, TrainConfig, open_net, train
 
 GOLDEN = Path(__file__).parent / "golden"
 SMOKE = replace(SEARCH["smoke"], evaluate=False)

@@ -5,7 +5,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from msinet.core import InputError
-from msinet.panels import doubt, lead, map_table, settled, share_maps
+from msinet.figures.panels import doubt, lead, map_table, settled, share_maps
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_doubt_and_lead_of_known_shares():
 
 
 def test_the_query_needs_no_reason_and_shares_follow_masks():
-    cam = pytest.importorskip("msinet.cam")
+    cam = pytest.importorskip("msinet.figures.cam")
     m = np.zeros((1, 8, 4))
     m[:, :4] = 1
     assert cam.object_share(m, m).item() == 1 and cam.object_share(1 - m, m).item() == 0

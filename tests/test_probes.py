@@ -10,14 +10,20 @@ from torch import nn
 from torch.testing import assert_close
 
 from msinet.core import InputError, set_seed
-from msinet.evidence import background_drift, drawn_means, elsewhere, mean_ci, object_gain, object_gains, paired, rank_correlation
+from msinet.paper.evidence import (
+    background_drift, drawn_means, elsewhere, mean_ci, object_gain, object_gains, paired,
+    rank_correlation,
+)
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
-from msinet.probes import batches_per_epoch, discretisation_gap, held_out, own_stats, playing, random_search, score_word, search_passes, twin_loss, words
-from msinet.search import SEARCH, twins
+from msinet.paper.probes import (
+    batches_per_epoch, discretisation_gap, held_out, own_stats, playing, random_search, score_word,
+    search_passes, twin_loss, words,
+)
+from msinet.training.search import SEARCH, twins
 from msinet.space import TABLE1, Mixed, alphas, check_genotype, derive, derived, genotype, supernet
-from msinet.synth import mask, render, synth
+from msinet.rendering.world import mask, render, synth
 from msinet.tcm import Memory
-from msinet.train import TRAIN
+from msinet.training.train import TRAIN
 
 WIDTHS = (8, 16, 24, 32)
 

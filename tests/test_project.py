@@ -23,7 +23,7 @@ def exports():
     out = {}
     for p in NBS:
         for c in CELLS[p]:
-            m = re.match(r"#\|\s*default_exp\s+(\w+)", source(c))
+            m = re.match(r"#\|\s*default_exp\s+([\w.]+)", source(c))
             if m:
                 out[m[1]] = p.stem.split("_")[0]
     return out
@@ -33,10 +33,9 @@ def test_export_and_clean_leave_no_difference(tmp_path):
     for name in ("nbs", "msinet", "settings.ini", "pyproject.toml", "setup.py"):
         src = ROOT / name
         (shutil.copytree if src.is_dir() else shutil.copy)(src, tmp_path / name)
-    for p in (tmp_path / "msinet").glob("*.py"):
+    for p in (tmp_path / "msinet").rglob("*.py"):
         if p.name != "__init__.py":
             p.unlink()
-    shutil.rmtree(tmp_path / "msinet" / "__pycache__", ignore_errors=True)
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([Path(sys.executable).parent / command], cwd=tmp_path, check=True, capture_output=True)
     for kind, suffix in (("msinet", ".py"), ("nbs", ".ipynb")):
@@ -47,13 +46,21 @@ def test_export_and_clean_leave_no_difference(tmp_path):
         assert not differ, f"run nbdev_export and nbdev_clean: {differ}"
 
 
+def imported(name):
+    "The modules of msinet that a module imports, at its top or inside a function."
+    tree = ast.parse((ROOT / "msinet" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    package = name.split(".")[:-1]
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and n.level:
+            base = package[: len(package) - n.level + 1]
+            yield ".".join(base + (n.module.split(".") if n.module else []))
+
+
 def test_floors():
     "A module never imports one whose notebook has a higher number."
     floors = exports()
     for name, floor in floors.items():
-        tree = ast.parse((ROOT / "msinet" / f"{name}.py").read_text(encoding="utf-8"))
-        used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1}
-        up = {u: floors[u] for u in used if floors[u] > floor or u == name}
+        up = {u: floors[u] for u in imported(name) if floors[u] > floor or u == name}
         assert not up, f"{name} (floor {floor}) imports {up}"
 
 

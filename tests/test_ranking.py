@@ -7,10 +7,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from msinet.core import InputError
-from msinet.data import Item, ReIDData
-from msinet.places import Pairs, chunk_places, filtered_scores, repeated_rows, valid_vectors
-from msinet.ranking import Ranking, camera_table, metrics_table, query_table
-from msinet.retrieval import Embeddings, as_given, evaluate, evaluate_all, image_to_track, nearest, one_image_galleries, rank, single_shot
+from msinet.data.items import Item, ReIDData
+from msinet.retrieval.places import Pairs, chunk_places, filtered_scores, repeated_rows, valid_vectors
+from msinet.retrieval.ranking import Ranking, camera_table, metrics_table, query_table
+from msinet.retrieval.places import Embeddings
+from msinet.retrieval.protocols import as_given, image_to_track, one_image_galleries, single_shot
+from msinet.retrieval.evaluate import evaluate, evaluate_all, nearest
+from msinet.retrieval.ranking import rank
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from msinet.core import InputError
-from msinet.neighbours import by_distance, expand_sets, neighbour_weights, reciprocal_sets, rerank_dense
-from msinet.refine import FlipAveraged, expand_queries, fit_whitening, whiten
-from msinet.rerank import expand, jaccard, jaccard_sparse, k_nearest, reciprocal, rerank, sparse_weights
-from msinet.retrieval import sq_dist
+from msinet.retrieval.neighbours import by_distance, expand_sets, neighbour_weights, reciprocal_sets, rerank_dense
+from msinet.retrieval.refine import FlipAveraged, expand_queries, fit_whitening, whiten
+from msinet.retrieval.rerank import expand, jaccard, jaccard_sparse, k_nearest, reciprocal, rerank, sparse_weights
+from msinet.retrieval.places import sq_dist
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

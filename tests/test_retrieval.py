@@ -8,11 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from msinet.batches import test_loader as in_order
+from msinet.data.loaders import test_loader as in_order
 from msinet.core import InputError
-from msinet.data import Item, ReIDData
-from msinet.rerank import jaccard, rerank, rerank_dense
-from msinet.retrieval import Embeddings, Ranking, embed, evaluate, nearest, rank
+from msinet.data.items import Item, ReIDData
+from msinet.retrieval.rerank import jaccard, rerank
+from msinet.retrieval.neighbours import rerank_dense
+from msinet.retrieval.places import Embeddings
+from msinet.retrieval.ranking import Ranking, rank
+from msinet.retrieval.evaluate import embed, evaluate, nearest
 
 GOLDEN = Path(__file__).parent/"golden"
 

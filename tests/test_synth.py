@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msinet import synth as module
-from msinet.actors import ACTORS, Pose
+from msinet.rendering import world as module
+from msinet.rendering.persons import ACTORS, Pose
 from msinet.core import InputError
-from msinet.render import View, cast
-from msinet.scene import KINDS, camera, keyed
-from msinet.synth import (LEVELS, Dials, Shot, World, get_data, identity, is_rendered, lookalikes, mask, parse, render, site, snap,
-                          stage, synth, write_layout)
-from msinet.vehicles import BODIES, footprint, mark_apart, marks_of
+from msinet.rendering.tracer import View, cast
+from msinet.rendering.scene import KINDS, camera, keyed
+from msinet.rendering.world import (
+    LEVELS, Dials, Shot, World, get_data, identity, is_rendered, lookalikes, mask, parse, render,
+    site, snap, stage, synth, write_layout,
+)
+from msinet.rendering.vehicles import BODIES, footprint, mark_apart, marks_of
 
 SMALL = dict(n_ids=4, n_test=3, cams=3, visits=3, height=32)
 
@@ -179,7 +181,7 @@ def test_names_of_nothing(tmp_path):
 
 # ---------------------------------------------------------------- on disk
 def loaders():
-    data = pytest.importorskip('msinet.data')
+    data = pytest.importorskip('msinet.data.layouts')
     return dict(M=data.market1501, MS=data.msmt17, VR=data.veri776, VID=data.vehicleid)
 
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from msinet.checkpoint import save_weights
+from msinet.engine.checkpoint import save_weights
 from msinet.core import InputError
-from msinet.data import Item, relabel
-from msinet.devices import accelerator
-from msinet.search import SEARCH, build_search, held, search
-from msinet.synth import get_data
+from msinet.data.items import Item, relabel
+from msinet.engine.devices import accelerator
+from msinet.training.search import SEARCH, build_search, held, search
+from msinet.rendering.world import get_data
 from msinet.tcm import Memory, released_split, rounds, twin_split
-from msinet.train import network, open_net
+from msinet.training.train import network, open_net
 
 GOLD = Path(__file__).parent/'golden'
 G = {k: torch.from_numpy(v) for k, v in np.load(GOLD/'e_memory.npz').items() if v.dtype.kind in 'fi'}

@@ -9,20 +9,22 @@ import torch
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 
-import msinet.unsup as unsup
-from msinet.batches import PKSampler
-from msinet.clusters import Clusters, dbscan, find_clusters, fits, own_class, pseudo_labels, purity, rand_index, reliable
-from msinet.contrast import ClusterMemory, InstanceMemory
+import msinet.unsup.train as unsup
+from msinet.data.loaders import PKSampler
+from msinet.unsup.clusters import (
+    Clusters, dbscan, find_clusters, fits, own_class, pseudo_labels, purity, rand_index, reliable,
+)
+from msinet.unsup.memories import ClusterMemory, InstanceMemory
 from msinet.core import InputError
-from msinet.domains import DomainBN
-from msinet.groups import ClusterSampler, camera_draw, group_draw, pk_draw
-from msinet.learner import Callback
+from msinet.unsup.domains import DomainBN
+from msinet.unsup.samplers import ClusterSampler, camera_draw, group_draw, pk_draw
+from msinet.engine.learner import Callback
 from msinet.losses import unit
-from msinet.rerank import jaccard, jaccard_sparse
-from msinet.search import SMOKE_SYNTH
-from msinet.synth import get_data
-from msinet.train import open_net
-from msinet.unsup import METHODS, UNSUP, Recluster, settled, uda, usl
+from msinet.retrieval.rerank import jaccard, jaccard_sparse
+from msinet.training.search import SMOKE_SYNTH
+from msinet.rendering.world import get_data
+from msinet.training.train import open_net
+from msinet.unsup.train import METHODS, UNSUP, Recluster, settled, uda, usl
 
 SMOKE = replace(UNSUP["smoke"], iters=2, watch=20)
 ARMS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
@@ -95,8 +97,8 @@ FAULTS = {
 @pytest.mark.parametrize("method,kind", [("cc", "usl"), ("gs", "usl"), ("idm", "uda")])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_fault_of_the_clustering_ends_a_run(fault, method, kind, sets, tmp_path, monkeypatch):
-    monkeypatch.setattr("msinet.clusters.dbscan", None)
-    monkeypatch.setattr("msinet.clusters.pseudo_labels", lambda f, *a, **k: FAULTS[fault](f))
+    monkeypatch.setattr("msinet.unsup.clusters.dbscan", None)
+    monkeypatch.setattr("msinet.unsup.clusters.pseudo_labels", lambda f, *a, **k: FAULTS[fault](f))
     done = go(kind, replace(SMOKE, method=method, K=4, batch=8, out=str(tmp_path / "run")), sets)
     assert len(done.history) == 2 and all(np.isfinite(v) for r in done.history for v in r.values() if isinstance(v, float))
     notes = [r.get("note", "") for r in done.history]

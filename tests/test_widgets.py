@@ -13,9 +13,11 @@ import torch
 from tidy import VIEW, tidy
 
 from msinet.core import InputError
-from msinet.search import SEARCH, AlphaHistory, search
+from msinet.training.search import SEARCH, AlphaHistory, search
 from msinet.space import Mixed, supernet
-from msinet.widgets import LiveSearch, Panel, alpha_player, augment_lab, cost, interaction_lab, live_search, slider, word_cost
+from msinet.widgets.live import LiveSearch, live_search
+from msinet.widgets.controls import Panel, slider
+from msinet.widgets.lab import alpha_player, augment_lab, cost, interaction_lab, word_cost
 
 
 def bar(n):
