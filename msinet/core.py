@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['one_line', 'InputError', 'set_seed', 'rng_state', 'set_rng_state', 'def_device', 'threads', 'Hooks', 'n_params',
-           'macs', 'flags', 'environment', 'write_whole', 'sync_folder', 'write_json', 'tolerant', 'check_below',
+           'macs', 'torch_flags', 'environment', 'write_atomic', 'write_json', 'warn_on_write_error', 'check_inside',
            'ensure_torchvision']
 
 # %% ../nbs/00_core.ipynb #351d2630
@@ -118,7 +118,7 @@ def macs(
     return count.get_total_flops()//2
 
 # %% ../nbs/00_core.ipynb #9229866b
-def flags() -> dict: # plain values
+def torch_flags() -> dict: # plain values
     "Switches of PyTorch that change the last digits of a result."
     cuda = torch.backends.cuda
     return dict(deterministic=torch.are_deterministic_algorithms_enabled(), cudnn_deterministic=torch.backends.cudnn.deterministic, cudnn_benchmark=torch.backends.cudnn.benchmark,
@@ -139,10 +139,10 @@ def environment(
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(msinet=ver('msinet'), python=sys.version.split()[0], platform=platform.platform(), torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
                 numpy=np.__version__, pillow=ver('pillow'), threads=torch.get_num_threads(), cpus=os.cpu_count(), gpus=gpus, **({} if device is None else dict(device=str(device))),
-                flags=flags(), deterministic=torch.are_deterministic_algorithms_enabled(), git=git('rev-parse', 'HEAD'), git_changed=bool(git('status', '--porcelain', '--untracked-files=no')))
+                flags=torch_flags(), deterministic=torch.are_deterministic_algorithms_enabled(), git=git('rev-parse', 'HEAD'), git_changed=bool(git('status', '--porcelain', '--untracked-files=no')))
 
 # %% ../nbs/00_core.ipynb #5c6a0079
-def write_whole(
+def write_atomic(
     path,       # where the file goes; its folder is made
     data:bytes, # what goes in
     before=lambda: None, # called when `data` is safe on the disk, just before it takes its place
@@ -155,11 +155,11 @@ def write_whole(
         with aside.open('wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
         before()
         os.replace(aside, path)
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     finally: aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #f32907b1
-def sync_folder(
+def _sync_folder(
     dir, # a folder
 ):
     "Bring a folder's names to the disk, where the system can."
@@ -175,11 +175,11 @@ def write_json(
     obj,  # dicts, lists, numbers, strings; paths are written as strings
 ):
     "Write JSON whole, readable and in the order given."
-    write_whole(path, (json.dumps(obj, indent=1, default=str)+'\n').encode())
+    write_atomic(path, (json.dumps(obj, indent=1, default=str)+'\n').encode())
 
 # %% ../nbs/00_core.ipynb #b78c7a8b
 @contextmanager
-def tolerant(
+def warn_on_write_error(
     path, # what is being written
 ):
     "A file that can't be written is a warning, and the block is left."
@@ -187,7 +187,7 @@ def tolerant(
     except OSError as e: warnings.warn(f'{path} could not be written ({e.strerror or e}); the run goes on, and writes it after the next epoch: make room', stacklevel=3)
 
 # %% ../nbs/00_core.ipynb #a30d3e06
-def check_below(
+def check_inside(
     name:str, # of a file, as a list has it
     where,    # the list, for the message
 ):

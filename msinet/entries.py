@@ -11,12 +11,12 @@ from pathlib import Path
 
 from .core import InputError
 from .data.items import ReIDData
-from .engine.checkpoint import said
+from .engine.checkpoint import read_run_json
 from .training.search import search, SearchConfig
 from .training.pretrain import pretrain, PretrainConfig
 from .training.train import train, TrainConfig
 from .unsup.train import uda, UnsupConfig, usl
-from .figures.run import config_of
+from .figures.run import read_config
 
 # %% ../nbs/32_entries.ipynb #78b47bbd
 KINDS = dict(train=(TrainConfig, train), search=(SearchConfig, search), usl=(UnsupConfig, usl), uda=(UnsupConfig, uda), pretrain=(PretrainConfig, pretrain)) # of a folder with several, the first was last
@@ -27,12 +27,12 @@ def resume(
     data:ReIDData=None,   # where the run was given its data from Python: the same again
     source:ReIDData=None, # UDA: where it was given its source from Python
     progress:bool=True,   # show bars
-): # a `Found`, a `Trained`, or the path of weights
+): # a `SearchResult`, a `TrainResult`, or the path of weights
     "Go on with what was begun in a folder, to its end. Raises `InputError` when there is nothing."
     run = Path(run)
-    kind = next((k for k in KINDS if said(run, 'config').get(k)), None)
+    kind = next((k for k in KINDS if read_run_json(run, 'config').get(k)), None)
     if kind is None: raise InputError(f'{run} holds no search and no training that was begun, expected the folder of one: check the path')
     form, go = KINDS[kind]
-    try: cfg = replace(config_of(run, form), out=str(run), resume=True)
+    try: cfg = replace(read_config(run, form), out=str(run), resume=True)
     except (TypeError, ValueError) as e: raise InputError(f"the configuration in {run} can't be read ({e}), expected one that this kit wrote") from None
     return go(cfg, progress=progress, **{k: v for k,v in dict(data=data, source=source).items() if v is not None})

@@ -15,7 +15,7 @@ from msinet.figures.cam import cam
 from msinet.core import Hooks, InputError, macs, n_params
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.sam import SAM
-from msinet.training.train import TrainStep, network, start_from
+from msinet.training.train import TrainStep, network, load_initial_weights
 from msinet.weights import from_osnet, from_timm, take
 
 tiny_vit = partial(vit, "vit_tiny_patch16_224", (64, 32))
@@ -288,7 +288,7 @@ def test_files_of_timm_are_taken_in_strictly(name, timms, tmp_path):
 
     def go(sd):
         torch.save(sd, tmp_path / "w.pth")
-        return start_from(net, str(tmp_path / "w.pth"))
+        return load_initial_weights(net, str(tmp_path / "w.pth"))
 
     for bad in ({k: v for k, v in sd.items() if k != key}, sd | {key: torch.zeros(1)}, sd | {f"{key}s": torch.zeros(1)}, torchreid_like(), dict(sd, **{key: 3})):
         before = copy.deepcopy(net.state_dict())

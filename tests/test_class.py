@@ -17,7 +17,7 @@ from torch import nn
 
 from msinet import vis
 from msinet.core import InputError, n_params
-from msinet.engine.health import sameness
+from msinet.engine.health import alpha_sameness
 from msinet.docs.lesson import check, exercises
 from msinet.widgets.live import live_search
 from msinet.ops import OPS
@@ -25,7 +25,7 @@ from msinet.figures.panels import doubt, share_maps
 from msinet.figures.report import report
 from msinet.training.search import SEARCH, search
 from msinet.figures.slots import moment
-from msinet.space import TABLE1, alphas, derive, derived, genotype, settle, supernet
+from msinet.space import TABLE1, alphas, subnet_state_dict, derived, genotype, set_genotype, supernet
 from msinet.training.train import TRAIN, train
 from msinet.widgets.lab import alpha_player, cost, interaction_lab, word_cost
 
@@ -68,10 +68,10 @@ def test_a_search_among_five(fifth, tmp_path):
     assert found.alphas.shape[1:] == found.steps.shape[1:] == (12, 5) and set(found.genotype) <= set("NEGAD")
     moved = [n for n, p in found.net.named_parameters() if n.endswith("D.share") and p.abs().sum() > 0]
     assert len(moved) == 12  # the fifth is trained like the others
-    settle(found.net.backbone, WORD)
+    set_genotype(found.net.backbone, WORD)
     assert genotype(found.net.backbone) == WORD
     x, small = torch.randn(2, 3, 64, 32), derived(WORD, (8, 32, 48, 64))
-    small.load_state_dict(derive(found.net.backbone, WORD))
+    small.load_state_dict(subnet_state_dict(found.net.backbone, WORD))
     for a, b in zip(small.eval()(x), found.net.backbone.eval()(x)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert genotype(small) == WORD
@@ -90,7 +90,7 @@ def test_every_picture_takes_five(fifth):
         assert any(np.allclose(line.get_ydata(), 1/5) for line in ax.lines)
     assert len([p for p in vis.draw_genotype(WORD, h[-1]).patches if p.get_facecolor()[:3] == matplotlib.colors.to_rgb("#0072b2")]) >= 12
     assert len(share_maps({"": h}).axes) == 6 and moment({"": h}, net="") and moment({"": even[None]})
-    assert doubt(even).tolist() == pytest.approx([np.log2(5)]*12) and sameness(h[-1]) <= 1
+    assert doubt(even).tolist() == pytest.approx([np.log2(5)]*12) and alpha_sameness(h[-1]) <= 1
     alpha_player(h.numpy())
 
 

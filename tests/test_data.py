@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from msinet.data.loaders import PixelCache, PixelStream, PKSampler, pixels, pk, pk_batches, test_loader, train_loader
+from msinet.data.loaders import PixelCache, PixelStream, PKSampler, pixels, n_identities, pk_batches, test_loader, train_loader
 from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
 from msinet.data.check import CheckConfig, run_check
 from msinet.core import InputError
-from msinet.data.layouts import DATASETS, join, load_data, market1501, msmt17, vehicleid, veri776
-from msinet.data.items import Item, ReIDData, data_mark, relabel, summary
+from msinet.data.layouts import DATASETS, join_sets, load_data, market1501, msmt17, vehicleid, veri776
+from msinet.data.items import Item, ReIDData, data_fingerprint, relabel, summary
 from msinet.data.folder import folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*as published")  # the copies here are tiny
@@ -115,12 +115,12 @@ def test_joined(market, tmp_path):
     draw(tmp_path/"VeRi", ["image_train/0001_c001_00016460_0.jpg", "image_train/0003_c020_00016460_0.jpg", "image_query/0002_c002_00030600_0.jpg", "image_test/0002_c020_00030605_0.jpg"])
     M, VR = market1501(market), veri776(tmp_path/"VeRi")
     d = load_data(f"M={market}+VR={tmp_path/'VeRi'}")
-    assert d == join(M, VR) and d.name == "M+VR" and (d.query, d.gallery) == (M.query, M.gallery) and d.train[:3] == M.train
+    assert d == join_sets(M, VR) and d.name == "M+VR" and (d.query, d.gallery) == (M.query, M.gallery) and d.train[:3] == M.train
     assert who(d.train[3:]) == [(9, 8), (11, 27)], "behind Market's largest identity 7 and camera 6"
     three = load_data(f"VR={tmp_path/'VeRi'}+M={market}+M={market}")
     pids = [{i.pid for i in part} for part in (three.train[:2], three.train[2:5], three.train[5:], three.query+three.gallery)]
     assert sum(map(len, pids)) == len(set.union(*pids)) == 2+2+2+1
-    none = join(ReIDData([Item("a", 3)], [], [], "x", True), ReIDData([Item("b", 0)], [], [], "y", True))
+    none = join_sets(ReIDData([Item("a", 3)], [], [], "x", True), ReIDData([Item("b", 0)], [], [], "y", True))
     assert who(none.train) == [(3, None), (4, None)] and none.same_cam_ok
 
 
@@ -292,7 +292,7 @@ plain_names_only = pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin
 def test_odd_names_go_all_the_way(odd, tmp_path):
     d = folder(odd, CAM)
     assert len({i.pid for i in d.train+d.query}) == len(ODD) and len(d.train) == 15
-    assert len(data_mark(d)) == 12 and PixelCache(d.train, (12, 6), tmp_path/"cache")[[0, 14]].shape == (2, 12, 6, 3)
+    assert len(data_fingerprint(d)) == 12 and PixelCache(d.train, (12, 6), tmp_path/"cache")[[0, 14]].shape == (2, 12, 6, 3)
     for i in d.train[:9]: Path(i.path).write_bytes(Path(i.path).read_bytes()[:-100])  # cut off
     said = []
     assert run_check(CheckConfig(f"folder={odd}::{CAM}", fix=str(tmp_path/"bad.txt"), figure=str(tmp_path/"check.png")), say=said.append) == 0
@@ -519,8 +519,8 @@ def test_sampler_repeats_and_resumes():
 
 def test_sampler_faults():
     with pytest.raises(InputError, match="3 identities, but a batch takes P = 4"): PKSampler([0, 1, 2, -1], 4, 2)
-    with pytest.raises(InputError, match="batch of 62"): pk(62, 4)
-    assert pk(64, 4) == 16
+    with pytest.raises(InputError, match="batch of 62"): n_identities(62, 4)
+    assert n_identities(64, 4) == 16
     s = PKSampler([0, 0, -1, -1, 1, 1], 2, 2)
     assert sorted(sum(s, [])) == [0, 1, 4, 5], "negative labels are left out"
 

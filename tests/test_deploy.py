@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from msinet.core import InputError
 from msinet.deploy.gallery import (
-    CompareConfig, Gallery, QueryConfig, approximate, compare, index_folder, load_gallery,
-    pair_distances, rate_interval, recall, run_compare, run_query, save_gallery, threshold,
+    VerifyConfig, Gallery, QueryConfig, approximate, verify, index_folder, load_gallery,
+    pair_distances, rate_interval, recall, run_verify, run_query, save_gallery, threshold,
     verdict, weights_hash,
 )
 from msinet.retrieval.places import Embeddings
@@ -110,7 +110,7 @@ def test_pairs_and_thresholds(pics):
         assert 0 <= lo <= k/n <= hi <= 1
     with pytest.raises(InputError, match="cannot be seen"): threshold(false[:10], .01)
     with pytest.raises(InputError, match="no true pairs"): pair_distances(e[0], e[1]._replace(pid=pid[20:]+9))
-    v = compare(Raw(), pics/"0.png", pics/"0.png", SIZE, true, false)
+    v = verify(Raw(), pics/"0.png", pics/"0.png", SIZE, true, false)
     assert v.same and v.distance == 0
 
 
@@ -132,10 +132,10 @@ def test_commands(run, pics, tmp_path):
     with pytest.raises(InputError, match="of 0 pictures"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), hide="."))
     again = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), k=4, out=str(tmp_path/"o"/"x")))
     assert again["names"] == out["names"] and json.loads((tmp_path/"o"/"x.json").read_text())["names"] == out["names"] and (tmp_path/"o"/"x.png").stat().st_size > 1000
-    v = run_compare(CompareConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), data="synth:n_ids=1,n_test=8", fmr=.05, out=str(tmp_path/"pair")))
+    v = run_verify(VerifyConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), data="synth:n_ids=1,n_test=8", fmr=.05, out=str(tmp_path/"pair")))
     assert v["same"] and v["distance"] == 0 and (tmp_path/"pair.png").exists() and (tmp_path/"pair.json").exists()
-    own = run_compare(CompareConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), fmr=.05))
+    own = run_verify(VerifyConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), fmr=.05))
     assert own["same"] and own["data"] == TRAIN["smoke"].data  # a network's threshold comes from its own set
     shutil.copy(Path(run)/"model.safetensors", tmp_path/"alone.safetensors")
-    with pytest.raises(InputError, match="no config.json"): run_compare(CompareConfig(a="a", b="b", run=str(tmp_path/"alone.safetensors")))
+    with pytest.raises(InputError, match="no config.json"): run_verify(VerifyConfig(a="a", b="b", run=str(tmp_path/"alone.safetensors")))
     with pytest.raises(InputError, match="holds no gallery"): run_query(QueryConfig(gallery=str(tmp_path/"none"), image="x"))

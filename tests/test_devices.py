@@ -15,13 +15,13 @@ from msinet.data.loaders import test_loader as in_order
 from msinet.core import InputError, set_seed
 from msinet.data.items import Item
 from msinet.engine.devices import (
-    accelerator, agreed, check_precision, check_shares, gather, in_parts, launch, part_of, sync_bn,
+    accelerator, broadcast_from_main, check_precision, check_batch_split, gather, split_batch, launch, rank_and_world_size, sync_bn,
 )
 from msinet.engine.learner import adamw, sgd
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.retrieval.evaluate import embed
 from msinet.sam import SAM
-from msinet.training.search import SearchStep, held, suited
+from msinet.training.search import SearchStep, trainable_params, apply_runtime_options
 from msinet.space import derived, supernet
 from msinet.tcm import Memory
 from msinet.training.train import TRAIN, TrainConfig, TrainStep, train
@@ -33,7 +33,7 @@ Y = torch.arange(P).repeat_interleave(K)
 def batches(n, seed, dtype=torch.float64, device="cpu"):
     "This process's pictures, everybody's labels."
     gen = torch.Generator().manual_seed(seed)
-    (r, w), m = part_of(), P * K
+    (r, w), m = rank_and_world_size(), P * K
     for _ in range(n):
         x = torch.randn(m, 3, 64, 32, generator=gen, dtype=dtype)[r * m // w : (r + 1) * m // w]
         yield x.to(device), Y.to(device)
@@ -53,7 +53,7 @@ def train_step(dtype=torch.float64, device="cpu", synced=True, acc=None, opt=sgd
     net = ReIDNet(derived(channels=WIDTHS), FBLNeck(WIDTHS[1:], P)).to(device, dtype).train()
     sam = SAM(WIDTHS[-1]).to(device, dtype)
     mild(net, gamma)
-    suited(net, replace(TrainConfig(), sync_bn=synced, **cfg))
+    apply_runtime_options(net, replace(TrainConfig(), sync_bn=synced, **cfg))
     acc = acc or accelerator(device)
     return TrainStep(net, acc.prepare_optimizer(opt([p for m in (net, sam) for p in m.parameters() if p.requires_grad], 1e-3, 5e-4)), sam, acc=acc)
 
@@ -90,7 +90,7 @@ def job(folder):
     "What one process or several do; the first one's answer."
     torch.set_num_threads(1)
     accelerator("cpu")
-    out, n = {}, part_of()[1]
+    out, n = {}, rank_and_world_size()[1]
     step = train_step()
     out["train"] = [[list(step(b).values()) for b in batches(2, 0)], weights(step)]
     for name, kw in dict(search={}, released=dict(alpha_first=True, leak=True, val_stats=True)).items():
@@ -100,10 +100,10 @@ def job(folder):
     out["alone"] = [list(step(b).values()) for b in batches(1, 0)]
     items = [Item(f"{folder}/{i}.png", i, 0) for i in range(7)]
     for bs in (2, 8):
-        out[f"embed{bs}"] = embed(Small(), in_order(items, (16, 8), bs=bs, part=part_of()), gather=gather if n > 1 else None).f
+        out[f"embed{bs}"] = embed(Small(), in_order(items, (16, 8), bs=bs, part=rank_and_world_size()), gather=gather if n > 1 else None).f
     done = train(replace(TRAIN["smoke"], data="synth:n_ids=8,n_test=4,cams=2,visits=2,frames=2", epochs=1, out=f"{folder}/{n}"))
     out["run"] = done.history[0]["loss"], done.metrics["before"]["mAP"], sorted(p.name for p in done.run.iterdir())
-    out["agreed"] = agreed(lambda: part_of())
+    out["agreed"] = broadcast_from_main(lambda: rank_and_world_size())
     with pytest.raises(InputError, match="do not divide"):
         train(replace(TRAIN["smoke"], batch=6, accumulate=2, out=f"{folder}/bad"))
     assert not os.path.exists(f"{folder}/bad")
@@ -128,8 +128,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
 
 def test_an_error_of_a_process_is_raised_here():
     with pytest.raises(InputError, match="4 identities in a batch do not divide into 2 processes × 4 parts"):
-        launch(check_shares, 4, 2, 4, n=2, cpu=True, limit=120)
-    assert part_of() == (0, 1)
+        launch(check_batch_split, 4, 2, 4, n=2, cpu=True, limit=120)
+    assert rank_and_world_size() == (0, 1)
 
 
 def test_mistakes():
@@ -138,22 +138,22 @@ def test_mistakes():
     with pytest.raises(InputError, match="no, bf16, fp16"):
         check_precision(torch.device("cpu"), "int8")
     with pytest.raises(InputError, match="do not divide"):
-        check_shares(6, 4)
-    check_shares(16, 2, 4, 2)
+        check_batch_split(6, 4)
+    check_batch_split(16, 2, 4, 2)
 
 
 def test_one_part_is_the_plain_step_and_two_are_their_mean():
     (x, y), acc = next(batches(1, 0)), accelerator("cpu", accumulate=2)
-    assert in_parts((x, y), 1)[0][0] is x
+    assert split_batch((x, y), 1)[0][0] is x
     step = train_step(acc=acc, synced=False)
     start = copy.deepcopy([step.net, step.sam])
     out, losses = step((x, y)), []
-    got = [p.grad for p in held(step.opt)]
+    got = [p.grad for p in trainable_params(step.opt)]
     plain = TrainStep(start[0], sgd([p for m in start for p in m.parameters() if p.requires_grad], 0.0, 0.0), start[1], acc=accelerator("cpu"))
     grads = []
     for xi, yi in zip(x.chunk(2), y.chunk(2)):
         losses.append(plain((xi, yi))["loss"])
-        grads.append([p.grad.clone() for p in held(plain.opt)])
+        grads.append([p.grad.clone() for p in trainable_params(plain.opt)])
     assert_close(out["loss"], torch.stack(losses).mean(), rtol=1e-12, atol=0)
     for g, a, b in zip(got, *grads):
         assert_close(g, (a + b) / 2, rtol=1e-9, atol=1e-12)
@@ -166,7 +166,7 @@ def test_layout_and_recomputation_change_nothing(cfg):
         assert_close(a(batch), b(batch), rtol=1e-9, atol=1e-9)
     assert_close(weights(a), weights(b), rtol=1e-7, atol=1e-7)
     a, b = search_step(), search_step()
-    suited(b.net, replace(TrainConfig(), **cfg))
+    apply_runtime_options(b.net, replace(TrainConfig(), **cfg))
     for batch in batches(2, 0):
         assert_close(a(batch), b(batch), rtol=1e-7, atol=1e-7)
     assert_close(weights(a), weights(b), rtol=1e-7, atol=1e-7)

@@ -97,7 +97,7 @@ def test_a_notebook_that_cannot_be_processed_is_named(tmp_path):
     cells = [nbformat.v4.new_code_cell("#| default_exp one"), nbformat.v4.new_markdown_cell("# one\n\n> a page\n\nwords"), nbformat.v4.new_code_cell("#| export\ndef f(): pass"), nbformat.v4.new_code_cell("import json\njson.dumps(t)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "nbs" / "00_one.ipynb")
     import subprocess
-    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT/"tools")!r})\nif __name__ == '__main__':\n  import pathlib, docs_check as d\n"
+    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\nif __name__ == '__main__':\n  import pathlib, docs_check as d\n"
                           f"  print(d.read_processed(pathlib.Path({str(tmp_path)!r}), 1)['00_one.ipynb'].faults)"], capture_output=True, text=True, check=True).stdout
     assert "NameError: name 't' is not defined" in out and "is lost" in out, out
 

@@ -28,7 +28,7 @@ import msinet.quickstart
 import msinet.training.search
 import msinet.training.train
 import msinet.unsup.train
-from msinet.engine.checkpoint import generations, load, newest
+from msinet.engine.checkpoint import checkpoint_paths, load, newest
 from msinet.core import InputError
 from msinet.engine.learner import Learner, NotFinite
 from msinet.engine.lock import Lock
@@ -370,7 +370,7 @@ def test_a_damaged_checkpoint_costs_an_epoch(kind, whole, tmp_path):
     "Whatever happens to the newest file: the one before is taken, and it is said. A flipped bit is never read as a weight."
     shutil.copytree(whole[kind]["run"], tmp_path / "run")
     path = tmp_path / "run" / f"{kind}.pt"
-    good, states = path.read_bytes(), (load(path), load(generations(path)[1]))
+    good, states = path.read_bytes(), (load(path), load(checkpoint_paths(path)[1]))
     assert [s["epoch"] for s in states] == [3, 2]
     rng = np.random.default_rng(0)
     cuts = [f(good) for f in DAMAGES.values()]
@@ -391,7 +391,7 @@ def test_a_damaged_checkpoint_costs_an_epoch(kind, whole, tmp_path):
     said = perform(kind, tmp_path / "run", resume=True)
     assert said["end"] == "done" and any("going on from" in w for w in said["warned"]), said
     assert outcome(kind, tmp_path / "run") == whole[kind]["gave"]
-    for p in generations(path):
+    for p in checkpoint_paths(path):
         if p.exists():
             p.write_bytes(b"")
     with pytest.raises(InputError, match="are damaged"):
@@ -401,8 +401,8 @@ def test_a_damaged_checkpoint_costs_an_epoch(kind, whole, tmp_path):
 def test_files_of_before_the_seal_are_opened(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole["search"]["run"], run)
-    s = load(generations(run / "search.pt")[1])
-    for p in generations(run / "search.pt"):
+    s = load(checkpoint_paths(run / "search.pt")[1])
+    for p in checkpoint_paths(run / "search.pt"):
         p.unlink(missing_ok=True)
     s["parts"].pop("Health")
     torch.save({k: v for k, v in s.items() if k not in ("outs", "best")}, run / "search.pt")

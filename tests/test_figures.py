@@ -13,7 +13,7 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
-from msinet.figures.run import as_it_began, config_of, glance, read_run, run_data, run_figures
+from msinet.figures.run import initial_network, read_config, overview, read_run, run_data_spec, run_figures
 from msinet.retrieval.evaluate import evaluate
 from msinet.training.search import SEARCH, search
 from msinet.rendering.world import get_data
@@ -52,9 +52,9 @@ def run(tmp_path_factory):
 
 def test_the_untrained_network_is_the_one_that_was_measured(run):
     "What figures call untrained gives the run's own numbers from before its training."
-    cfg, (net, about) = config_of(run, TrainConfig), open_net(run)
-    name, first = as_it_began(cfg, net)
-    got = evaluate(first, get_data(run_data(run), about["size"]), about["size"])
+    cfg, (net, about) = read_config(run, TrainConfig), open_net(run)
+    name, first = initial_network(cfg, net)
+    got = evaluate(first, get_data(run_data_spec(run), about["size"]), about["size"])
     want = read_run(run)["metrics"]["before"]
     assert name == "untrained" and abs(got.mean_ap() - want["mAP"]) < 1e-6 and abs(got.curve(1)[0] - want["R1"]) < 1e-6
 
@@ -76,7 +76,7 @@ def test_a_search_alone_has_figures_too(tmp_path):
 @pytest.mark.parametrize("shape", [(64, 32), (96, 96), (32, 160)])
 def test_strips_fill_the_page_whatever_the_shape(shape):
     rows = [(np.zeros((*shape, 3)), np.zeros((15, *shape, 3)), np.zeros(15), [True] * 15, t) for t in ("at the start", "trained")]
-    fig = glance("GGEGAGGNGAEA", np.zeros((12, 4)), rows)
+    fig = overview("GGEGAGGNGAEA", np.zeros((12, 4)), rows)
     fig.draw_without_rendering()
     strips = [ax for ax in fig.axes if len(ax.images) == 16]
     assert len(strips) == 2 and all(ax.get_window_extent().width > 0.6 * fig.bbox.width for ax in strips)

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msinet.engine.checkpoint import (
-    check_same, from_official, load, load_weights, newest, packed, said, save_weights, sealed,
-    unsealed,
+    check_same, from_official, load, load_weights, newest, to_bytes, read_run_json, save_weights, add_checksum,
+    check_checksum,
 )
 from msinet.cli import parse
-from msinet.core import InputError, check_below
+from msinet.core import InputError, check_inside
 from msinet.data.folder import folder
-from msinet.figures.run import config_of, read_run
+from msinet.figures.run import read_config, read_run
 from msinet.deploy.hub import HubNet, load as load_model
 from msinet.data.items import read_list
 from msinet.engine.learner import read_log
@@ -30,7 +30,7 @@ from msinet.figures.report import section
 from msinet.entries import resume
 from msinet.training.search import SearchConfig
 from msinet.space import FUSES, derived
-from msinet.training.train import TrainConfig, open_net, start_from
+from msinet.training.train import TrainConfig, open_net, load_initial_weights
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.weights import from_osnet
 
@@ -61,7 +61,7 @@ def test_a_thousand():
 @given(st.text(min_size=1))
 def test_names(name):
     "A name in a list never leads out of its folder, and never becomes markup in the page."
-    if fine(check_below, name, "the list") is None and ".." not in name.replace("\\", "/").split("/"):
+    if fine(check_inside, name, "the list") is None and ".." not in name.replace("\\", "/").split("/"):
         import os.path
 
         assert not os.path.normpath(os.path.join("/data", name)).startswith("/data/../")
@@ -107,12 +107,12 @@ def test_genotypes(word):
 def test_checkpoints(tmp_path_factory, what, again):
     "Bytes of any kind; a whole file with a byte changed, cut, doubled; pickles: read right, or refused."
     path = tmp_path_factory.getbasetemp() / "any.pt"
-    good = packed(dict(a=torch.arange(50.0), epoch=3))
+    good = to_bytes(dict(a=torch.arange(50.0), epoch=3))
     if isinstance(what, tuple):
         k, x, how = what[0] % len(good), what[1], what[2]
         what = [good[:k] + bytes([x]) + good[k + 1 :], good[:k], good + good[:k], good[k:]][how]
     elif again:
-        what = sealed(what + b"\0\0") if len(what) > 2 else what
+        what = add_checksum(what + b"\0\0") if len(what) > 2 else what
     path.write_bytes(what)
     s = fine(load, path)
     assert not isinstance(s, dict) or torch.equal(s["a"], torch.arange(50.0)) and s["epoch"] == 3
@@ -135,8 +135,8 @@ def test_code_is_not_run(how, tmp_path):
         load(path)
     b = io.BytesIO(path.read_bytes())
     if zipfile.is_zipfile(b) and how == "torch":
-        path.write_bytes(sealed(path.read_bytes()))  # a right seal makes it no better
-        assert unsealed(path.read_bytes())
+        path.write_bytes(add_checksum(path.read_bytes()))  # a right seal makes it no better
+        assert check_checksum(path.read_bytes())
         with pytest.raises(InputError, match="exec"):
             load(path)
 
@@ -151,7 +151,7 @@ def test_released_weights(tmp_path_factory, sd):
     path = tmp_path_factory.getbasetemp() / "released.pth"
     torch.save(sd, path)
     before = {k: v.clone() for k, v in SMALL.state_dict().items()}
-    assert fine(start_from, SMALL, str(path)) is None
+    assert fine(load_initial_weights, SMALL, str(path)) is None
     assert all(torch.equal(v, before[k]) for k, v in SMALL.state_dict().items())
 
 
@@ -177,9 +177,9 @@ def test_runs(tmp_path_factory, about, junk):
     (dir / "history.jsonl").write_bytes(b'{"epoch": 1}\n' + junk)
     (dir / ".lock").write_bytes(junk)
     assert {"epoch": 1} in read_log(dir / "history.jsonl") or b"\n" not in b"\n"
-    said(dir, "config"), fine(lambda: Lock(dir).release())
+    read_run_json(dir, "config"), fine(lambda: Lock(dir).release())
     for kind in (SearchConfig, TrainConfig):
-        fine(config_of, dir, kind)
+        fine(read_config, dir, kind)
     fine(read_run, dir)
     fine(check_same, dir, "train", dict(rho=3, lr=0.1), dict(data="x"))
     if not isinstance(about, dict) or not (about.get("train") or about.get("search")):

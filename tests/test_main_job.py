@@ -13,7 +13,7 @@ from PIL import Image
 
 from msinet.cli import main
 from msinet.core import InputError
-from msinet.figures.run import config_of, read_run
+from msinet.figures.run import read_config, read_run
 from msinet.engine.learner import Callback, Learner, lr_at
 from msinet.figures.report import report
 from msinet.training.search import SEARCH, SMOKE_SYNTH, SearchConfig, search
@@ -99,7 +99,7 @@ def test_demo_from_own_pictures(pictures, tmp_path, capsys):
     assert (run / "report.html").read_text().count("<img") >= 7
     main(f"evaluate --run {run}".split())
     assert "mAP" in capsys.readouterr().out
-    assert config_of(run, TrainConfig).data == own
+    assert read_config(run, TrainConfig).data == own
     main(f"search --out {run} --resume".split())
     assert read_run(run)["metrics"] == r["metrics"], "a finished search that is resumed leaves the training's numbers"
 
@@ -159,8 +159,8 @@ def test_resume_on_an_empty_folder_starts_anew(tmp_path):
 def test_reading_back(tmp_path):
     cfg = replace(TRAIN["smoke"], out=str(tmp_path / "run"), epochs=1)
     trained = train(cfg)
-    assert config_of(tmp_path / "run", TrainConfig) == cfg
-    assert config_of(tmp_path / "run", SearchConfig) is None
+    assert read_config(tmp_path / "run", TrainConfig) == cfg
+    assert read_config(tmp_path / "run", SearchConfig) is None
     net, about = open_net(tmp_path / "run")
     assert about["genotype"] == cfg.genotype
     x = torch.randn(2, 3, 64, 32)

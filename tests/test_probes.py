@@ -16,11 +16,11 @@ from msinet.paper.evidence import (
 )
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.paper.probes import (
-    batches_per_epoch, discretisation_gap, held_out, own_stats, playing, random_search, score_word,
-    search_passes, twin_loss, words,
+    batches_per_epoch, discretisation_gap, held_out, own_stats, with_genotype, random_search, evaluate_genotype,
+    search_passes, twin_loss, random_genotypes,
 )
-from msinet.training.search import SEARCH, twins
-from msinet.space import TABLE1, Mixed, alphas, check_genotype, derive, derived, genotype, supernet
+from msinet.training.search import SEARCH, split_from_config
+from msinet.space import TABLE1, Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
 from msinet.rendering.world import mask, render, synth
 from msinet.tcm import Memory
 from msinet.training.train import TRAIN
@@ -40,13 +40,13 @@ def net():
 # words
 
 def test_words_are_words_and_differ():
-    ws = words(500, 1)
+    ws = random_genotypes(500, 1)
     assert len({*ws}) == 500 and all(check_genotype(w) == w for w in ws)
-    assert words(20, 1) == ws[:20] and words(20, 2) != ws[:20]
-    assert not {*words(500, 1, but=ws[:10])} & {*ws[:10]}
+    assert random_genotypes(20, 1) == ws[:20] and random_genotypes(20, 2) != ws[:20]
+    assert not {*random_genotypes(500, 1, but=ws[:10])} & {*ws[:10]}
     for n in (-1, 4**12 + 1):
-        with pytest.raises(InputError, match='expected 0 to'): words(n)
-    with pytest.raises(InputError): words(1, but=['GGX'])
+        with pytest.raises(InputError, match='expected 0 to'): random_genotypes(n)
+    with pytest.raises(InputError): random_genotypes(1, but=['GGX'])
 
 
 # the supernet plays
@@ -54,17 +54,17 @@ def test_words_are_words_and_differ():
 def test_playing_puts_every_bit_back_even_after_a_mistake(net):
     before = alphas(net)
     with pytest.raises(RuntimeError):
-        with playing(net, 'A'*12):
+        with with_genotype(net, 'A'*12):
             assert genotype(net) == 'A'*12 and (alphas(net).softmax(1)[:, 3] == 1).all()
             raise RuntimeError
     assert torch.equal(alphas(net), before)
 
 
-@pytest.mark.parametrize('word', [TABLE1, 'N'*12, *words(3, 5)])
+@pytest.mark.parametrize('word', [TABLE1, 'N'*12, *random_genotypes(3, 5)])
 def test_a_played_word_is_the_derived_network(net, word):
     net.eval(); x = torch.randn(2, 3, 64, 32)
-    alone = derived(word, WIDTHS).eval(); alone.load_state_dict(derive(net.backbone, word))
-    with torch.no_grad(): assert torch.equal(score_word(net, word, lambda n: n.backbone(x)[-1]), alone(x)[-1])
+    alone = derived(word, WIDTHS).eval(); alone.load_state_dict(subnet_state_dict(net.backbone, word))
+    with torch.no_grad(): assert torch.equal(evaluate_genotype(net, word, lambda n: n.backbone(x)[-1]), alone(x)[-1])
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -87,8 +87,8 @@ def test_the_loss_updates_nothing_and_the_gap_is_zero_for_a_hard_choice(net):
     t = discretisation_gap(net, dict(loss=loss), batches=[batch])
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(memory.c, c)
     assert t.gap['loss'] == t.hard['loss'] - t.soft['loss'] != 0
-    assert t.hard['loss'] == score_word(net, genotype(net), loss, [batch])
-    with playing(net, TABLE1): assert discretisation_gap(net, dict(loss=loss), TABLE1).gap['loss'] == 0
+    assert t.hard['loss'] == evaluate_genotype(net, genotype(net), loss, [batch])
+    with with_genotype(net, TABLE1): assert discretisation_gap(net, dict(loss=loss), TABLE1).gap['loss'] == 0
 
 
 # budgets
@@ -106,15 +106,15 @@ def test_held_out_identities_are_new_to_training_and_to_the_test_set():
 
 def test_passes_count_batches():
     data, cfg = synth(n_ids=8, n_test=4, cams=4), SEARCH['smoke']
-    n = batches_per_epoch(twins(data.train, cfg)[0], cfg)
+    n = batches_per_epoch(split_from_config(data.train, cfg)[0], cfg)
     assert search_passes(cfg, data) == 2*cfg.epochs*n and search_passes(replace(cfg, unrolled=True), data) == 5*cfg.epochs*n
 
 
 def test_random_search_keeps_to_its_budget(tmp_path):
     cfg = replace(TRAIN['smoke'], lambda_sa=0., epochs=3, out=str(tmp_path/'r'))
     found = random_search(cfg, 2, seed=4)
-    assert found.epochs == 1 and {*found.table.index} == {*words(2, 4)} and found.genotype == found.table.mAP.idxmax()
-    assert {p.name for p in (tmp_path/'r').iterdir()} == {*words(2, 4)}
+    assert found.epochs == 1 and {*found.table.index} == {*random_genotypes(2, 4)} and found.genotype == found.table.mAP.idxmax()
+    assert {p.name for p in (tmp_path/'r').iterdir()} == {*random_genotypes(2, 4)}
     again = random_search(replace(cfg, out=str(tmp_path/'again')), 2, seed=4)
     assert again.table.equals(found.table)
     for k in (0, 4):

@@ -11,7 +11,7 @@ from msinet.data.items import Item, ReIDData
 from msinet.retrieval.places import Pairs, chunk_places, filtered_scores, repeated_rows, valid_vectors
 from msinet.retrieval.ranking import Ranking, camera_table, metrics_table, query_table
 from msinet.retrieval.places import Embeddings
-from msinet.retrieval.protocols import as_given, image_to_track, one_image_galleries, single_shot
+from msinet.retrieval.protocols import full_gallery, image_to_track, one_image_galleries, single_shot
 from msinet.retrieval.evaluate import evaluate, evaluate_all, nearest
 from msinet.retrieval.ranking import rank
 
@@ -163,12 +163,12 @@ def test_track_protocol():
 def test_single_shot_protocol():
     f, pid, cam = people(seed=2)
     q, g = Embeddings(f[:40], pid[:40], cam[:40]), Embeddings(f[40:], pid[40:], cam[40:])
-    r, whole = single_shot(q, g, n=6), as_given(q, g)
+    r, whole = single_shot(q, g, n=6), full_gallery(q, g)
     assert (r.n <= 1).all() and np.array_equal(r.n, np.tile(whole.n > 0, 6))
     wrong = [(len(set(g.pid.tolist())) - 1)]*40
     assert all(r.of(k)[0] <= wrong[k % 40] for k in range(240) if r.n[k]) and r.cmc(1) <= whole.cmc(1)+.05
     one = Embeddings(f[:30], pid[:30], cam[:30]+9)  # one picture of each identity: nothing to draw
-    assert listed(single_shot(q, one, n=1)) == listed(as_given(q, one))
+    assert listed(single_shot(q, one, n=1)) == listed(full_gallery(q, one))
 
 
 class Net(nn.Module):
@@ -187,7 +187,7 @@ def test_a_sets_own_protocol(items):
     sets = {n: ReIDData([], items[::2], items[1::2], n, n == "VID") for n in ("M", "VID")}
     assert evaluate(Net(), sets["M"], (8, 4)).draw is None
     assert np.bincount(evaluate(Net(), sets["VID"], (8, 4)).draw).tolist() == [9]*10
-    assert evaluate(Net(), sets["VID"], (8, 4), protocol=as_given).draw is None
+    assert evaluate(Net(), sets["VID"], (8, 4), protocol=full_gallery).draw is None
     t = evaluate_all(Net(), sets, (8, 4))
     assert_close(t.loc[("M", "mAP"), "mean"], evaluate(Net(), sets["M"], (8, 4)).mean_ap())
     assert t.loc[("M", "mAP")].isna()["sd"] and t.loc[("VID", "mAP")].notna()["sd"]

@@ -9,9 +9,9 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from msinet.align import ALIGN, pairwise, unified
-from msinet.backbones import compared
+from msinet.backbones import build_baseline
 from msinet.core import InputError, n_params
-from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation, less_mean
+from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation, center
 
 G = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent/'golden'/'d_losses.npz').items() if k.startswith('sam.')}
 TERMS = dict(pos=(1., 0.), neg=(0., 1.), pos_neg=(1., 1.))
@@ -223,12 +223,12 @@ def test_every_arm_learns_and_only_pam_has_parameters(name, centred):
 
 def test_centred_vectors_do_not_see_brightness():
     a = torch.rand(4, 4, 6, dtype=torch.double)
-    assert_close(less_mean(a + 7), less_mean(a)); assert_close(unified(less_mean(a + 7)), unified(less_mean(a)))
+    assert_close(center(a + 7), center(a)); assert_close(unified(center(a + 7)), unified(center(a)))
     assert unified(a + 7) < unified(a)/10
 
 
 def test_on_osnet():
-    net, y = compared('osnet', n_ids=2), torch.tensor([0, 0, 1, 1])
+    net, y = build_baseline('osnet', n_ids=2), torch.tensor([0, 0, 1, 1])
     for make in ALIGN.values():
         net.zero_grad(); make(net.backbone.channels[-1])(net(torch.randn(4, 3, 64, 32)).maps[-1], y).backward()
         assert net.backbone.stem.conv.conv.weight.grad.abs().sum() > 0

@@ -17,7 +17,7 @@ from msinet.engine.checkpoint import save_weights
 from msinet.core import InputError
 from msinet.data.items import Item, relabel
 from msinet.engine.devices import accelerator
-from msinet.training.search import SEARCH, build_search, held, search
+from msinet.training.search import SEARCH, build_search, trainable_params, search
 from msinet.rendering.world import get_data
 from msinet.tcm import Memory, released_split, rounds, twin_split
 from msinet.training.train import network, open_net
@@ -259,7 +259,7 @@ def test_a_classifier_needs_the_same_people(tmp_path):
 def test_one_classifier_moves_with_omega_alone():
     cfg = replace(SMOKE, objective='ce', overlap=1.)
     step, dl = build_search(cfg, get_data(cfg.data, cfg.size), accelerator('cpu'))
-    assert step.c_tr is step.c_val and any(p is step.c_tr.classifier.weight for p in held(step.opt_omega))
+    assert step.c_tr is step.c_val and any(p is step.c_tr.classifier.weight for p in trainable_params(step.opt_omega))
     w = step.c_tr.classifier.weight.detach().clone()
     step.alpha(); assert torch.equal(step.c_tr.classifier.weight, w) and step.c_tr.classifier.weight.grad is None
     step.omega(next(iter(dl))); assert not torch.equal(step.c_tr.classifier.weight, w)

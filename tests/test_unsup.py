@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 import msinet.unsup.train as unsup
 from msinet.data.loaders import PKSampler
 from msinet.unsup.clusters import (
-    Clusters, dbscan, find_clusters, fits, own_class, pseudo_labels, purity, rand_index, reliable,
+    Clusters, dbscan, find_clusters, fits, outliers_as_classes, pseudo_labels, purity, rand_index, reliable,
 )
 from msinet.unsup.memories import ClusterMemory, InstanceMemory
 from msinet.core import InputError
@@ -24,7 +24,7 @@ from msinet.retrieval.rerank import jaccard, jaccard_sparse
 from msinet.training.search import SMOKE_SYNTH
 from msinet.rendering.world import get_data
 from msinet.training.train import open_net
-from msinet.unsup.train import METHODS, UNSUP, Recluster, settled, uda, usl
+from msinet.unsup.train import METHODS, UNSUP, Recluster, resolve_defaults, uda, usl
 
 SMOKE = replace(UNSUP["smoke"], iters=2, watch=20)
 ARMS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
@@ -160,7 +160,7 @@ def test_measures_agree_with_others():
     rng = np.random.default_rng(0)
     for _ in range(50):
         y, t = rng.integers(-1, 4, 25), rng.integers(0, 5, 25)
-        own = own_class(torch.from_numpy(y))
+        own = outliers_as_classes(torch.from_numpy(y))
         assert rand_index(torch.from_numpy(y), torch.from_numpy(t)) == pytest.approx(adjusted_rand_score(t, own))
         majority = sum(np.bincount(t[y == k]).max() for k in set(y) - {-1})
         assert purity(torch.from_numpy(y), torch.from_numpy(t)) == pytest.approx(majority / (y >= 0).sum())
@@ -238,11 +238,11 @@ def test_command_line(words, tmp_path, capsys):
 
 def test_published_values_are_taken_where_nothing_is_said():
     from msinet.cli import parse
-    cfg = settled(parse("usl --preset full --method cc --data M=x".split()), "usl")
+    cfg = resolve_defaults(parse("usl --preset full --method cc --data M=x".split()), "usl")
     assert (cfg.batch, cfg.K, cfg.epochs, cfg.iters, cfg.beta, cfg.eps, cfg.lr, cfg.k1, cfg.k2) == (256, 16, 50, 200, .1, .6, 3.5e-4, 30, 6)
-    cfg = settled(parse("uda --preset full --method idm --data MS=x --source M=y --eps 0.5".split()), "uda")
+    cfg = resolve_defaults(parse("uda --preset full --method idm --data MS=x --source M=y --eps 0.5".split()), "uda")
     assert (cfg.batch, cfg.epochs, cfg.iters, cfg.eps, cfg.drops) == (64, 50, 400, .5, (20, 40))
-    assert settled(parse("usl --preset released --method hdcrl --data M=x".split()), "usl").distil == 0
+    assert resolve_defaults(parse("usl --preset released --method hdcrl --data M=x".split()), "usl").distil == 0
 
 
 def test_recluster_is_public(): assert issubclass(Recluster, Callback)

@@ -17,7 +17,7 @@ from ..core import InputError
 from ..data.items import ReIDData
 from ..data.loaders import test_loader
 from .places import Embeddings, filtered_scores, valid_vectors
-from .protocols import as_given, protocol_of
+from .protocols import full_gallery, protocol_of
 from .ranking import metrics_table, Ranking
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #da86ca95
@@ -89,7 +89,7 @@ def evaluate_loaders(
     query, gallery,         # test loaders
     same_cam_ok:bool=False, # do pictures by the query's own camera count?
     device=None,            # where to compute; None: where the network is
-    protocol=as_given,      # called as protocol(queries, gallery, same_cam_ok)
+    protocol=full_gallery,      # called as protocol(queries, gallery, same_cam_ok)
     gather=None,            # as for `embed`
 ) -> Ranking:
     "Embed, normalise and rank. Errors as `embed` and `rank`."

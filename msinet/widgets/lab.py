@@ -19,7 +19,7 @@ from ..figures.tiles import tiles, tiling
 from ..vis import activation, COL2, denormalise, draw_genotype, rgb, show_images, style
 from ..data.augment import augment, normalise
 from ..ops import OPS
-from ..space import check_genotype, derive, derived, Mixed, MSINet, slot_macs, supernet, TABLE1
+from ..space import check_genotype, derived, Mixed, MSINet, slot_macs, subnet_state_dict, supernet, TABLE1
 from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_lab.ipynb #d6ca2ab6
@@ -110,7 +110,7 @@ def response(
         torch.manual_seed(0)
         if supernet is None: supernet = MSINet([Mixed]*12, channels) # one for all words: only their interactions differ
         net = derived(word, (supernet.stem.conv.conv.out_channels, *supernet.channels), len(supernet.cells[0].large1))
-    net.load_state_dict(derive(supernet, word))
+    net.load_state_dict(subnet_state_dict(supernet, word))
     with Hooks(net.cells, lambda i, m, inp, y: activation(y)[0]) as h: net.eval()(x)
     return [h.out[i] for i in range(6)]
 
