@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'COMMANDS', 'EvaluateConfig', 'ReportConfig', 'FiguresConfig', 'BenchConfig', 'AdaptConfig',
-           'resumed_config', 'parse', 'table', 'print_query', 'print_match', 'check', 'main']
+           'resumed_config', 'parse_args', 'print_query', 'print_match', 'main']
 
 # %% ../nbs/52_cli.ipynb #de83185b
 import os
@@ -25,7 +25,7 @@ from .engine.checkpoint import read_run_json
 from .engine.lock import Signals
 from .training.search import Preset, retrieval_metrics, SEARCH, search, SearchConfig
 from .training.pretrain import pretrain, PretrainConfig
-from .training.train import open_net, train, TRAIN, TrainConfig
+from .training.train import open_net, TRAIN, train, TrainConfig
 from .unsup.train import other_domain, uda, UNSUP, UnsupConfig, usl
 from .figures.report import report
 from .figures.run import read_config, run_data_spec, save_figures
@@ -110,7 +110,7 @@ def _preset_of(
     return name
 
 # %% ../nbs/52_cli.ipynb #28220a37
-def parse(
+def parse_args(
     args:list, # words of a command line
 ):
     "The configuration that the words name, an instance of a key of `COMMANDS`."
@@ -125,7 +125,7 @@ def parse(
     return tyro.cli(Union[tuple(kinds)], args=args, prog='msinet', description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.')
 
 # %% ../nbs/52_cli.ipynb #95fb6c35
-def table(
+def _metrics_text(
     metrics:dict, # name -> dict with mAP, R1, ...
 ) -> str: # lines, percent
     "Retrieval figures as a small table."
@@ -148,19 +148,19 @@ def _run_search(cfg:SearchConfig):
     found = search(cfg, progress=True)
     if rank_and_world_size()[0]: return # of several processes the first one reports
     print(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is {1/found.alphas.shape[-1]:.2f})')
-    print(table(found.metrics)); print(_closing(found.run, report(found.run)))
+    print(_metrics_text(found.metrics)); print(_closing(found.run, report(found.run)))
 
 def _run_train(cfg:TrainConfig):
     "`msinet train`"
     trained = train(cfg, progress=True)
     if rank_and_world_size()[0]: return
-    print(table(trained.metrics)); print(_closing(trained.run, report(trained.run)))
+    print(_metrics_text(trained.metrics)); print(_closing(trained.run, report(trained.run)))
 
 def _run_clustered(cfg:UnsupConfig):
     "`msinet usl` and `msinet uda`"
     done = (uda if isinstance(cfg, AdaptConfig) else usl)(cfg, progress=True)
     r = done.history[-1]
-    print(table(done.metrics))
+    print(_metrics_text(done.metrics))
     print(f"clusters  {r['clusters']}, {r['outliers']:.0%} of the pictures in none; against the true identities ARI {r['ari']:.2f}, purity {r['purity']:.2f}\n{_closing(done.run, report(done.run))}")
 
 def _run_evaluate(cfg:EvaluateConfig):
@@ -168,12 +168,12 @@ def _run_evaluate(cfg:EvaluateConfig):
     net, about = open_net(cfg.run)
     spec = cfg.data or run_data_spec(cfg.run)
     data, device = get_data(spec, about['size'], True), def_device(cfg.device)
-    print(table({data.name: retrieval_metrics(evaluate(net.to(device), data, about['size'], device=device))}))
+    print(_metrics_text({data.name: retrieval_metrics(evaluate(net.to(device), data, about['size'], device=device))}))
 
 def _run_demo(cfg:DemoConfig):
     "`msinet demo`"
     done = demo(cfg, progress=True, say=print)
-    print(table(done.trained.metrics)); print(_closing(done.run, done.report))
+    print(_metrics_text(done.trained.metrics)); print(_closing(done.run, done.report))
 
 def _run_report(cfg:ReportConfig):
     "`msinet report`"
@@ -211,12 +211,12 @@ def print_match(cfg:VerifyConfig):
     print(f"threshold  from {v['data']}: below it lie {v['fmr']:.2%} [{low:.2%}, {high:.2%}] of its false pairs and {v['tmr']:.0%} of its true ones")
     print(f"these two  {v['nearer_false']:.2%} of the false pairs are nearer, {v['nearer_true']:.0%} of the true ones")
 
-def check(cfg:CheckConfig):
+def _run_check(cfg:CheckConfig):
     "`msinet data check`"
     sys.exit(run_check(cfg, progress=True))
 
 COMMANDS = {SearchConfig: _run_search, TrainConfig: _run_train, UnsupConfig: _run_clustered, AdaptConfig: _run_clustered, EvaluateConfig: _run_evaluate, DemoConfig: _run_demo, ReportConfig: _run_report, FiguresConfig: _run_figures_of, QueryConfig: print_query, VerifyConfig: print_match, ExportConfig: lambda cfg: print(run_export(cfg)),
-            BenchConfig: _run_bench, CheckConfig: check, RunConfig: _run_runs, TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
+            BenchConfig: _run_bench, CheckConfig: _run_check, RunConfig: _run_runs, TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
             PretrainConfig: lambda cfg: print(pretrain(cfg, progress=True))}
 
 # %% ../nbs/52_cli.ipynb #1a2c0f27
@@ -228,7 +228,7 @@ def main(
     warnings.formatwarning = lambda m, kind, *where: f'\nnote: {m}\n' if kind is UserWarning else plain(m, kind, *where) # without a line of code
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # a sign that a terminal lacks ends no run
     try:
-        cfg = parse(list(sys.argv[1:] if args is None else args))
+        cfg = parse_args(list(sys.argv[1:] if args is None else args))
         with Signals(): COMMANDS[type(cfg)](cfg)
     except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt as e: print(f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}", file=sys.stderr); sys.exit(128 + getattr(e, 'signum', 2))

@@ -6,7 +6,7 @@
 __all__ = ['COL1', 'COL2', 'HEAT', 'NETS', 'LINES', 'OP_COLORS', 'OP_NAMES', 'OP_LINES', 'RIGHT', 'WRONG', 'QUERY', 'style',
            'ink_on', 'op_letters', 'rgb', 'denormalise', 'show_images', 'activation', 'overlay', 'plot_alphas',
            'draw_genotype', 'strongest', 'feature_grid', 'feature_rows', 'strip_size', 'strip', 'strips', 'gap',
-           'curve', 'cmc_plot', 'save', 'data_uri']
+           'curve', 'cmc_plot', 'save_figure', 'data_uri']
 
 # %% ../nbs/01_vis.ipynb #75ab9ac0
 import base64, io
@@ -432,7 +432,7 @@ def _tall(
 
 # %% ../nbs/01_vis.ipynb #d42566dd
 def strip_size(
-    rows:list, # tuples as `strips` takes them
+    rows:list, # tuples as `strip_lights` takes them
     tall=None, # height of a picture's place; what suits these pictures unless given
 ) -> tuple[float,float,list]: # height of a place, width and heights of the strips, in widths of a place
     "How large strips below each other are. A title stands beside its strip, upright, or above a low one."
@@ -551,7 +551,7 @@ def _page_box(
 
 # %% ../nbs/01_vis.ipynb #70d553cc
 @style()
-def save(
+def save_figure(
     fig,           # figure, or axes of one
     name:str,      # file name without its ending
     dir='figures', # folder; made when missing

@@ -9,7 +9,7 @@ from torch import nn
 from msinet.bench.measure import bench_data, pillow_path, ratio
 from msinet.bench.all import bench, with_share
 from msinet.bench.method import bench_infer, bench_memory
-from msinet.cli import BenchConfig, parse
+from msinet.cli import BenchConfig, parse_args
 from msinet.core import InputError, set_seed, threads
 from msinet.necks import BNNeck, ReIDNet
 from msinet.bench.roofline import Machine, Work, measure_machine, share, work
@@ -83,6 +83,6 @@ def test_any_network_can_be_measured():
 
 
 def test_the_shell_asks_for_all_or_one():
-    assert parse(["bench"]) == BenchConfig() and BenchConfig().what == "all"
-    assert parse(["bench", "memory", "--rounds", "2"]) == BenchConfig("memory", 2)
+    assert parse_args(["bench"]) == BenchConfig() and BenchConfig().what == "all"
+    assert parse_args(["bench", "memory", "--rounds", "2"]) == BenchConfig("memory", 2)
     with pytest.raises(InputError, match="not there"): bench(["fridge"])

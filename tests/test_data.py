@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from msinet.data.loaders import PixelCache, PixelStream, PKSampler, pixels, n_identities, pk_batches, test_loader, train_loader
+from msinet.data.loaders import PixelCache, PixelStream, PKSampler, load_image, n_identities, pk_batches, test_loader, train_loader
 from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
 from msinet.data.check import CheckConfig, run_check
 from msinet.core import InputError
@@ -299,7 +299,7 @@ def test_odd_names_go_all_the_way(odd, tmp_path):
     assert not [c for text in said for c in text.replace("\n", "") if not c.isprintable()] and "\n".join(said).encode()
     assert len((tmp_path/"bad.txt").read_text(encoding="utf-8").splitlines()) == 10 and said[-1].startswith("9 files listed")
     assert folder(odd, CAM).train == d.train and [len(load_data(f"folder={odd}::{CAM}::exclude={tmp_path/'bad.txt'}").train), len(d.query)] == [6, 15]
-    with pytest.raises(InputError) as e: pixels(d.train[0].path)
+    with pytest.raises(InputError) as e: load_image(d.train[0].path)
     assert str(e.value).isprintable() and str(e.value).encode()
 
 
@@ -369,7 +369,7 @@ def test_broken_pictures(items, tmp_path):
         open(items[5].path, "wb").write(wrong)
         with pytest.raises(InputError, match="05.jpg is not a readable picture") as e: PixelCache(items, (8, 8), tmp_path/"c")
         assert "\n" not in str(e.value) and not list((tmp_path/"c").iterdir())
-    with pytest.raises(InputError, match="nowhere.jpg"): pixels("nowhere.jpg")
+    with pytest.raises(InputError, match="nowhere.jpg"): load_image("nowhere.jpg")
 
 
 def many(tmp_path, n=2000):
@@ -538,7 +538,7 @@ def test_train_loader(items):
     c = make(jitter=(.4, .4, .3)); it = iter(c); next(it)
     d = make(jitter=(.4, .4, .3)); d.load_state_dict(c.state_dict())
     assert_close(torch.stack([x for x, _ in d]), torch.stack(seen[1:]), rtol=0, atol=0)
-    plain = make(flip=0, erase=0); plain.aug = lambda x, gen: x
+    plain = make(flip=0, random_erasing=0); plain.aug = lambda x, gen: x
     x, _ = next(iter(plain))
     assert_close(x, plain.pixels[plain.last])
 

@@ -15,7 +15,7 @@ from msinet.core import InputError
 from msinet.deploy.gallery import (
     VerifyConfig, Gallery, QueryConfig, approximate, verify, index_folder, load_gallery,
     pair_distances, rate_interval, recall, run_verify, run_query, save_gallery, threshold,
-    verdict, weights_hash,
+    judge_distance, weights_hash,
 )
 from msinet.retrieval.places import Embeddings
 from msinet.training.train import TRAIN
@@ -102,7 +102,7 @@ def test_pairs_and_thresholds(pics):
     match = (pid[:20, None] == pid[20:]) & (cam[:20, None] != cam[20:])
     assert np.allclose(true, d[match].sort().values) and len(false) > 3000 and false.min() >= d[pid[:20, None] != pid[20:]].min()-1e-6
     for fmr in (.001, .01, .3):
-        v = verdict(float(true[3]), true, false, fmr)
+        v = judge_distance(float(true[3]), true, false, fmr)
         assert v.fmr == (false < v.threshold).mean() <= fmr and v.tmr == (true < v.threshold).mean()
         assert v.fmr_interval[0] <= v.fmr <= v.fmr_interval[1] and v.nearer_true == 3/len(true)
     for k, n in ((0, 10), (10, 10), (3, 50)):
@@ -126,10 +126,10 @@ def test_commands(run, pics, tmp_path):
     shutil.copy(pics/"3.png", tmp_path/"asked.png")
     same = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(tmp_path/"asked.png"), k=5))
     assert same["names"] == [str(pics/"3.png"), *out["names"]] and same["distances"][0] < 1e-3
-    less = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), k=99, hide="[0-2].png"))
+    less = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), k=99, exclude="[0-2].png"))
     assert {Path(n).name for n in less["names"]} == {p.name for p in pics.iterdir()} - {"0.png", "1.png", "2.png", "3.png"}
-    with pytest.raises(InputError, match="is no regular expression"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image="x", hide="("))
-    with pytest.raises(InputError, match="of 0 pictures"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), hide="."))
+    with pytest.raises(InputError, match="is no regular expression"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image="x", exclude="("))
+    with pytest.raises(InputError, match="of 0 pictures"): run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), exclude="."))
     again = run_query(QueryConfig(gallery=str(tmp_path/"g"), image=str(pics/"3.png"), k=4, out=str(tmp_path/"o"/"x")))
     assert again["names"] == out["names"] and json.loads((tmp_path/"o"/"x.json").read_text())["names"] == out["names"] and (tmp_path/"o"/"x.png").stat().st_size > 1000
     v = run_verify(VerifyConfig(a=str(pics/"1.png"), b=str(pics/"1.png"), run=str(run), data="synth:n_ids=1,n_test=8", fmr=.05, out=str(tmp_path/"pair")))

@@ -41,10 +41,10 @@ from msinet.unsup.train import UNSUP, ClusterStep, uda, usl
 resource = pytest.importorskip("resource", reason="signals, limits and forks of Unix")
 ROOT = Path(__file__).parent.parent
 TINY = dict(data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=2", size=(32, 16), channels=(8, 16, 24, 32), batch=4, K=2, epochs=3)
-UNNAMED = dict(iters=2, k1=4, k2=2, watch=9, every=1)
+UNNAMED = dict(iters=2, k1=4, k2=2, watch=9, eval_every=1)
 CONFIGS = dict(
     search=replace(SEARCH["smoke"], **TINY),
-    train=replace(TRAIN["smoke"], **TINY | dict(batch=8), every=1),
+    train=replace(TRAIN["smoke"], **TINY | dict(batch=8), eval_every=1),
     usl=replace(UNSUP["smoke"], **TINY, **UNNAMED, method="hdcrl"),
     uda=replace(UNSUP["smoke"], **TINY, **UNNAMED, method="idm"),
 )
@@ -491,7 +491,7 @@ def pictures(tmp_path):
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch):
     "Decoded before, it isn't missed. Decoded when drawn, the run stops and names it; with the picture back it goes on to the same end."
-    cfg = replace(CONFIGS["train"], data=f"folder={pictures}", batch=4, cache=cached, epochs=2, every=0)
+    cfg = replace(CONFIGS["train"], data=f"folder={pictures}", batch=4, cache=cached, epochs=2, eval_every=0)
     want = train(replace(cfg, out=str(tmp_path / "whole")))
     keep = tmp_path / "kept"
     plain, seen = TrainStep.__call__, [0]

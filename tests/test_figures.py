@@ -18,7 +18,7 @@ from msinet.retrieval.evaluate import evaluate
 from msinet.training.search import SEARCH, search
 from msinet.rendering.world import get_data
 from msinet.training.train import TRAIN, TrainConfig, open_net, train
-from msinet.vis import COL1, COL2, save
+from msinet.vis import COL1, COL2, save_figure
 
 NBS = Path(__file__).parent.parent / "nbs"
 VISUAL = "02a_meet_the_identities 03b_can_it_be_learnt 04a_turn_the_dials 05a_top15 11a_cell_maps 11b_counting 14a_memory_in_motion 15a_alignment 22a_alpha_evolution 23a_activation 51a_where_time_goes"
@@ -113,14 +113,14 @@ def test_every_file_is_a_column_or_a_page_wide(width, tmp_path):
     fig, ax = plt.subplots(figsize=(width, 1.5), layout="constrained")
     ax.plot([1, 2], label="a")
     ax.legend()
-    assert round(check(save(fig, "a", tmp_path)[0]), 2) == round(COL1 if width <= COL1 else COL2, 2)
+    assert round(check(save_figure(fig, "a", tmp_path)[0]), 2) == round(COL1 if width <= COL1 else COL2, 2)
     assert tuple(fig.get_size_inches()) == (width, 1.5), "the figure itself stays as it is"
     plt.close(fig)
 
 
 def test_a_figure_wider_than_the_page_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected at most 6.875"):
-        save(plt.figure(figsize=(9, 2)), "a", tmp_path)
+        save_figure(plt.figure(figsize=(9, 2)), "a", tmp_path)
     assert not list(tmp_path.iterdir())
     plt.close("all")
 

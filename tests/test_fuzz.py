@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msinet.engine.checkpoint import (
-    check_same, from_official, load, load_weights, newest, to_bytes, read_run_json, save_weights, add_checksum,
+    check_same, from_official, load_hub, load_weights, newest, to_bytes, read_run_json, save_weights, add_checksum,
     check_checksum,
 )
-from msinet.cli import parse
+from msinet.cli import parse_args
 from msinet.core import InputError, check_inside
 from msinet.data.folder import folder
 from msinet.figures.run import read_config, read_run
-from msinet.deploy.hub import HubNet, load as load_model
+from msinet.deploy.hub import HubNet, load_hub as load_model
 from msinet.data.items import read_list
 from msinet.engine.learner import read_log
 from msinet.engine.lock import Lock
@@ -114,7 +114,7 @@ def test_checkpoints(tmp_path_factory, what, again):
     elif again:
         what = add_checksum(what + b"\0\0") if len(what) > 2 else what
     path.write_bytes(what)
-    s = fine(load, path)
+    s = fine(load_hub, path)
     assert not isinstance(s, dict) or torch.equal(s["a"], torch.arange(50.0)) and s["epoch"] == 3
     fine(newest, path), fine(load_weights, path), fine(open_net, path)
 
@@ -132,13 +132,13 @@ def test_code_is_not_run(how, tmp_path):
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(InputError, match="exec"):
-        load(path)
+        load_hub(path)
     b = io.BytesIO(path.read_bytes())
     if zipfile.is_zipfile(b) and how == "torch":
         path.write_bytes(add_checksum(path.read_bytes()))  # a right seal makes it no better
         assert check_checksum(path.read_bytes())
         with pytest.raises(InputError, match="exec"):
-            load(path)
+            load_hub(path)
 
 
 SMALL = ReIDNet(derived("G" * 12, (4, 16, 16, 16)), FBLNeck((16, 16, 16), 2))
@@ -194,7 +194,7 @@ def test_words(words):
 
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
-            fine(parse, words)
+            fine(parse_args, words)
         except SystemExit as e:
             assert e.code in (0, 2)
 

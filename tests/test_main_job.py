@@ -141,7 +141,7 @@ def test_killed_and_resumed_is_the_same_run(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kept", ["on disk", "in memory"])
 def test_the_cache_changes_nothing_but_time(kept, tmp_path):
     "Decoded once or whenever drawn: the same losses, weights and metrics, bit for bit."
-    cfg = replace(TRAIN["smoke"], erase=0.5, jitter=True)
+    cfg = replace(TRAIN["smoke"], random_erasing=0.5, jitter=True)
     once = train(replace(cfg, out=str(tmp_path / "once"), cache_dir=str(tmp_path / "cache") if kept == "on disk" else ""))
     anew = train(replace(cfg, out=str(tmp_path / "anew"), cache=False))
     losses = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (once, anew)]
@@ -182,4 +182,4 @@ def test_rates_are_the_released_ones():
     np.testing.assert_allclose([lr_at(e, 0.025) for e in range(350)], h["search_weights_350"], rtol=1e-9)
     np.testing.assert_allclose([lr_at(e, 0.065) for e in range(250)], h["cross_domain_250"], rtol=1e-9)
     released = SEARCH["released"]
-    np.testing.assert_allclose([lr_at(e, released.lr_alpha, 0, released.drops_alpha) for e in range(350)], h["alpha_350"], rtol=1e-9)
+    np.testing.assert_allclose([lr_at(e, released.lr_alpha, 0, released.milestones_alpha) for e in range(350)], h["alpha_350"], rtol=1e-9)

@@ -15,7 +15,7 @@ from msinet.core import InputError
 from msinet.rendering.tracer import View, cast
 from msinet.rendering.scene import KINDS, camera, keyed
 from msinet.rendering.world import (
-    LEVELS, Dials, Shot, World, get_data, identity, is_rendered, lookalikes, mask, parse, render,
+    LEVELS, Dials, Shot, World, get_data, identity, is_rendered, lookalikes, mask, parse_path, render,
     site, snap, stage, synth, write_layout,
 )
 from msinet.rendering.vehicles import BODIES, footprint, mark_apart, marks_of
@@ -97,7 +97,7 @@ def test_a_set_is_a_reid_set():
     assert min(train) == 1 and not train & test and test == {i.pid for i in data.gallery}
     assert {i.cam for i in pictures(data)} <= set(range(1, 7)) and len({i.path for i in pictures(data)}) == len(pictures(data))
     for i in pictures(data):
-        shot = parse(i.path)
+        shot = parse_path(i.path)
         assert is_rendered(i.path) and (shot.number, shot.cam, shot.path) == (i.pid, i.cam, i.path)
     for q in data.query: assert any(g.pid == q.pid and g.cam != q.cam for g in data.gallery)
 
@@ -127,7 +127,7 @@ def test_lookalikes_share_what_is_large():
     group = lookalikes(data)
     sizes = np.unique(list(group.values()), return_counts=True)[1]
     assert set(group) == {i.pid for i in pictures(data)} and (sizes == 4).all()
-    people = {p: identity(parse(data.train[0].path).world, 'train', p) for p in (1, 3, 9)}
+    people = {p: identity(parse_path(data.train[0].path).world, 'train', p) for p in (1, 3, 9)}
     assert people[1] != people[3] and people[1].top.colour == people[3].top.colour
     assert (people[1].top.freq, people[1].build) != (people[9].top.freq, people[9].build)
 
@@ -139,14 +139,14 @@ def test_vehicles_are_square_seen_whole_and_from_where_the_domain_says():
         for i in pictures(small(kind='vehicle', domain=d, height=48))[::5]:
             x, m = render(i.path), mask(i)
             assert x.shape == (48, 48, 3) and m.shape == (48, 48) and m.mean() > .08
-    for shot in (parse(i.path) for i in small(kind='vehicle', domain='B', level=Dials(camera_strength=0.)).train):
+    for shot in (parse_path(i.path) for i in small(kind='vehicle', domain='B', level=Dials(camera_strength=0.)).train):
         m = stage(shot)[1]
         assert (m > 0).any(1).sum() < 32 and (m > 0).any(0).sum() <= 32
 
 
 def test_lookalike_vehicles_share_the_factorys_part():
     data = synth('vehicle', 'B', n_ids=8, level='hard')
-    world, group = parse(data.train[0].path).world, lookalikes(data)
+    world, group = parse_path(data.train[0].path).world, lookalikes(data)
     cars = {p: identity(world, 'train', p) for p in sorted({i.pid for i in data.train})}
     for p in cars:
         for q in cars:
@@ -174,7 +174,7 @@ def test_mistakes_are_told_in_one_line(wrong):
 
 
 def test_names_of_nothing(tmp_path):
-    for f in (parse, render, mask):
+    for f in (parse_path, render, mask):
         for path in ('synth:person', 'synth:person,A,0:train/1/c1/f0', f'{tmp_path}/none.jpg'):
             with pytest.raises(InputError, match='expected'): f(path)
 
@@ -197,7 +197,7 @@ def test_market_layout_comes_back(tmp_path):
     assert len(list(there.rglob('-1_c*.jpg'))) == 6 and sum(i.pid == 0 for i in back.gallery) == 6
     files = {(i.pid, i.cam, int(Path(i.path).name.split('_')[2])): i for i in pictures(back)}
     for i in pictures(data):
-        disk = files[i.pid, i.cam, parse(i.path).frame]
+        disk = files[i.pid, i.cam, parse_path(i.path).frame]
         assert np.abs(render(disk.path).astype(int)-render(i.path)).mean() < 4
         np.testing.assert_allclose(mask(disk), mask(i), atol=.51/255)
     assert lookalikes(back) == lookalikes(data)

@@ -274,7 +274,7 @@ def plain(tmp_path_factory):
 def test_arms_resume_bit_for_bit(arm, plain, tmp_path):
     cfg = replace(SMOKE, **arm)
     whole = search(replace(cfg, out=str(tmp_path/'whole')))
-    search(replace(cfg, out=str(tmp_path/'part'), epochs=1, drops=()))
+    search(replace(cfg, out=str(tmp_path/'part'), epochs=1, milestones=()))
     again = search(replace(cfg, out=str(tmp_path/'part'), resume=True))
     assert np.array_equal(whole.alphas, again.alphas)
     assert all(torch.equal(a, b) for a, b in zip(whole.net.state_dict().values(), again.net.state_dict().values()))

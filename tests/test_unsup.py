@@ -74,7 +74,7 @@ def test_resume_is_bit_exact(method, kind, sets, tmp_path):
 
 
 def test_a_run_folder_is_complete(sets, tmp_path):
-    done = go("uda", replace(SMOKE, method="idm", out=str(tmp_path / "run"), every=1), sets)
+    done = go("uda", replace(SMOKE, method="idm", out=str(tmp_path / "run"), eval_every=1), sets)
     files = {p.name for p in done.run.iterdir()}
     assert {"config.json", "environment.json", "history.jsonl", "metrics.json", "model.safetensors", "pseudo.npy", "watched.npy", "uda.pt"} <= files
     m = json.loads((done.run / "metrics.json").read_text())
@@ -237,12 +237,12 @@ def test_command_line(words, tmp_path, capsys):
 
 
 def test_published_values_are_taken_where_nothing_is_said():
-    from msinet.cli import parse
-    cfg = resolve_defaults(parse("usl --preset full --method cc --data M=x".split()), "usl")
+    from msinet.cli import parse_args
+    cfg = resolve_defaults(parse_args("usl --preset full --method cc --data M=x".split()), "usl")
     assert (cfg.batch, cfg.K, cfg.epochs, cfg.iters, cfg.beta, cfg.eps, cfg.lr, cfg.k1, cfg.k2) == (256, 16, 50, 200, .1, .6, 3.5e-4, 30, 6)
-    cfg = resolve_defaults(parse("uda --preset full --method idm --data MS=x --source M=y --eps 0.5".split()), "uda")
-    assert (cfg.batch, cfg.epochs, cfg.iters, cfg.eps, cfg.drops) == (64, 50, 400, .5, (20, 40))
-    assert resolve_defaults(parse("usl --preset released --method hdcrl --data M=x".split()), "usl").distil == 0
+    cfg = resolve_defaults(parse_args("uda --preset full --method idm --data MS=x --source M=y --eps 0.5".split()), "uda")
+    assert (cfg.batch, cfg.epochs, cfg.iters, cfg.eps, cfg.milestones) == (64, 50, 400, .5, (20, 40))
+    assert resolve_defaults(parse_args("usl --preset released --method hdcrl --data M=x".split()), "usl").distil == 0
 
 
 def test_recluster_is_public(): assert issubclass(Recluster, Callback)

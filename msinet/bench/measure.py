@@ -19,7 +19,7 @@ from ..core import threads
 from ..data.items import Item
 from ..rendering.world import render, synth
 from ..data.augment import augment, FILL, MEAN, STD
-from ..data.loaders import PixelCache, resized
+from ..data.loaders import load_resized, PixelCache
 
 # %% ../../nbs/bench/51_measure.ipynb #afdfe7fa
 def ratio(
@@ -94,7 +94,7 @@ def bench_data(
         times = lambda f, k: lambda: [f() for _ in range(k)] # short ones several times, or the clock's steps would show
         t = ratio({'one by one': lambda: torch.stack([one(Image.open(items[k].path).convert('RGB')) for k in order()]),
                    'bytes': times(lambda: cache[order()], 20), 'floats': lambda: augment(cache[order()], gen),
-                   'decoded': lambda: [np.copyto(out[j], resized(items[k].path, size)) for j,k in enumerate(order())]}, rounds)
+                   'decoded': lambda: [np.copyto(out[j], load_resized(items[k].path, size)) for j,k in enumerate(order())]}, rounds)
         t.loc['bytes'] = t.loc['bytes'].mul([1/20, 20, 20, 20])
         t.insert(0, 'per second', n/t.seconds)
     return t

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['weights_hash', 'image_embedding', 'image_embeddings', 'Matches', 'Gallery', 'index_folder', 'save_gallery',
            'load_gallery', 'match_strip', 'approximate', 'recall', 'pair_distances', 'threshold', 'rate_interval',
-           'Verdict', 'verdict', 'verify', 'pair_plot', 'QueryConfig', 'excluded', 'run_query', 'VerifyConfig',
-           'run_verify']
+           'Verification', 'judge_distance', 'verify', 'pair_plot', 'QueryConfig', 'excluded', 'run_query',
+           'VerifyConfig', 'run_verify']
 
 # %% ../../nbs/deploy/31_gallery.ipynb #a054e82c
 import hashlib, json, os, re
@@ -29,7 +29,7 @@ from ..vis import COL1, QUERY, RIGHT, show_images, style, WRONG
 from ..data.items import image_files, Item
 from ..rendering.world import get_data
 from ..data.augment import normalise
-from ..data.loaders import pixels, resized, test_loader
+from ..data.loaders import load_image, load_resized, test_loader
 from ..retrieval.evaluate import device_of, embed, first_k
 from ..retrieval.places import Embeddings, filtered_scores, valid_vectors
 from ..engine.checkpoint import save as save_figure
@@ -54,7 +54,7 @@ def _image_input(
     size:tuple[int,int], # (H, W) of the network's input
 ) -> Tensor: # (1, 3, H, W) normalised
     "One picture as the network sees it. Raises `InputError` for anything that isn't one."
-    if isinstance(picture, (str, Path)): x = resized(str(picture), size)
+    if isinstance(picture, (str, Path)): x = load_resized(str(picture), size)
     else:
         x = np.asarray(picture)
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3: raise InputError(f'picture is {x.dtype} of shape {x.shape}; expected uint8 (H, W, 3)')
@@ -175,8 +175,8 @@ def match_strip(
     a:Matches,
 ):
     "A picture and the nearest ones of a gallery, from left to right, with their distances."
-    asked = pixels(str(picture)) if isinstance(picture, (str, Path)) else picture
-    ims, titles = [asked, *map(pixels, a.names)], ['asked', *(f'{d:.2f}' for d in a.dist)]
+    asked = load_image(str(picture)) if isinstance(picture, (str, Path)) else picture
+    ims, titles = [asked, *map(load_image, a.names)], ['asked', *(f'{d:.2f}' for d in a.dist)]
     return show_images(ims, titles, cols=len(ims), colors=[QUERY, *[None]*len(a.names)])
 
 # %% ../../nbs/deploy/31_gallery.ipynb #65f373c9
@@ -276,7 +276,7 @@ def rate_interval(
 
 # %% ../../nbs/deploy/31_gallery.ipynb #d1c78371
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     "Whether two pictures show the same one, and how sure that is."
     same:bool             # nearer than the threshold?
     distance:float        # of their unit vectors, 0 to 2
@@ -288,15 +288,15 @@ class Verdict:
     nearer_true:float     # share of its true pairs that are nearer than these two
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e1cdc228
-def verdict(
+def judge_distance(
     d:float,                           # distance of two pictures
     true:np.ndarray, false:np.ndarray, # sorted distances of pairs, from `pair_distances`
     fmr:float=.01,                     # false-match rate that is allowed
-) -> Verdict:
+) -> Verification:
     "Judge a distance by pairs of known identity. Errors as `threshold`."
     t = threshold(false, fmr)
     share = lambda x, at: float(np.searchsorted(x, at)/len(x))
-    return Verdict(bool(d < t), float(d), t, share(false, t), rate_interval(int(np.searchsorted(false, t)), len(false)), share(true, t), share(false, d), share(true, d))
+    return Verification(bool(d < t), float(d), t, share(false, t), rate_interval(int(np.searchsorted(false, t)), len(false)), share(true, t), share(false, d), share(true, d))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e7f75b65
 def verify(
@@ -305,16 +305,16 @@ def verify(
     size:tuple[int,int],               # (H, W) of the network's input
     true:np.ndarray, false:np.ndarray, # sorted distances of pairs, from `pair_distances`, by the same network
     fmr:float=.01,                     # false-match rate that is allowed
-) -> Verdict:
+) -> Verification:
     "Do two pictures show the same one? Errors as `_image_input` and `threshold`."
     d = (image_embedding(net, a, size) - image_embedding(net, b, size)).norm().item()
-    return verdict(d, true, false, fmr)
+    return judge_distance(d, true, false, fmr)
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e8f9e694
 @style()
 def pair_plot(
     true:np.ndarray, false:np.ndarray, # distances of pairs
-    v:Verdict,                         # of two pictures
+    v:Verification,                         # of two pictures
     ax=None,                           # where
 ):
     "Both heaps of distances, the threshold, and where two pictures lie."
@@ -385,7 +385,7 @@ class VerifyConfig:
 # %% ../../nbs/deploy/31_gallery.ipynb #a8497900
 def run_verify(
     cfg:VerifyConfig,
-) -> dict: # the set that the threshold comes from, and the fields of a `Verdict`
+) -> dict: # the set that the threshold comes from, and the fields of a `Verification`
     "`msinet compare`. Raises `InputError` for anything that can't be opened, and for a rate that the set can't show."
     net, about = open_net(cfg.run)
     spec = cfg.data or run_data_spec(cfg.run)

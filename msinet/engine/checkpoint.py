@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELL_NAMES', 'add_checksum', 'check_checksum', 'to_bytes', 'save', 'load', 'stateful_parts', 'checkpoint_paths',
-           'Checkpoint', 'newest', 'resume', 'run_folder', 'read_run_json', 'write_run_metadata', 'check_same',
+           'Checkpoint', 'newest', 'load_checkpoint', 'run_folder', 'read_run_json', 'write_run_metadata', 'check_same',
            'save_weights', 'load_weights', 'from_official', 'unwrap_state_dict']
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #566b02bc
@@ -59,7 +59,7 @@ def save(
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #92c30f11
 def load(
-    path, # what `save` wrote, or another tool's checkpoint of tensors and plain values
+    path, # what `save_figure` wrote, or another tool's checkpoint of tensors and plain values
 ):
     "Open a state without running anything that it might hold. Raises `InputError` for what isn't one, and for a damaged one."
     path = Path(path)
@@ -169,7 +169,7 @@ def newest(
     if bad: raise InputError(f'{len(bad)} of {len(bad)} checkpoints are damaged, such as {bad[0].split(": use")[0]}; expected one that is whole: remove them to start anew')
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #22c27306
-def resume(
+def load_checkpoint(
     learn:Learner, # built as for a new run
     path,          # what `Checkpoint` wrote
 ) -> bool: # whether there was something to go on from

@@ -18,7 +18,8 @@ from ..core import InputError, n_params
 from .devices import broadcast_from_main, rank_and_world_size
 from .learner import Callback, Learner, Log, Progress
 from msinet.engine.checkpoint import (
-    check_same, Checkpoint, checkpoint_paths, resume, run_folder, to_bytes, write_run_metadata,
+    check_same, Checkpoint, checkpoint_paths, load_checkpoint, run_folder, to_bytes,
+    write_run_metadata,
 )
 
 # %% ../../nbs/engine/21_lock.ipynb #173d01b4
@@ -253,7 +254,7 @@ def start_or_resume(
     path = run/f'{kind}.pt'
     if resume_it and any(p.is_file() for p in checkpoint_paths(path)):
         check_same(run, kind, about, marks)
-        resume(learn, path)
+        load_checkpoint(learn, path)
     def ready():
         for c in learn.cbs:
             if isinstance(c, Checkpoint): _check_disk_space(run, _state_size(learn, c), c.keep + 2 - sum(p.is_file() for p in checkpoint_paths(path))) # those that stay, the best, the next

@@ -29,9 +29,9 @@ from msinet.vis import (
     overlay, plot_alphas, strip_size, style,
 )
 from ..data.items import ReIDData
-from ..rendering.scenery import strips
+from ..rendering.scenery import strip_lights
 from ..rendering.world import get_data
-from ..data.loaders import pixels, test_loader
+from ..data.loaders import load_image, test_loader
 from ..retrieval.evaluate import embed, evaluate, nearest
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank
@@ -41,7 +41,7 @@ from ..engine.learner import read_log
 from ..engine.checkpoint import read_run_json, save as save_figure
 from ..training.search import SearchConfig
 from ..training.pretrain import PretrainConfig
-from ..training.train import load_initial_weights, network, open_net, Pixels, train, TRAIN, TrainConfig
+from ..training.train import load_initial_weights, network, open_net, Pixels, TRAIN, train, TrainConfig
 from .clusters import cluster_curves
 from ..unsup.train import UnsupConfig
 
@@ -164,14 +164,14 @@ def strip_rows(
     which:list,                 # indices of queries
     titles:list,                # one text per query
     k:int=15,                   # how many are retrieved
-) -> list[tuple]: # one per query, as `strips` takes them
+) -> list[tuple]: # one per query, as `strip_lights` takes them
     "What some queries find, by the protocol of the data set."
     q_some = Embeddings(q.f[which], q.pid[which], None if q.cam is None else q.cam[which])
     idx, dist, right = nearest(q_some, g, k, data.same_cam_ok)
     rows = []
     for r,i in enumerate(which):
         keep = [int(j) for j in idx[r] if j >= 0]
-        rows.append((pixels(data.query[i].path), [pixels(data.gallery[j].path) for j in keep], dist[r][:len(keep)], right[r][:len(keep)], titles[r]))
+        rows.append((load_image(data.query[i].path), [load_image(data.gallery[j].path) for j in keep], dist[r][:len(keep)], right[r][:len(keep)], titles[r]))
     return rows
 
 # %% ../../nbs/figures/30_run.ipynb #5bb4ce7b
@@ -195,7 +195,7 @@ def strips_of(
     q, g = embeddings(net, data, about['size'])
     ap = rank(*q, *g, same_cam_ok=data.same_cam_ok).ap
     which = spread(ap, n)
-    return strips(strip_rows(data, q, g, which, [f'AP {100*ap[i]:.0f}' for i in which]))
+    return strip_lights(strip_rows(data, q, g, which, [f'AP {100*ap[i]:.0f}' for i in which]))
 
 # %% ../../nbs/figures/30_run.ipynb #daa4e97c
 def nearest_negatives(
@@ -374,7 +374,7 @@ def overview(
     fig = plt.figure(figsize=(COL2,2.1+below), layout='constrained')
     top, low = fig.subfigures(2, 1, height_ratios=(2.1,below))
     draw_genotype(word, alpha, ax=top.add_axes([0,0,1,1]))
-    strips(rows, low)
+    strip_lights(rows, low)
     return fig
 
 # %% ../../nbs/figures/30_run.ipynb #7818239d
@@ -399,7 +399,7 @@ def _network_figures(
     return [*([RunFigure('glance', 'At a glance', 'The architecture with the final shares of each slot, and whom two queries find before and after training: by average precision, the first lies in the middle of all queries, the second near the best. '
                      'Green is right, red is wrong.', overview(about['genotype'], alphas[-1], glances))] if glances else []),
             RunFigure('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
-                  'Numbers are distances.', strips(strip_rows(data, *vectors['trained'], which, [f'AP {100*ap[i]:.0f}' for i in which]))),
+                  'Numbers are distances.', strip_lights(strip_rows(data, *vectors['trained'], which, [f'AP {100*ap[i]:.0f}' for i in which]))),
             RunFigure('cmc', 'How often', 'Share of queries whose first true match is among the first k; the legend has the share for k = 1.', cmc_plot({n: c.curve(20) for n,c in rankings.items()}).figure),
             *([RunFigure('gap', 'How near strangers come', 'The ten nearest pictures of other identities for each query; the dot is the mean, its bar the 95 % interval.', gap(far).figure)] if far else []),
             RunFigure('embeddings', 'Everybody from above', 'Queries (triangles) and gallery (dots) of up to twelve identities, laid flat by t-SNE: colours should gather by identity, not by camera. Neighbours mean something, distances between clumps do not.',

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..core import InputError
 from ..rendering.scene import degrade, develop, keyed
-from ..rendering.world import mask, parse, site, stage, visit
+from ..rendering.world import mask, parse_path, site, stage, visit
 from ..data.augment import normalise
-from ..data.loaders import pixels, test_loader
+from ..data.loaders import load_image, test_loader
 from ..retrieval.evaluate import device_of
 from ..figures.cam import object_share
 
@@ -119,7 +119,7 @@ def elsewhere(
     cam:int, # whose background, from 1 on
 ) -> np.ndarray: # (H, W, 3) uint8
     "The same moment in front of what another camera sees. Raises `InputError` for a picture that isn't rendered on demand."
-    shot = parse(getattr(item, 'path', item))
+    shot = parse_path(getattr(item, 'path', item))
     w, own = shot.world, site(shot.world, shot.cam)[0]
     (p, m), b, there = stage(shot), stage(shot, actor=False)[0], stage(shot._replace(cam=cam, split='empty'))[0]
     moved = np.clip(p + (1-m[...,None])*(there-b), 0, None)
@@ -141,7 +141,7 @@ def background_drift(
     def embedded(pics):
         x = normalise(torch.from_numpy(np.stack(pics)).permute(0,3,1,2)).to(device_of(net))
         return F.normalize(torch.cat([net.eval().embed(b) for b in x.split(bs)])).cpu()
-    own = embedded([pixels(i.path) for i in items])
+    own = embedded([load_image(i.path) for i in items])
     turned = [(k, elsewhere(i, c)) for k,i in enumerate(items) for c in cams if c != i.cam]
     at, there = np.array([k for k,_ in turned]), embedded([p for _,p in turned])
     drift = np.bincount(at, 1-(own[at]*there).sum(1).double().numpy(), len(items))/np.bincount(at)

@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from .tracer import box, Capsule, Solid, unit
+from .tracer import box, Capsule, Solid, unit_vector
 
 # %% ../../nbs/rendering/03_persons.ipynb #f8f569f4
 _COLOURS = {name: np.array(rgb, np.float32) for name,rgb in dict(
@@ -218,7 +218,7 @@ def _hang(
     out:float=0, # how far to the left
 ) -> np.ndarray: # (3,)
     "Unit vector of a limb that hangs at an angle."
-    return unit(np.array([sin(angle), out, -cos(angle)]))
+    return unit_vector(np.array([sin(angle), out, -cos(angle)]))
 
 # %% ../../nbs/rendering/03_persons.ipynb #f2bf5f3e
 def _leg_joints(
@@ -415,7 +415,7 @@ def _leg(
     shoe = lambda P,n,s: np.where(n[:,2:] < -.35, _COLOURS['white'], _COLOURS[p.shoe])
     wide = low.wide if low.kind == 'trousers' else 1
     parts = [Capsule(hip, knee, .056, .041*wide, thigh), Capsule(knee, ankle, .037*wide, .026*wide, shin), Capsule(heel, toe, _HEEL, _TOE, shoe)]
-    return parts+[Capsule(ankle, ankle+.07*unit(knee-ankle), .031, .033, _COLOURS[p.shoe])]*p.boots
+    return parts+[Capsule(ankle, ankle+.07*unit_vector(knee-ankle), .031, .033, _COLOURS[p.shoe])]*p.boots
 
 # %% ../../nbs/rendering/03_persons.ipynb #7d339d5d
 def _hips(

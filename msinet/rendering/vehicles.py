@@ -13,7 +13,7 @@ from math import sin, cos, sqrt, pi
 import numpy as np
 
 from .persons import Actor, choose, PRINTS
-from .tracer import box, Capsule, Solid, unit
+from .tracer import box, Capsule, Solid, unit_vector
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #f7e55510
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _hull(
 ) -> Solid:
     "A solid from planes that are given by directions and points."
     n, p = np.array(planes, float).transpose(1,0,2)
-    n = unit(n)
+    n = unit_vector(n)
     return Solid(np.c_[n, (n*p).sum(1)], lo, hi, paint, bevel, gloss)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #5ae77a3e

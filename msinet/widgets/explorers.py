@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core import Hooks, InputError
 from ..figures.tiles import tiles, tiling
 from ..vis import activation, denormalise, NETS, overlay, QUERY, rgb, RIGHT, strongest, style, WRONG
-from ..data.loaders import pixels
+from ..data.loaders import load_image
 from ..retrieval.evaluate import nearest
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank
@@ -144,7 +144,7 @@ def retrieval_browser(
     vectors = {n: embeddings(net, data, size) for n,net in nets.items()}
     aps = {n: rank(*v[0], *v[1], same_cam_ok=data.same_cam_ok).ap for n,v in vectors.items()}
     order = spread(list(aps.values())[-1], len(data.query)) # worst first
-    shown = lru_cache(1024)(lambda path: pixels(path))
+    shown = lru_cache(1024)(lambda path: load_image(path))
     def found(net, query, k, own): return [v[0] for v in nearest(_one_query(vectors[net][0], order[query-1]), vectors[net][1], k, own == 'count' or data.same_cam_ok)]
     t = tiling(len(nets), 11, size[0]/size[1], most=1.5, left=room(nets), right=.05, above=.2)
     def draw(query, first, own):
@@ -235,7 +235,7 @@ def embedding_map(
             scatter_ids(ax, xy, pid if colour == 'identity' else cam_of, n_q)
             same = xy[(pid == pid[point])]
             ax.scatter(*same.T, s=75, fc='none', ec='#404040', lw=.8); ax.scatter(*xy[point], s=130, fc='none', ec='black', lw=2)
-        im = rgb(pixels(items[point].path))
+        im = rgb(load_image(items[point].path))
         x, tall = W-1.2, im.shape[0]/im.shape[1]
         h = min(1.9, 1.1*tall)
         ax.imshow(im, extent=(x,x+h/tall,.22+h,.22), aspect='auto')
