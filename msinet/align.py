@@ -8,7 +8,6 @@ __all__ = ['ALIGN', 'pairwise', 'unified']
 # %% ../nbs/15_align.ipynb #8d40ef6d
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from .core import InputError
@@ -17,26 +16,32 @@ from .sam import disagreement, SAM
 
 # %% ../nbs/15_align.ipynb #5ce8eb89
 def pairwise(
-    a:Tensor,      # (B, B, N) activation vectors, [anchor, other]
-    y:Tensor,      # (B,) labels, in any mix
-    pos:float=1.,  # weight of the pairs within the anchor's identity, itself among them
-    neg:float=1.,  # weight of the pairs among strangers
-) -> Tensor: # scalar, mean over the anchors
+    a: Tensor,  # (B, B, N) activation vectors, [anchor, other]
+    y: Tensor,  # (B,) labels, in any mix
+    pos: float = 1.0,  # weight of the pairs within the anchor's identity, itself among them
+    neg: float = 1.0,  # weight of the pairs among strangers
+) -> Tensor:  # scalar, mean over the anchors
     "Pairwise alignment without PAM: Table 5's *Separated*; its *Pos.* or *Neg.* alone with the other weight 0."
-    if len(y) != len(a): raise InputError(f'found {len(y)} labels for {len(a)} samples, expected as many: give the labels of this batch')
-    u, same = unit(a), (y[:,None] == y).to(a.dtype)
-    return (pos*disagreement(u, same) + neg*disagreement(u, 1-same)).mean()
+    if len(y) != len(a):
+        raise InputError(f'found {len(y)} labels for {len(a)} samples, expected as many: give the labels of this batch')
+    u, same = unit(a), (y[:, None] == y).to(a.dtype)
+    return (pos * disagreement(u, same) + neg * disagreement(u, 1 - same)).mean()
 
 # %% ../nbs/15_align.ipynb #92331610
 def unified(
-    a:Tensor,      # (B, B, N) activation vectors, [anchor, other]
-    y:Tensor=None, # labels; unused, so that every arm is called alike
-    pos:float=1.,  # unused, likewise
-    neg:float=1.,  # unused, likewise
-) -> Tensor: # scalar, mean over the anchors
+    a: Tensor,  # (B, B, N) activation vectors, [anchor, other]
+    y: Tensor = None,  # labels; unused, so that every arm is called alike
+    pos: float = 1.0,  # unused, likewise
+    neg: float = 1.0,  # unused, likewise
+) -> Tensor:  # scalar, mean over the anchors
     "All vectors of an anchor agree with each other, whoever answers: Table 5's *Unified*."
     return disagreement(unit(a), a.new_ones(a.shape[:2])).mean()
 
 # %% ../nbs/15_align.ipynb #a5675fbb
-ALIGN = dict(pam=SAM, separated=partial(SAM, align=pairwise), unified=partial(SAM, align=unified), # Table 5
-             positives=partial(SAM, align=pairwise, neg=0.), negatives=partial(SAM, align=pairwise, pos=0.))
+ALIGN = dict(
+    pam=SAM,
+    separated=partial(SAM, align=pairwise),
+    unified=partial(SAM, align=unified),  # Table 5
+    positives=partial(SAM, align=pairwise, neg=0.0),
+    negatives=partial(SAM, align=pairwise, pos=0.0),
+)

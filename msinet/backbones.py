@@ -24,201 +24,259 @@ from .necks import BNNeck, Branch, classifier, FBLNeck, ReIDNet
 # %% ../nbs/16_backbones.ipynb #263af71f
 class ScaleBlock(nn.Module):
     "Streams of different length under one gate, added up: the residual block of OSNet and CDNet."
-    def __init__(self,
-        c_in:int,  # channels in
-        c_out:int, # channels out; a quarter inside
-        depths,    # how many light convolutions each stream has
-        r:int=16,  # how much narrower the gate is in the middle; OSNet 16, CDNet 4
+
+    def __init__(
+        self,
+        c_in: int,  # channels in
+        c_out: int,  # channels out; a quarter inside
+        depths,  # how many light convolutions each stream has
+        r: int = 16,  # how much narrower the gate is in the middle; OSNet 16, CDNet 4
     ):
         super().__init__()
-        c = c_out//4
+        c = c_out // 4
         self.open, self.close = conv_bn(c_in, c), conv_bn(c, c_out, act=False)
         self.streams = nn.ModuleList(nn.Sequential(*[light_conv(c) for _ in range(t)]) for t in depths)
         self.gate = ChannelGate(c, r)
         self.shortcut = conv_bn(c_in, c_out, act=False) if c_in != c_out else nn.Identity()
 
-    def forward(self,
-        x:Tensor, # (B, c_in, H, W)
-    ) -> Tensor: # (B, c_out, H, W)
+    def forward(
+        self,
+        x: Tensor,  # (B, c_in, H, W)
+    ) -> Tensor:  # (B, c_out, H, W)
         x0 = self.open(x)
         xs = [s(x0) for s in self.streams]
-        gates = self.gate.mlp(torch.cat([x.mean((2,3), keepdim=True) for x in xs])).sigmoid().chunk(len(xs))
-        return (self.close(sum(g*x for g,x in zip(gates, xs))) + self.shortcut(x)).relu()
+        gates = self.gate.mlp(torch.cat([x.mean((2, 3), keepdim=True) for x in xs])).sigmoid().chunk(len(xs))
+        return (self.close(sum(g * x for g, x in zip(gates, xs))) + self.shortcut(x)).relu()
 
 # %% ../nbs/16_backbones.ipynb #7086ded0
 class ScaleNet(nn.Module):
     "Stem and three stages of `ScaleBlock`s. A backbone."
-    def __init__(self,
-        depths,   # for each of the three stages, for each of its blocks: the depths of its streams
-        channels, # of the stem and the three stages
-        r:int,    # how much narrower gates are in the middle
-        last,     # channels -> what stands after the third stage
+
+    def __init__(
+        self,
+        depths,  # for each of the three stages, for each of its blocks: the depths of its streams
+        channels,  # of the stem and the three stages
+        r: int,  # how much narrower gates are in the middle
+        last,  # channels -> what stands after the third stage
     ):
         super().__init__()
         self.stem = nn.Sequential(OrderedDict(conv=conv_bn(3, channels[0], 7, 2), pool=nn.MaxPool2d(3, 2, 1)))
+
         def stage(c_in, c_out, depths, end):
-            blocks = [ScaleBlock(c_out if i else c_in, c_out, d, r) for i,d in enumerate(depths)]
+            blocks = [ScaleBlock(c_out if i else c_in, c_out, d, r) for i, d in enumerate(depths)]
             return nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks), end=end(c_out)))
+
         self.stages = nn.ModuleList(map(stage, channels, channels[1:], depths, (down, down, last)))
         self.channels = tuple(channels[1:])
         self.apply(init_weights)
 
     @property
-    def cells(self) -> list: return [b for s in self.stages for b in s.blocks]
+    def cells(self) -> list:
+        return [b for s in self.stages for b in s.blocks]
 
-    forward = MSINet.forward # the stem, then the map of each stage
+    forward = MSINet.forward  # the stem, then the map of each stage
 
 # %% ../nbs/16_backbones.ipynb #4d6e22ad
 def osnet(
-    channels=(64, 256, 384, 512), # of the stem and the three stages; x1.0 is the default
+    channels=(64, 256, 384, 512),  # of the stem and the three stages; x1.0 is the default
 ) -> ScaleNet:
     "OSNet: omni-scale blocks with streams of 1, 2, 3 and 4 light convolutions (Zhou et al., ICCV 2019)."
-    return ScaleNet([[(1,2,3,4)]*2]*3, channels, 16, lambda c: conv_bn(c, c))
+    return ScaleNet([[(1, 2, 3, 4)] * 2] * 3, channels, 16, lambda c: conv_bn(c, c))
 
 # %% ../nbs/16_backbones.ipynb #3b984c7b
 class FCNeck(nn.Module):
     "Mean over positions, linear layer, batch normalisation, ReLU, classifier: one branch, OSNet's own."
-    def __init__(self,
-        channels,    # of the backbone's maps; the last one counts
-        n_ids:int=0, # training identities; 0 for no classifier
-        d:int=512,   # features
+
+    def __init__(
+        self,
+        channels,  # of the backbone's maps; the last one counts
+        n_ids: int = 0,  # training identities; 0 for no classifier
+        d: int = 512,  # features
     ):
         super().__init__()
-        self.fc, self.fc_bn, self.classifier = nn.Linear(channels[-1], d), nn.BatchNorm1d(d), classifier(d, n_ids)
-        nn.init.normal_(self.fc.weight, std=.01); nn.init.zeros_(self.fc.bias)
+        self.fc = nn.Linear(channels[-1], d)
+        self.fc_bn = nn.BatchNorm1d(d)
+        self.classifier = classifier(d, n_ids)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
 
-    def forward(self,
-        maps:list, # the last one is (B, C, H, W)
-    ) -> list[Branch]: # one; its embedding is the same before and after normalisation
+    def forward(
+        self,
+        maps: list,  # the last one is (B, C, H, W)
+    ) -> list[Branch]:  # one; its embedding is the same before and after normalisation
         f = self.fc_bn(self.fc(reduce(maps[-1], 'b c h w -> b c', 'mean'))).relu()
         return [Branch(f, f, self.classifier(f))]
 
 # %% ../nbs/16_backbones.ipynb #83d13bef
-CDNET = ((3,5,1), (3,7,2), (5,7,2), (5,9,1), (5,7,2), (5,7,1)) # two kernels, and how many blocks
+CDNET = ((3, 5, 1), (3, 7, 2), (5, 7, 2), (5, 9, 1), (5, 7, 2), (5, 7, 1))  # two kernels, and how many blocks
+
 
 def cdnet(
-    cells=CDNET,                  # for each of six cells: two kernels, and how many blocks
-    channels=(64, 256, 384, 512), # of the stem and the three stages
+    cells=CDNET,  # for each of six cells: two kernels, and how many blocks
+    channels=(64, 256, 384, 512),  # of the stem and the three stages
 ) -> ScaleNet:
     "CDNet: searched pairs of scales (Li, Wu and Zheng, CVPR 2021), as published for Market-1501."
-    blocks = [[(k1//2, k2//2)]*n for k1,k2,n in cells]
-    return ScaleNet([blocks[i] + blocks[i+1] for i in (0,2,4)], channels, 4, lambda c: nn.Identity())
+    blocks = [[(k1 // 2, k2 // 2)] * n for k1, k2, n in cells]
+    return ScaleNet([blocks[i] + blocks[i + 1] for i in (0, 2, 4)], channels, 4, lambda c: nn.Identity())
 
 # %% ../nbs/16_backbones.ipynb #d5c5d1d6
 def timm_tools():
     "The package timm. Raises `InputError` where it is missing."
     ensure_torchvision()
-    try: import timm
-    except ImportError: raise InputError('package timm is missing, expected it for resnet50 and vit: pip install timm') from None
+    try:
+        import timm
+    except ImportError:
+        raise InputError('package timm is missing, expected it for resnet50 and vit: pip install timm') from None
     return timm
 
 # %% ../nbs/16_backbones.ipynb #81a2f4eb
 def resnet50(
-    pretrained:bool=False, # fetch timm's ImageNet weights
-    last_stride:int=1,     # of the last stage; 2 is ImageNet's
-) -> nn.Module: # channels 256, 512, 1024, 2048
+    pretrained: bool = False,  # fetch timm's ImageNet weights
+    last_stride: int = 1,  # of the last stage; 2 is ImageNet's
+) -> nn.Module:  # channels 256, 512, 1024, 2048
     "ResNet50 with the last stage at full resolution, as re-identification uses it. A backbone."
-    net = timm_tools().create_model('resnet50', pretrained=pretrained, features_only=True, out_indices=(1,2,3,4), zero_init_last=False)
+    net = timm_tools().create_model(
+        'resnet50', pretrained=pretrained, features_only=True, out_indices=(1, 2, 3, 4), zero_init_last=False
+    )
     first = net['layer4'][0]
     first.conv2.stride = first.downsample[0].stride = (last_stride, last_stride)
-    net.channels, net.cells = tuple(net.feature_info.channels()), [net[f'layer{i}'] for i in (1,2,3,4)]
+    net.channels, net.cells = tuple(net.feature_info.channels()), [net[f'layer{i}'] for i in (1, 2, 3, 4)]
     return net
 
 # %% ../nbs/16_backbones.ipynb #30a25cc3
 class _ToMap(nn.Module):
     "Tokens put back in rows: a map. A module of its own, so that it can be listened to."
-    def forward(self,
-        x:Tensor, # (B, h·w, C)
-        h:int,    # rows
-    ) -> Tensor: # (B, C, h, w)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, h·w, C)
+        h: int,  # rows
+    ) -> Tensor:  # (B, C, h, w)
         return rearrange(x, 'b (h w) c -> b c h w', h=h)
 
 # %% ../nbs/16_backbones.ipynb #3be1c4d7
 def on_grid(
-    pos:Tensor,          # (1, 1+n, d) positions of the class token and of n patches
-    grid,                # rows and columns of patches
-    distilled:bool=False, # they have a second token, which is left out, as TransReID does
-) -> Tensor: # (1, 1 + rows*columns, d)
+    pos: Tensor,  # (1, 1+n, d) positions of the class token and of n patches
+    grid,  # rows and columns of patches
+    distilled: bool = False,  # they have a second token, which is left out, as TransReID does
+) -> Tensor:  # (1, 1 + rows*columns, d)
     "A ViT's positions, laid onto another grid."
     from timm.layers import resample_abs_pos_embed
-    if distilled: pos = torch.cat([pos[:,:1], pos[:,2:]], 1)
+
+    if distilled:
+        pos = torch.cat([pos[:, :1], pos[:, 2:]], 1)
     return resample_abs_pos_embed(pos, list(grid), num_prefix_tokens=1)
 
 # %% ../nbs/16_backbones.ipynb #0e5349f3
 class ViT(nn.Module):
     "A vision transformer whose tokens are maps. A backbone."
-    def __init__(self,
-        net:nn.Module,           # timm's VisionTransformer for 224×224 pixels
-        size:tuple[int,int],     # (H, W) of the images in pixels
-        stride:int=16,           # from patch to patch in pixels; below 16 they overlap
-        cls:bool=False,          # one more map of a single place, the class token: a neck then embeds by it
+
+    def __init__(
+        self,
+        net: nn.Module,  # timm's VisionTransformer for 224×224 pixels
+        size: tuple[int, int],  # (H, W) of the images in pixels
+        stride: int = 16,  # from patch to patch in pixels; below 16 they overlap
+        cls: bool = False,  # one more map of a single place, the class token: a neck then embeds by it
     ):
         super().__init__()
-        patch, n, d = net.patch_embed.proj.kernel_size[0], len(net.blocks), net.embed_dim
-        self.size, self.cls, self.rows = tuple(size), cls, (size[0]-patch)//stride + 1
+        patch = net.patch_embed.proj.kernel_size[0]
+        n = len(net.blocks)
+        d = net.embed_dim
+        self.size = tuple(size)
+        self.cls = cls
+        self.rows = (size[0] - patch) // stride + 1
         net.patch_embed.proj.stride = (stride, stride)
-        pos = on_grid(net.pos_embed.detach(), (self.rows, (size[1]-patch)//stride + 1), hasattr(net, 'dist_token'))
-        if hasattr(net, 'dist_token'): del net.dist_token
-        self.net, self.at = net, (n//3, 2*n//3, n)
+        pos = on_grid(net.pos_embed.detach(), (self.rows, (size[1] - patch) // stride + 1), hasattr(net, 'dist_token'))
+        if hasattr(net, 'dist_token'):
+            del net.dist_token
+        self.net, self.at = net, (n // 3, 2 * n // 3, n)
         net.pos_embed = nn.Parameter(pos)
         self.cells = nn.ModuleList(_ToMap() for _ in self.at)
-        self.channels = (d,)*(3+cls)
-        mean, std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean','std'))
-        self.register_buffer('scale', torch.tensor(STD).view(3, 1, 1)/std, persistent=False) # from our normalisation to that of its weights
-        self.register_buffer('shift', (torch.tensor(MEAN).view(3, 1, 1)-mean)/std, persistent=False)
+        self.channels = (d,) * (3 + cls)
+        mean, std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
+        self.register_buffer(
+            'scale', torch.tensor(STD).view(3, 1, 1) / std, persistent=False
+        )  # from our normalisation to that of its weights
+        self.register_buffer('shift', (torch.tensor(MEAN).view(3, 1, 1) - mean) / std, persistent=False)
 
-    def forward(self,
-        x:Tensor, # (B, 3, H, W) normalised images of the size it was built for
-    ) -> list[Tensor]: # maps after a third, two thirds and all of the blocks
-        if tuple(x.shape[-2:]) != self.size: raise InputError(f'images have {x.shape[-2]}×{x.shape[-1]} pixels, expected {self.size[0]}×{self.size[1]}: build the ViT with their size')
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised images of the size it was built for
+    ) -> list[Tensor]:  # maps after a third, two thirds and all of the blocks
+        if tuple(x.shape[-2:]) != self.size:
+            raise InputError(
+                f'images have {x.shape[-2]}×{x.shape[-1]} pixels, expected {self.size[0]}×{self.size[1]}: build the '
+                'ViT with their size'
+            )
         net, maps = self.net, []
-        x = rearrange(net.patch_embed.proj(x*self.scale + self.shift), 'b c h w -> b (h w) c')
+        x = rearrange(net.patch_embed.proj(x * self.scale + self.shift), 'b c h w -> b (h w) c')
         x = net.pos_drop(torch.cat([net.cls_token.expand(len(x), -1, -1), x], 1) + net.pos_embed)
-        for i,block in enumerate(net.blocks, 1):
+        for i, block in enumerate(net.blocks, 1):
             x = block(x)
-            if i == len(net.blocks): x = net.norm(x)
-            if i in self.at: maps.append(self.cells[len(maps)](x[:,1:], self.rows))
-        return maps + [x[:,0,:,None,None]] if self.cls else maps
+            if i == len(net.blocks):
+                x = net.norm(x)
+            if i in self.at:
+                maps.append(self.cells[len(maps)](x[:, 1:], self.rows))
+        return maps + [x[:, 0, :, None, None]] if self.cls else maps
 
 # %% ../nbs/16_backbones.ipynb #c3430e2d
 def vit(
-    name:str='vit_base_patch16_224', # timm's name of a plain ViT or DeiT, distilled or not
-    size:tuple[int,int]=(256, 128),  # (H, W) of the images in pixels
-    stride:int=16,                   # from patch to patch in pixels; 12 overlaps
-    drop_path:float=.1,              # blocks skipped in training, at the deepest; TransReID's
-    pretrained:bool=False,           # fetch timm's ImageNet weights
-    cls:bool=False,                  # give the class token as a last map of one place
-) -> ViT: # three equal channels
+    name: str = 'vit_base_patch16_224',  # timm's name of a plain ViT or DeiT, distilled or not
+    size: tuple[int, int] = (256, 128),  # (H, W) of the images in pixels
+    stride: int = 16,  # from patch to patch in pixels; 12 overlaps
+    drop_path: float = 0.1,  # blocks skipped in training, at the deepest; TransReID's
+    pretrained: bool = False,  # fetch timm's ImageNet weights
+    cls: bool = False,  # give the class token as a last map of one place
+) -> ViT:  # three equal channels
     "ViT or DeiT as TransReID's baseline builds it (He et al., ICCV 2021), with maps. Raises `InputError` for a name that isn't a ViT's."
     timm = timm_tools()
-    if not name.startswith(('vit_', 'deit_')) or not timm.is_model(name): raise InputError(f'found the name {name!r}, expected a ViT of timm: e.g. vit_base_patch16_224 or deit_small_patch16_224')
-    return ViT(timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path), size, stride, cls)
+    if not name.startswith(('vit_', 'deit_')) or not timm.is_model(name):
+        raise InputError(
+            f'found the name {name!r}, expected a ViT of timm: e.g. vit_base_patch16_224 or deit_small_patch16_224'
+        )
+    return ViT(
+        timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path), size, stride, cls
+    )
 
 # %% ../nbs/16_backbones.ipynb #a5c616d5
-BACKBONES = dict(msinet=derived, resnet50=resnet50, osnet=osnet, cdnet=cdnet, deit_s=partial(vit, 'deit_small_patch16_224'),
-                 deit_b=partial(vit, 'deit_base_patch16_224'), vit_b=partial(vit, 'vit_base_patch16_224'))
+BACKBONES = dict(
+    msinet=derived,
+    resnet50=resnet50,
+    osnet=osnet,
+    cdnet=cdnet,
+    deit_s=partial(vit, 'deit_small_patch16_224'),
+    deit_b=partial(vit, 'deit_base_patch16_224'),
+    vit_b=partial(vit, 'vit_base_patch16_224'),
+)
 
 # %% ../nbs/16_backbones.ipynb #d581b81e
 NECKS = dict(resnet50=BNNeck, osnet=FCNeck, cdnet=FBLNeck, deit_s=BNNeck, deit_b=BNNeck, vit_b=BNNeck)
 
 # %% ../nbs/16_backbones.ipynb #85d07f77
 def check_backbone(
-    name:str, # msinet or a key of `NECKS`
+    name: str,  # msinet or a key of `NECKS`
 ):
     "Raises `InputError` for a name that isn't one."
-    if name not in BACKBONES: raise InputError(f"backbone {name!r} is not there, expected one of {', '.join(BACKBONES)}")
+    if name not in BACKBONES:
+        raise InputError(f"backbone {name!r} is not there, expected one of {', '.join(BACKBONES)}")
 
 # %% ../nbs/16_backbones.ipynb #3789cfd0
 def build_baseline(
-    name:str,                       # a key of `NECKS`
-    size:tuple[int,int]=(256, 128), # (H, W) of the images in pixels; a ViT is built for it
-    n_ids:int=0,                    # training identities; 0 for no classifier
-    channels=(64, 256, 384, 512),   # of the stem and the three stages of OSNet and CDNet; the others have their own
-    pretrained:bool=False,          # fetch timm's ImageNet weights, where timm has the network
+    name: str,  # a key of `NECKS`
+    size: tuple[int, int] = (256, 128),  # (H, W) of the images in pixels; a ViT is built for it
+    n_ids: int = 0,  # training identities; 0 for no classifier
+    channels=(64, 256, 384, 512),  # of the stem and the three stages of OSNet and CDNet; the others have their own
+    pretrained: bool = False,  # fetch timm's ImageNet weights, where timm has the network
 ) -> ReIDNet:
     "A compared network with its neck. Raises `InputError` for a name that isn't one, and for weights that timm doesn't have."
     check_backbone(name)
     takes = signature(BACKBONES[name]).parameters
-    if pretrained and 'pretrained' not in takes: raise InputError(f'timm has no weights of {name}, expected resnet50, deit_s, deit_b or vit_b: give a file, as `pretrain` or a release has it')
-    backbone = BACKBONES[name](**{k: v for k,v in dict(size=size, channels=channels, pretrained=pretrained).items() if k in takes})
+    if pretrained and 'pretrained' not in takes:
+        raise InputError(
+            f'timm has no weights of {name}, expected resnet50, deit_s, deit_b or vit_b: give a file, as `pretrain` '
+            'or a release has it'
+        )
+    backbone = BACKBONES[name](
+        **{k: v for k, v in dict(size=size, channels=channels, pretrained=pretrained).items() if k in takes}
+    )
     return ReIDNet(backbone, NECKS[name](backbone.channels, n_ids))

@@ -23,7 +23,7 @@ from .retrieval.evaluate import evaluate
 from .engine.devices import rank_and_world_size
 from .engine.checkpoint import read_run_json
 from .engine.lock import Signals
-from .training.search import Preset, retrieval_metrics, SEARCH, search, SearchConfig
+from .training.search import Preset, retrieval_metrics, search, SEARCH, SearchConfig
 from .training.pretrain import pretrain, PretrainConfig
 from .training.train import open_net, TRAIN, train, TrainConfig
 from .unsup.train import other_domain, uda, UNSUP, UnsupConfig, usl
@@ -39,201 +39,305 @@ from .bench.all import bench, BENCHES, write_bench
 @dataclass(frozen=True)
 class EvaluateConfig:
     "Retrieval of a trained network: CMC, mAP and mINP by the protocol of the data set."
-    run:str              # a run folder with model.safetensors, or such a file
-    data:str=''          # another set than the run's: synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
-    device:str=''        # cpu, cuda, mps; empty takes the best
+
+    run: str  # a run folder with model.safetensors, or such a file
+    data: str = ''  # another set than the run's: synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
+    device: str = ''  # cpu, cuda, mps; empty takes the best
 
 # %% ../nbs/52_cli.ipynb #ee0556ab
 @dataclass(frozen=True)
 class ReportConfig:
     "Write report.html of a run anew."
-    run:str              # a run folder
+
+    run: str  # a run folder
 
 # %% ../nbs/52_cli.ipynb #f6072aac
 @dataclass(frozen=True)
 class FiguresConfig:
     "Write every figure of a run as PDF and PNG, at the width of a column (3.25 in) or of a page (6.875 in)."
-    run:tyro.conf.Positional[str] # a run folder
-    out:str=''           # folder to write to; empty: `figures` in the run's
-    data:str=''          # another set than the run's, as for evaluate
+
+    run: tyro.conf.Positional[str]  # a run folder
+    out: str = ''  # folder to write to; empty: `figures` in the run's
+    data: str = ''  # another set than the run's, as for evaluate
 
 # %% ../nbs/52_cli.ipynb #1126531d
 @dataclass(frozen=True)
 class BenchConfig:
     "What things cost on this machine, as ratios with their spread, in one table."
-    what:tyro.conf.Positional[Literal['all','data','retrieval','clusters','search','train','sam','memory','infer','networks']]='all' # files to batches; exact ranking; labels from clusters; half-step of α; training step; alignment; memory; embedding; all networks
-    rounds:int=5         # each version is measured so often, in turn
-    out:str='bench.json' # the rows as JSON, with versions and the machine's limits; empty writes none
-    device:str='cpu'     # cpu or cuda; empty takes the best
-    threads:int=0        # CPU threads; 0 leaves PyTorch's choice
+
+    what: tyro.conf.Positional[
+        Literal['all', 'data', 'retrieval', 'clusters', 'search', 'train', 'sam', 'memory', 'infer', 'networks']
+        # files to batches; exact ranking; labels from clusters; half-step of α; training step; alignment; memory; embedding; all networks
+    ] = 'all'
+    rounds: int = 5  # each version is measured so often, in turn
+    out: str = 'bench.json'  # the rows as JSON, with versions and the machine's limits; empty writes none
+    device: str = 'cpu'  # cpu or cuda; empty takes the best
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
 
 # %% ../nbs/52_cli.ipynb #3fb61648
 @dataclass(frozen=True)
 class AdaptConfig(UnsupConfig):
     "Train with the identities of one set for another set without (Table 4): IDM, SpCL."
-    method:Literal['spcl','idm']='idm' # Table 4: IDM
-    source:str=''                      # the set with identities; empty takes the other domain of rendered `data`
+
+    method: Literal['spcl', 'idm'] = 'idm'  # Table 4: IDM
+    source: str = ''  # the set with identities; empty takes the other domain of rendered `data`
 
 # %% ../nbs/52_cli.ipynb #cd7defd2
 _PRESETS = get_args(Preset)
-_ADAPT = {p: AdaptConfig(**{**vars(c), 'method': 'idm', 'data': other_domain(c.data)}) for p,c in UNSUP.items()}
+_ADAPT = {p: AdaptConfig(**{**vars(c), 'method': 'idm', 'data': other_domain(c.data)}) for p, c in UNSUP.items()}
 CONFIGS = dict(demo={p: DemoConfig(preset=p) for p in _PRESETS}, search=SEARCH, train=TRAIN, usl=UNSUP, uda=_ADAPT)
 
 # %% ../nbs/52_cli.ipynb #e0992bac
 def _option(
-    args:list, # words of a command line
-    name:str,  # such as --out
-) -> str: # the last one counts; '' where it isn't said
+    args: list,  # words of a command line
+    name: str,  # such as --out
+) -> str:  # the last one counts; '' where it isn't said
     "What is said for an option."
-    said = [w.split('=', 1)[1] if '=' in w else n for w,n in zip(args, [*args[1:], '']) if w.split('=')[0] == name]
+    said = [w.split('=', 1)[1] if '=' in w else n for w, n in zip(args, [*args[1:], '']) if w.split('=')[0] == name]
     return said[-1] if said else ''
 
 # %% ../nbs/52_cli.ipynb #4a6c2775
 def resumed_config(
-    args:list, # words of a command line
-): # its configuration, or None
+    args: list,  # words of a command line
+):  # its configuration, or None
     "What the run was started with that `--out` names and `--resume` takes up."
     kind, run = {'search': SearchConfig, 'train': TrainConfig}.get(args[0] if args else ''), _option(args, '--out')
-    if not kind or '--resume' not in args or _option(args, '--preset') or not read_run_json(run, 'config').get(args[0]): return None
-    try: return replace(read_config(run, kind), resume=True)
-    except (TypeError, ValueError) as e: raise InputError(f"the configuration of {run} can't be read ({e}); expected one that this kit wrote: say --preset, or give another --out") from None
+    if not kind or '--resume' not in args or _option(args, '--preset') or not read_run_json(run, 'config').get(args[0]):
+        return None
+    try:
+        return replace(read_config(run, kind), resume=True)
+    except (TypeError, ValueError) as e:
+        raise InputError(
+            f"the configuration of {run} can't be read ({e}); expected one that this kit wrote: say --preset, or give "
+            "another --out"
+        ) from None
 
 # %% ../nbs/52_cli.ipynb #b9fd3420
 def _preset_of(
-    args:list, # words of a command line
-) -> str: # laptop, unless said
+    args: list,  # words of a command line
+) -> str:  # laptop, unless said
     "What `--preset` says. Raises `InputError` for a name that isn't one."
     name = _option(args, '--preset')
-    if not name and args[:1] == ['demo'] and '--resume' in args: name = (read_run_json(_option(args, '--out'), 'config').get('search') or {}).get('preset')
+    if not name and args[:1] == ['demo'] and '--resume' in args:
+        name = (read_run_json(_option(args, '--out'), 'config').get('search') or {}).get('preset')
     name = name or 'laptop'
-    if name not in _PRESETS: raise InputError(f"preset {name!r} is not there, expected one of {', '.join(_PRESETS)}: leave it out to take laptop")
+    if name not in _PRESETS:
+        raise InputError(
+            f"preset {name!r} is not there, expected one of {', '.join(_PRESETS)}: leave it out to take laptop"
+        )
     return name
 
 # %% ../nbs/52_cli.ipynb #28220a37
 def parse_args(
-    args:list, # words of a command line
+    args: list,  # words of a command line
 ):
     "The configuration that the words name, an instance of a key of `COMMANDS`."
-    if args[:1] == ['data'] and not {'-h','--help'} & set(args[1:2]):
-        if args[1:2] != ['check']: raise InputError(f"data {' '.join(args[1:2])!r} is not there, expected check: write msinet data check M=/path")
+    if args[:1] == ['data'] and not {'-h', '--help'} & set(args[1:2]):
+        if args[1:2] != ['check']:
+            raise InputError(
+                f"data {' '.join(args[1:2])!r} is not there, expected check: write msinet data check M=/path"
+            )
         return tyro.cli(CheckConfig, args=args[2:], prog='msinet data check', description=CheckConfig.__doc__)
     preset, old = _preset_of(args), resumed_config(args)
     command = lambda kind, name, **kw: Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__, **kw)]
-    kinds = [command(type(c[preset]), name, default=old if isinstance(old, type(c[preset])) else c[preset]) for name,c in CONFIGS.items()]
-    kinds += [command(EvaluateConfig, 'evaluate'), command(ReportConfig, 'report'), command(FiguresConfig, 'figures'), command(QueryConfig, 'query'), command(VerifyConfig, 'compare'), command(ExportConfig, 'export'), command(BenchConfig, 'bench'),
-              command(RunConfig, 'run'), command(TableConfig, 'table'), command(FigureConfig, 'figure'), command(PretrainConfig, 'pretrain'), command(CheckConfig, 'data')]
-    return tyro.cli(Union[tuple(kinds)], args=args, prog='msinet', description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.')
+    kinds = [
+        command(type(c[preset]), name, default=old if isinstance(old, type(c[preset])) else c[preset])
+        for name, c in CONFIGS.items()
+    ]
+    kinds += [
+        command(EvaluateConfig, 'evaluate'),
+        command(ReportConfig, 'report'),
+        command(FiguresConfig, 'figures'),
+        command(QueryConfig, 'query'),
+        command(VerifyConfig, 'compare'),
+        command(ExportConfig, 'export'),
+        command(BenchConfig, 'bench'),
+        command(RunConfig, 'run'),
+        command(TableConfig, 'table'),
+        command(FigureConfig, 'figure'),
+        command(PretrainConfig, 'pretrain'),
+        command(CheckConfig, 'data'),
+    ]
+    return tyro.cli(
+        Union[tuple(kinds)],
+        args=args,
+        prog='msinet',
+        description='MSINet: search, train and look at networks that find the same person or vehicle across cameras.',
+    )
 
 # %% ../nbs/52_cli.ipynb #95fb6c35
 def _metrics_text(
-    metrics:dict, # name -> dict with mAP, R1, ...
-) -> str: # lines, percent
+    metrics: dict,  # name -> dict with mAP, R1, ...
+) -> str:  # lines, percent
     "Retrieval figures as a small table."
-    keys = ('mAP','R1','R5','R10','mINP')
-    rows = {k: v for k,v in metrics.items() if isinstance(v, dict) and 'mAP' in v}
+    keys = ('mAP', 'R1', 'R5', 'R10', 'mINP')
+    rows = {k: v for k, v in metrics.items() if isinstance(v, dict) and 'mAP' in v}
     lines = [f"{'':10}" + ''.join(f'{k:>8}' for k in keys)]
-    return '\n'.join(lines + [f'{name:10}' + ''.join(f'{100*v[k]:8.1f}' for k in keys) for name,v in rows.items()])
+    return '\n'.join(lines + [f'{name:10}' + ''.join(f'{100 * v[k]:8.1f}' for k in keys) for name, v in rows.items()])
 
 # %% ../nbs/52_cli.ipynb #c7bd0432
 def _closing(
-    run:Path,     # the run's folder
-    page:Path,    # its report
+    run: Path,  # the run's folder
+    page: Path,  # its report
 ) -> str:
     "Where the results are, and how to open them."
     return f'report    {page}  (open it in a browser)\nnotebooks make lab, and on the first page RUN = {str(Path(run).resolve())!r}'
 
 # %% ../nbs/52_cli.ipynb #f46da336
-def _run_search(cfg:SearchConfig):
+def _run_search(cfg: SearchConfig):
     "`msinet search`"
     found = search(cfg, progress=True)
-    if rank_and_world_size()[0]: return # of several processes the first one reports
-    print(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is {1/found.alphas.shape[-1]:.2f})')
-    print(_metrics_text(found.metrics)); print(_closing(found.run, report(found.run)))
+    if rank_and_world_size()[0]:
+        return  # of several processes the first one reports
+    print(
+        f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is '
+        f'{1 / found.alphas.shape[-1]:.2f})'
+    )
+    print(_metrics_text(found.metrics))
+    print(_closing(found.run, report(found.run)))
 
-def _run_train(cfg:TrainConfig):
+
+def _run_train(cfg: TrainConfig):
     "`msinet train`"
     trained = train(cfg, progress=True)
-    if rank_and_world_size()[0]: return
-    print(_metrics_text(trained.metrics)); print(_closing(trained.run, report(trained.run)))
+    if rank_and_world_size()[0]:
+        return
+    print(_metrics_text(trained.metrics))
+    print(_closing(trained.run, report(trained.run)))
 
-def _run_clustered(cfg:UnsupConfig):
+
+def _run_clustered(cfg: UnsupConfig):
     "`msinet usl` and `msinet uda`"
     done = (uda if isinstance(cfg, AdaptConfig) else usl)(cfg, progress=True)
     r = done.history[-1]
     print(_metrics_text(done.metrics))
-    print(f"clusters  {r['clusters']}, {r['outliers']:.0%} of the pictures in none; against the true identities ARI {r['ari']:.2f}, purity {r['purity']:.2f}\n{_closing(done.run, report(done.run))}")
+    print(
+        f"clusters  {r['clusters']}, {r['outliers']:.0%} of the pictures in none; against the true identities ARI "
+        f"{r['ari']:.2f}, purity {r['purity']:.2f}\n{_closing(done.run, report(done.run))}"
+    )
 
-def _run_evaluate(cfg:EvaluateConfig):
+
+def _run_evaluate(cfg: EvaluateConfig):
     "`msinet evaluate`"
     net, about = open_net(cfg.run)
     spec = cfg.data or run_data_spec(cfg.run)
     data, device = get_data(spec, about['size'], True), def_device(cfg.device)
     print(_metrics_text({data.name: retrieval_metrics(evaluate(net.to(device), data, about['size'], device=device))}))
 
-def _run_demo(cfg:DemoConfig):
+
+def _run_demo(cfg: DemoConfig):
     "`msinet demo`"
     done = demo(cfg, progress=True, say=print)
-    print(_metrics_text(done.trained.metrics)); print(_closing(done.run, done.report))
+    print(_metrics_text(done.trained.metrics))
+    print(_closing(done.run, done.report))
 
-def _run_report(cfg:ReportConfig):
+
+def _run_report(cfg: ReportConfig):
     "`msinet report`"
     print(_closing(Path(cfg.run), report(cfg.run)))
 
-def _run_figures_of(cfg:FiguresConfig):
+
+def _run_figures_of(cfg: FiguresConfig):
     "`msinet figures`"
     t = read_config(cfg.run, TrainConfig) or read_config(cfg.run, UnsupConfig)
     print(*save_figures(cfg.run, cfg.out, get_data(cfg.data, t.size, True) if cfg.data and t else None), sep='\n')
 
-def _run_bench(cfg:BenchConfig):
+
+def _run_bench(cfg: BenchConfig):
     "`msinet bench`"
     t, m = bench(BENCHES if cfg.what == 'all' else [cfg.what], cfg.rounds, def_device(cfg.device), cfg.threads)
     print(t.to_string(float_format='{:.3g}'.format, na_rep=''))
-    print(f'machine   {m.flops/1e9:.3g} GFLOP/s, {m.bytes/1e9:.3g} GB/s')
-    if cfg.out: write_bench(t, m, cfg.out)
+    print(f'machine   {m.flops / 1e9:.3g} GFLOP/s, {m.bytes / 1e9:.3g} GB/s')
+    if cfg.out:
+        write_bench(t, m, cfg.out)
 
-def _run_runs(cfg:RunConfig):
+
+def _run_runs(cfg: RunConfig):
     "`msinet run`"
     text, failed = run_command(cfg, print)
     print(text)
-    if failed: sys.exit(1)
+    if failed:
+        sys.exit(1)
 
-def print_query(cfg:QueryConfig):
+
+def print_query(cfg: QueryConfig):
     "`msinet query`"
     a = run_query(cfg)
-    for name,d in zip(a['names'], a['distances']): print(f'{d:8.3f}  {one_line(name)}')
+    for name, d in zip(a['names'], a['distances']):
+        print(f'{d:8.3f}  {one_line(name)}')
     print(*a['files'], sep='\n')
 
-def print_match(cfg:VerifyConfig):
+
+def print_match(cfg: VerifyConfig):
     "`msinet compare`"
     v = run_verify(cfg)
     low, high = v['fmr_interval']
-    print(f"same       {'yes' if v['same'] else 'no'}: distance {v['distance']:.3f}; yes is said below {v['threshold']:.3f}")
-    print(f"threshold  from {v['data']}: below it lie {v['fmr']:.2%} [{low:.2%}, {high:.2%}] of its false pairs and {v['tmr']:.0%} of its true ones")
+    print(
+        f"same       {'yes' if v['same'] else 'no'}: distance {v['distance']:.3f}; yes is said below "
+        f"{v['threshold']:.3f}"
+    )
+    print(
+        f"threshold  from {v['data']}: below it lie {v['fmr']:.2%} [{low:.2%}, {high:.2%}] of its false pairs and "
+        f"{v['tmr']:.0%} of its true ones"
+    )
     print(f"these two  {v['nearer_false']:.2%} of the false pairs are nearer, {v['nearer_true']:.0%} of the true ones")
 
-def _run_check(cfg:CheckConfig):
+
+def _run_check(cfg: CheckConfig):
     "`msinet data check`"
     sys.exit(run_check(cfg, progress=True))
 
-COMMANDS = {SearchConfig: _run_search, TrainConfig: _run_train, UnsupConfig: _run_clustered, AdaptConfig: _run_clustered, EvaluateConfig: _run_evaluate, DemoConfig: _run_demo, ReportConfig: _run_report, FiguresConfig: _run_figures_of, QueryConfig: print_query, VerifyConfig: print_match, ExportConfig: lambda cfg: print(run_export(cfg)),
-            BenchConfig: _run_bench, CheckConfig: _run_check, RunConfig: _run_runs, TableConfig: lambda cfg: print(table_command(cfg)), FigureConfig: lambda cfg: print(figure_command(cfg)),
-            PretrainConfig: lambda cfg: print(pretrain(cfg, progress=True))}
+
+COMMANDS = {
+    SearchConfig: _run_search,
+    TrainConfig: _run_train,
+    UnsupConfig: _run_clustered,
+    AdaptConfig: _run_clustered,
+    EvaluateConfig: _run_evaluate,
+    DemoConfig: _run_demo,
+    ReportConfig: _run_report,
+    FiguresConfig: _run_figures_of,
+    QueryConfig: print_query,
+    VerifyConfig: print_match,
+    ExportConfig: lambda cfg: print(run_export(cfg)),
+    BenchConfig: _run_bench,
+    CheckConfig: _run_check,
+    RunConfig: _run_runs,
+    TableConfig: lambda cfg: print(table_command(cfg)),
+    FigureConfig: lambda cfg: print(figure_command(cfg)),
+    PretrainConfig: lambda cfg: print(pretrain(cfg, progress=True)),
+}
 
 # %% ../nbs/52_cli.ipynb #1a2c0f27
 def main(
-    args:list=None, # words of the command line, those of the process unless given
+    args: list = None,  # words of the command line, those of the process unless given
 ):
     "The command `msinet`. Exit code 0 when all went well, 1 when a run of a grid failed, 2 after a mistake in what was asked, 130 when it was interrupted, 143 when it was told to end."
     plain = warnings.formatwarning
-    warnings.formatwarning = lambda m, kind, *where: f'\nnote: {m}\n' if kind is UserWarning else plain(m, kind, *where) # without a line of code
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # a sign that a terminal lacks ends no run
+    warnings.formatwarning = lambda m, kind, *where: (
+        f'\nnote: {m}\n' if kind is UserWarning else plain(m, kind, *where)
+    )  # without a line of code
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a sign that a terminal lacks ends no run
     try:
         cfg = parse_args(list(sys.argv[1:] if args is None else args))
-        with Signals(): COMMANDS[type(cfg)](cfg)
-    except InputError as e: print(f'msinet: {e}', file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt as e: print(f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}", file=sys.stderr); sys.exit(128 + getattr(e, 'signum', 2))
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); sys.exit(141) # as for a program that SIGPIPE ends: `msinet table 2 | head`
-    finally: warnings.formatwarning = plain
+        with Signals():
+            COMMANDS[type(cfg)](cfg)
+    except InputError as e:
+        print(f'msinet: {e}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        print(
+            f"msinet: {e if str(e) else 'interrupted; what was saved is in the run folder, --resume goes on'}",
+            file=sys.stderr,
+        )
+        sys.exit(128 + getattr(e, 'signum', 2))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as for a program that SIGPIPE ends: `msinet table 2 | head`
+    finally:
+        warnings.formatwarning = plain
 
 # %% ../nbs/52_cli.ipynb #6da32693
-if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no file
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # a notebook has no file

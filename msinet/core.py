@@ -8,7 +8,14 @@ __all__ = ['one_line', 'InputError', 'set_seed', 'rng_state', 'set_rng_state', '
            'ensure_torchvision']
 
 # %% ../nbs/00_core.ipynb #351d2630
-import importlib.util, json, os, platform, random, subprocess, sys, warnings
+import importlib.util
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import warnings
 from contextlib import contextmanager
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
@@ -20,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../nbs/00_core.ipynb #0506d61a
 def one_line(
-    text, # anything
+    text,  # anything
 ) -> str:
     "A text that any terminal shows on one line: what can't be printed becomes an escape, such as `\\n`."
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
@@ -28,28 +35,36 @@ def one_line(
 # %% ../nbs/00_core.ipynb #a14c849e
 class InputError(ValueError):
     "A mistake in what the user gave. Its text is one line: what was found, what was expected, how to mend it."
-    def __str__(self): return one_line(super().__str__())
+
+    def __str__(self):
+        return one_line(super().__str__())
 
 # %% ../nbs/00_core.ipynb #6cf18e71
 def set_seed(
-    seed:int, # any non-negative integer
+    seed: int,  # any non-negative integer
 ):
     "Seed Python, NumPy and PyTorch (all devices) together."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #e655154d
-def rng_state() -> dict: # picklable by `torch.save`, tensors and plain numbers only
+def rng_state() -> dict:  # picklable by `torch.save`, tensors and plain numbers only
     "The state of all generators that `set_seed` seeds."
     kind, keys, pos, has_gauss, gauss = np.random.get_state()
     py = random.getstate()
-    s = dict(python=[py[0], list(py[1]), py[2]], numpy=[kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, gauss],
-             torch=torch.get_rng_state())
-    if torch.cuda.is_available(): s['cuda'] = torch.cuda.get_rng_state_all()
+    s = dict(
+        python=[py[0], list(py[1]), py[2]],
+        numpy=[kind, torch.from_numpy(keys.astype(np.int64)), pos, has_gauss, gauss],
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_available():
+        s['cuda'] = torch.cuda.get_rng_state_all()
     return s
 
 # %% ../nbs/00_core.ipynb #60feff82
 def set_rng_state(
-    s:dict, # what `rng_state` gave
+    s: dict,  # what `rng_state` gave
 ):
     "Bring back generators that `rng_state` put aside."
     v, keys, gauss = s['python']
@@ -57,155 +72,226 @@ def set_rng_state(
     kind, keys, pos, has_gauss, cached = s['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
     torch.set_rng_state(s['torch'].cpu())
-    if 'cuda' in s and torch.cuda.is_available(): torch.cuda.set_rng_state_all([t.cpu() for t in s['cuda']])
+    if 'cuda' in s and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([t.cpu() for t in s['cuda']])
 
 # %% ../nbs/00_core.ipynb #1c7f83c6
 def def_device(
-    name:str='', # '', 'cpu', 'cuda', 'cuda:1', 'mps'; empty picks the best there is
+    name: str = '',  # '', 'cpu', 'cuda', 'cuda:1', 'mps'; empty picks the best there is
 ) -> torch.device:
     "The device asked for, or the best there is. Raises `InputError` when the one asked for is not there."
-    if not name: name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if not name:
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind = name.split(':')[0]
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not there.get(kind, False):
-        raise InputError(f"device {name!r} is not there; expected one of {', '.join(k for k in there if there[k])}: leave it empty to take the best")
+        raise InputError(
+            f"device {name!r} is not there; expected one of {', '.join(k for k in there if there[k])}: leave it empty "
+            "to take the best"
+        )
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #0d7ec727
 @contextmanager
 def threads(
-    n:int=0, # CPU threads for PyTorch inside the block; 0 leaves them alone
+    n: int = 0,  # CPU threads for PyTorch inside the block; 0 leaves them alone
 ):
     "Use `n` CPU threads inside the block, and as many as before after it."
     before = torch.get_num_threads()
-    if n: torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
+    if n:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../nbs/00_core.ipynb #79ee67ea
 class Hooks:
     "Call `f(i, module, inputs, output)` after each forward pass of the i-th module, until the block ends."
-    def __init__(self,
-        modules, # the modules to listen to
-        f,       # called as f(i, module, inputs, output); what it returns is kept in `self.out[i]`
+
+    def __init__(
+        self,
+        modules,  # the modules to listen to
+        f,  # called as f(i, module, inputs, output); what it returns is kept in `self.out[i]`
     ):
         self.out = {}
         listen = lambda i: lambda m, x, y: self.out.__setitem__(i, f(i, m, x, y))
-        self.handles = [m.register_forward_hook(listen(i)) for i,m in enumerate(modules)]
+        self.handles = [m.register_forward_hook(listen(i)) for i, m in enumerate(modules)]
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
-        for h in self.handles: h.remove()
+        for h in self.handles:
+            h.remove()
 
 # %% ../nbs/00_core.ipynb #08145ba5
 def n_params(
-    m:nn.Module, # the network
-    skip=(),     # leave out parameters whose name contains one of these
+    m: nn.Module,  # the network
+    skip=(),  # leave out parameters whose name contains one of these
 ) -> int:
     "How many numbers the network learns or keeps as parameters."
-    return sum(p.numel() for n,p in m.named_parameters() if not any(s in n for s in skip))
+    return sum(p.numel() for n, p in m.named_parameters() if not any(s in n for s in skip))
 
 # %% ../nbs/00_core.ipynb #58d1b829
 def macs(
-    m:nn.Module, # the network
-    size,        # (H, W) of one image in pixels
-) -> int: # multiply-accumulates of one image, matrix products and convolutions
+    m: nn.Module,  # the network
+    size,  # (H, W) of one image in pixels
+) -> int:  # multiply-accumulates of one image, matrix products and convolutions
     "Multiply-accumulates of one image's forward pass in eval mode."
     from torch.utils.flop_counter import FlopCounterMode
+
     was, p = m.training, next(m.parameters())
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count, torch.no_grad(): m.eval()(torch.zeros(1,3,*size, device=p.device, dtype=p.dtype))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count, torch.no_grad():
+        m.eval()(torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype))
     m.train(was)
-    return count.get_total_flops()//2
+    return count.get_total_flops() // 2
 
 # %% ../nbs/00_core.ipynb #9229866b
-def torch_flags() -> dict: # plain values
+def torch_flags() -> dict:  # plain values
     "Switches of PyTorch that change the last digits of a result."
     cuda = torch.backends.cuda
-    return dict(deterministic=torch.are_deterministic_algorithms_enabled(), cudnn_deterministic=torch.backends.cudnn.deterministic, cudnn_benchmark=torch.backends.cudnn.benchmark,
-                tf32=cuda.matmul.allow_tf32, cudnn_tf32=torch.backends.cudnn.allow_tf32, matmul=torch.get_float32_matmul_precision(), dtype=str(torch.get_default_dtype()))
+    return dict(
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        cudnn_deterministic=torch.backends.cudnn.deterministic,
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+        tf32=cuda.matmul.allow_tf32,
+        cudnn_tf32=torch.backends.cudnn.allow_tf32,
+        matmul=torch.get_float32_matmul_precision(),
+        dtype=str(torch.get_default_dtype()),
+    )
 
 # %% ../nbs/00_core.ipynb #579e46a7
 def environment(
-    device=None, # where a run computes, if there is one
-) -> dict: # plain strings and numbers
+    device=None,  # where a run computes, if there is one
+) -> dict:  # plain strings and numbers
     "Versions, device, flags and state of the code: what is needed to judge a result later."
+
     def ver(p):
-        try: return version(p)
-        except PackageNotFoundError: return None
-    here = os.path.dirname(__file__) if '__file__' in globals() else None # a notebook has no file
+        try:
+            return version(p)
+        except PackageNotFoundError:
+            return None
+
+    here = os.path.dirname(__file__) if '__file__' in globals() else None  # a notebook has no file
+
     def git(*words):
-        try: return subprocess.run(['git', *words], capture_output=True, text=True, timeout=5, cwd=here).stdout.strip() or None
-        except (OSError, subprocess.SubprocessError): return None
+        try:
+            return (
+                subprocess.run(['git', *words], capture_output=True, text=True, timeout=5, cwd=here).stdout.strip()
+                or None
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(msinet=ver('msinet'), python=sys.version.split()[0], platform=platform.platform(), torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
-                numpy=np.__version__, pillow=ver('pillow'), threads=torch.get_num_threads(), cpus=os.cpu_count(), gpus=gpus, **({} if device is None else dict(device=str(device))),
-                flags=torch_flags(), deterministic=torch.are_deterministic_algorithms_enabled(), git=git('rev-parse', 'HEAD'), git_changed=bool(git('status', '--porcelain', '--untracked-files=no')))
+    return dict(
+        msinet=ver('msinet'),
+        python=sys.version.split()[0],
+        platform=platform.platform(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+        numpy=np.__version__,
+        pillow=ver('pillow'),
+        threads=torch.get_num_threads(),
+        cpus=os.cpu_count(),
+        gpus=gpus,
+        **({} if device is None else dict(device=str(device))),
+        flags=torch_flags(),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        git=git('rev-parse', 'HEAD'),
+        git_changed=bool(git('status', '--porcelain', '--untracked-files=no')),
+    )
 
 # %% ../nbs/00_core.ipynb #5c6a0079
 def write_atomic(
-    path,       # where the file goes; its folder is made
-    data:bytes, # what goes in
-    before=lambda: None, # called when `data` is safe on the disk, just before it takes its place
+    path,  # where the file goes; its folder is made
+    data: bytes,  # what goes in
+    before=lambda: None,  # called when `data` is safe on the disk, just before it takes its place
 ):
     "Write a file so that nobody ever sees half of it: aside, to the disk, then moved over the old one. Raises OSError, and changes nothing, when that fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with aside.open('wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with aside.open('wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         before()
         os.replace(aside, path)
         _sync_folder(path.parent)
-    finally: aside.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #f32907b1
 def _sync_folder(
-    dir, # a folder
+    dir,  # a folder
 ):
     "Bring a folder's names to the disk, where the system can."
-    try: fd = os.open(dir, os.O_RDONLY)
-    except OSError: return # Windows opens no folders
-    try: os.fsync(fd)
-    except OSError: pass # some network disks can't
-    finally: os.close(fd)
+    try:
+        fd = os.open(dir, os.O_RDONLY)
+    except OSError:
+        return  # Windows opens no folders
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network disks can't
+    finally:
+        os.close(fd)
 
 # %% ../nbs/00_core.ipynb #9ed5dfdb
 def write_json(
-    path, # where the file goes
+    path,  # where the file goes
     obj,  # dicts, lists, numbers, strings; paths are written as strings
 ):
     "Write JSON whole, readable and in the order given."
-    write_atomic(path, (json.dumps(obj, indent=1, default=str)+'\n').encode())
+    write_atomic(path, (json.dumps(obj, indent=1, default=str) + '\n').encode())
 
 # %% ../nbs/00_core.ipynb #b78c7a8b
 @contextmanager
 def warn_on_write_error(
-    path, # what is being written
+    path,  # what is being written
 ):
     "A file that can't be written is a warning, and the block is left."
-    try: yield
-    except OSError as e: warnings.warn(f'{path} could not be written ({e.strerror or e}); the run goes on, and writes it after the next epoch: make room', stacklevel=3)
+    try:
+        yield
+    except OSError as e:
+        warnings.warn(
+            f'{path} could not be written ({e.strerror or e}); the run goes on, and writes it after the next epoch: '
+            'make room',
+            stacklevel=3,
+        )
 
 # %% ../nbs/00_core.ipynb #a30d3e06
 def check_inside(
-    name:str, # of a file, as a list has it
-    where,    # the list, for the message
+    name: str,  # of a file, as a list has it
+    where,  # the list, for the message
 ):
     "Raises `InputError` for a name that leads out of its folder."
     parts = name.replace('\\', '/').split('/')
     if '..' in parts or name.startswith(('/', '\\')) or name[1:2] == ':' or '\0' in name:
-        raise InputError(f'{where} names {name[:80]!r}, which leads out of its folder; expected paths below it: mend the list')
+        raise InputError(
+            f'{where} names {name[:80]!r}, which leads out of its folder; expected paths below it: mend the list'
+        )
 
 # %% ../nbs/00_core.ipynb #7fcdfbe4
-def ensure_torchvision() -> bool: # whether its compiled operators work
+def ensure_torchvision() -> bool:  # whether its compiled operators work
     "Import torchvision, its pure Python parts at least. Raises `InputError` when it is not installed."
     if 'torchvision' not in sys.modules and importlib.util.find_spec('torchvision') is None:
         raise InputError('torchvision is not installed, expected it beside grad-cam and timm: pip install torchvision')
-    try: import torchvision
+    try:
+        import torchvision
     except RuntimeError as e:
-        if 'operator torchvision::' not in str(e): raise
-        ensure_torchvision.lib = torch.library.Library('torchvision', 'FRAGMENT') # kept: it lives as long as its object
-        for op in ('nms', 'qnms'): ensure_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
-        for m in [m for m in sys.modules if m.partition('.')[0] == 'torchvision']: del sys.modules[m]
+        if 'operator torchvision::' not in str(e):
+            raise
+        ensure_torchvision.lib = torch.library.Library(
+            'torchvision', 'FRAGMENT'
+        )  # kept: it lives as long as its object
+        for op in ('nms', 'qnms'):
+            ensure_torchvision.lib.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        for m in [m for m in sys.modules if m.partition('.')[0] == 'torchvision']:
+            del sys.modules[m]
         import torchvision
     return torchvision.extension._has_ops()

@@ -19,20 +19,31 @@ from .unsup.train import uda, UnsupConfig, usl
 from .figures.run import read_config
 
 # %% ../nbs/32_entries.ipynb #78b47bbd
-ENTRIES = dict(train=(TrainConfig, train), search=(SearchConfig, search), usl=(UnsupConfig, usl), uda=(UnsupConfig, uda), pretrain=(PretrainConfig, pretrain)) # of a folder with several, the first was last
+ENTRIES = dict(
+    train=(TrainConfig, train),
+    search=(SearchConfig, search),
+    usl=(UnsupConfig, usl),
+    uda=(UnsupConfig, uda),
+    pretrain=(PretrainConfig, pretrain),
+)  # of a folder with several, the first was last
 
 # %% ../nbs/32_entries.ipynb #6540aa70
 def resume(
-    run,                  # a run's folder
-    data:ReIDData=None,   # where the run was given its data from Python: the same again
-    source:ReIDData=None, # UDA: where it was given its source from Python
-    progress:bool=True,   # show bars
-): # a `SearchResult`, a `TrainResult`, or the path of weights
+    run,  # a run's folder
+    data: ReIDData = None,  # where the run was given its data from Python: the same again
+    source: ReIDData = None,  # UDA: where it was given its source from Python
+    progress: bool = True,  # show bars
+):  # a `SearchResult`, a `TrainResult`, or the path of weights
     "Go on with what was begun in a folder, to its end. Raises `InputError` when there is nothing."
     run = Path(run)
     kind = next((k for k in ENTRIES if read_run_json(run, 'config').get(k)), None)
-    if kind is None: raise InputError(f'{run} holds no search and no training that was begun, expected the folder of one: check the path')
+    if kind is None:
+        raise InputError(
+            f'{run} holds no search and no training that was begun, expected the folder of one: check the path'
+        )
     form, go = ENTRIES[kind]
-    try: cfg = replace(read_config(run, form), out=str(run), resume=True)
-    except (TypeError, ValueError) as e: raise InputError(f"the configuration in {run} can't be read ({e}), expected one that this kit wrote") from None
-    return go(cfg, progress=progress, **{k: v for k,v in dict(data=data, source=source).items() if v is not None})
+    try:
+        cfg = replace(read_config(run, form), out=str(run), resume=True)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"the configuration in {run} can't be read ({e}), expected one that this kit wrote") from None
+    return go(cfg, progress=progress, **{k: v for k, v in dict(data=data, source=source).items() if v is not None})

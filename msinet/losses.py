@@ -14,60 +14,67 @@ from .core import InputError
 
 # %% ../nbs/13_losses.ipynb #aca3597d
 def check_labels(
-    y:Tensor, # (B,) labels
-    n:int,    # how many identities there are
+    y: Tensor,  # (B,) labels
+    n: int,  # how many identities there are
 ):
     "Raise `InputError` for a label outside 0 … n-1. Labels on a GPU are not read, since that would make it wait; its own kernels stop at a wrong one."
-    if y.device.type != 'cpu' or not len(y): return
+    if y.device.type != 'cpu' or not len(y):
+        return
     lo, hi = y.aminmax()
     if lo < 0 or hi >= n:
-        raise InputError(f'found label {int(lo if lo < 0 else hi)}, expected 0 to {n-1}: renumber the identities from 0 (data.relabel) and drop junk')
+        raise InputError(
+            f'found label {int(lo if lo < 0 else hi)}, expected 0 to {n - 1}: renumber the identities from 0 '
+            '(data.relabel) and drop junk'
+        )
 
 # %% ../nbs/13_losses.ipynb #93c1c896
 def id_loss(
-    logits:Tensor, # (B, ids) scores of the classifier
-    y:Tensor,      # (B,) labels, 0 … ids-1
-    eps:float=.1,  # share of the target spread over all identities; 0 is the paper's plain form
-) -> Tensor: # scalar, mean over the batch
+    logits: Tensor,  # (B, ids) scores of the classifier
+    y: Tensor,  # (B,) labels, 0 … ids-1
+    eps: float = 0.1,  # share of the target spread over all identities; 0 is the paper's plain form
+) -> Tensor:  # scalar, mean over the batch
     "Identity loss, Eq. (5), with label smoothing. Raises `InputError` for a label outside 0 … ids-1."
     check_labels(y, logits.shape[1])
     return F.cross_entropy(logits, y, label_smoothing=eps)
 
 # %% ../nbs/13_losses.ipynb #ec36500d
 def unit(
-    f:Tensor,        # (..., D) features
-    eps:float=1e-12, # what is shorter counts as zero
-) -> Tensor: # (..., D), each row of length 1
+    f: Tensor,  # (..., D) features
+    eps: float = 1e-12,  # what is shorter counts as zero
+) -> Tensor:  # (..., D), each row of length 1
     "Rows scaled to length 1. A row of zeros stays zero and gets no gradient."
     n = f.norm(dim=-1, keepdim=True)
-    return torch.where(n > eps, f/n.clamp_min(eps), 0.)
+    return torch.where(n > eps, f / n.clamp_min(eps), 0.0)
 
 # %% ../nbs/13_losses.ipynb #0b090fcf
 def distances(
-    f:Tensor, # (B, D) features
-) -> Tensor: # (B, B)
+    f: Tensor,  # (B, D) features
+) -> Tensor:  # (B, B)
     "Euclidean distance of each pair of rows, the D(·, ·) of Eq. (6); never below 1e-6."
-    sq = (f*f).sum(1)
-    return (sq[:,None] + sq - 2*f@f.T).clamp_min(1e-12).sqrt()
+    sq = (f * f).sum(1)
+    return (sq[:, None] + sq - 2 * f @ f.T).clamp_min(1e-12).sqrt()
 
 # %% ../nbs/13_losses.ipynb #03458904
 def hardest(
-    d:Tensor, # (B, B) distances
-    y:Tensor, # (B,) labels
-) -> tuple[Tensor,Tensor]: # (B,) to the furthest of the own identity, (B,) to the closest of another
+    d: Tensor,  # (B, B) distances
+    y: Tensor,  # (B,) labels
+) -> tuple[Tensor, Tensor]:  # (B,) to the furthest of the own identity, (B,) to the closest of another
     "Each anchor's hardest positive and hardest negative distance, for Eq. (6)."
-    same = y[:,None] == y
+    same = y[:, None] == y
     return d.masked_fill(~same, 0).amax(1), d.masked_fill(same, torch.inf).amin(1)
 
 # %% ../nbs/13_losses.ipynb #e18cd122
 def triplet(
-    f:Tensor,            # (B, D) embeddings
-    y:Tensor,            # (B,) labels, at least two different ones
-    m:float=.3,          # margin, in units of distance
-    normalise:bool=True, # compare directions; False is Eq. (6) on the features as they are
-) -> Tensor: # scalar, mean over the anchors
+    f: Tensor,  # (B, D) embeddings
+    y: Tensor,  # (B,) labels, at least two different ones
+    m: float = 0.3,  # margin, in units of distance
+    normalise: bool = True,  # compare directions; False is Eq. (6) on the features as they are
+) -> Tensor:  # scalar, mean over the anchors
     "Hardest-triplet loss, Eq. (6). Raises `InputError` for a batch of one identity (on a GPU it is 0: see `check_labels`)."
     if y.device.type == 'cpu' and (y == y[:1]).all():
-        raise InputError(f'found one identity among {len(y)} samples, expected two or more: draw batches with a P×K sampler, P of 2 or more')
+        raise InputError(
+            f'found one identity among {len(y)} samples, expected two or more: draw batches with a P×K sampler, P of '
+            '2 or more'
+        )
     d_p, d_n = hardest(distances(unit(f) if normalise else f), y)
     return (d_p - d_n + m).relu().mean()

@@ -15,14 +15,15 @@ from einops import reduce
 # %% ../nbs/12_necks.ipynb #03f73e04
 class Branch(NamedTuple):
     "What one branch of a neck says about a batch."
-    f: Tensor             # (B, D) embedding before batch normalisation
-    f_bn: Tensor          # (B, D) embedding after it
-    logits: Tensor = None # (B, n_ids) scores, or None without a classifier
+
+    f: Tensor  # (B, D) embedding before batch normalisation
+    f_bn: Tensor  # (B, D) embedding after it
+    logits: Tensor = None  # (B, n_ids) scores, or None without a classifier
 
 # %% ../nbs/12_necks.ipynb #620606e2
 def bn_neck(
-    d:int, # features
-) -> nn.BatchNorm1d: # its bias is frozen at 0
+    d: int,  # features
+) -> nn.BatchNorm1d:  # its bias is frozen at 0
     "Batch normalisation whose bias stays at 0."
     bn = nn.BatchNorm1d(d)
     bn.bias.requires_grad_(False)
@@ -31,66 +32,82 @@ def bn_neck(
 # %% ../nbs/12_necks.ipynb #ea4cf5a9
 class NoClassifier(nn.Module):
     "A classifier that isn't there: its scores are None."
-    def forward(self, x:Tensor): return None
+
+    def forward(self, x: Tensor):
+        return None
 
 # %% ../nbs/12_necks.ipynb #b86684fe
 def classifier(
-    d:int,           # features
-    n_ids:int,       # training identities; 0 for no classifier
-    bias:bool=True,
-    std:float=.01,   # of its initial weights
+    d: int,  # features
+    n_ids: int,  # training identities; 0 for no classifier
+    bias: bool = True,
+    std: float = 0.01,  # of its initial weights
 ) -> nn.Module:
     "Linear scores over the training identities, or nothing: then the scores are None."
-    if not n_ids: return NoClassifier()
+    if not n_ids:
+        return NoClassifier()
     lin = nn.Linear(d, n_ids, bias)
     nn.init.normal_(lin.weight, std=std)
-    if bias: nn.init.zeros_(lin.bias)
+    if bias:
+        nn.init.zeros_(lin.bias)
     return lin
 
 # %% ../nbs/12_necks.ipynb #6f816ef2
 class BNNeck(nn.Module):
     "Mean over positions, batch normalisation with a frozen bias, classifier: one branch."
-    def __init__(self,
-        channels,    # of the backbone's maps; the last one counts
-        n_ids:int=0, # training identities; 0 for no classifier
+
+    def __init__(
+        self,
+        channels,  # of the backbone's maps; the last one counts
+        n_ids: int = 0,  # training identities; 0 for no classifier
     ):
         super().__init__()
         self.d = channels[-1]
-        self.bn, self.classifier = bn_neck(self.d), classifier(self.d, n_ids, bias=False, std=.001)
+        self.bn, self.classifier = bn_neck(self.d), classifier(self.d, n_ids, bias=False, std=0.001)
 
-    def forward(self,
-        maps:list, # the last one is (B, D, H, W)
-    ) -> list[Branch]: # one
+    def forward(
+        self,
+        maps: list,  # the last one is (B, D, H, W)
+    ) -> list[Branch]:  # one
         f = reduce(maps[-1], 'b c h w -> b c', 'mean')
         f_bn = self.bn(f)
         return [Branch(f, f_bn, self.classifier(f_bn))]
 
 # %% ../nbs/12_necks.ipynb #a6a37008
 def halves(
-    x:Tensor, # (B, C, H, W)
-) -> Tensor: # (B, 2C): mean of the upper rows, then of the rest
+    x: Tensor,  # (B, C, H, W)
+) -> Tensor:  # (B, 2C): mean of the upper rows, then of the rest
     "Pool the upper and the lower half of a map."
-    h = x.shape[2]//2
-    return torch.cat([reduce(p, 'b c h w -> b c', 'mean') for p in (x[:,:,:max(1,h)], x[:,:,h:])], 1)
+    h = x.shape[2] // 2
+    return torch.cat([reduce(p, 'b c h w -> b c', 'mean') for p in (x[:, :, : max(1, h)], x[:, :, h:])], 1)
 
 # %% ../nbs/12_necks.ipynb #fbbc74fc
 class FBLNeck(nn.Module):
     "Two branches: the whole image, and its upper and lower half (§4.3)."
-    def __init__(self,
-        channels,    # of the backbone's maps; the last two count
-        n_ids:int=0, # training identities; 0 for no classifiers
+
+    def __init__(
+        self,
+        channels,  # of the backbone's maps; the last two count
+        n_ids: int = 0,  # training identities; 0 for no classifiers
     ):
         super().__init__()
-        d, s = channels[-1], channels[-2]//3
-        self.fc, self.bn, self.classifier = nn.Linear(d, d, bias=False), bn_neck(d), classifier(d, n_ids)
+        d, s = channels[-1], channels[-2] // 3
+        self.fc = nn.Linear(d, d, bias=False)
+        self.bn = bn_neck(d)
+        self.classifier = classifier(d, n_ids)
         self.stripe = nn.Conv2d(channels[-2], s, 1)
-        self.stripe_fc, self.stripe_bn, self.stripe_classifier = nn.Linear(2*s, 2*s, bias=False), bn_neck(2*s), classifier(2*s, n_ids)
-        for m in (self.fc, self.stripe_fc): nn.init.normal_(m.weight, std=.01)
-        nn.init.kaiming_normal_(self.stripe.weight, mode='fan_out', nonlinearity='relu'); nn.init.zeros_(self.stripe.bias)
+        self.stripe_fc = nn.Linear(2 * s, 2 * s, bias=False)
+        self.stripe_bn = bn_neck(2 * s)
+        self.stripe_classifier = classifier(2 * s, n_ids)
+        for m in (self.fc, self.stripe_fc):
+            nn.init.normal_(m.weight, std=0.01)
+        nn.init.kaiming_normal_(self.stripe.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.zeros_(self.stripe.bias)
 
-    def forward(self,
-        maps:list, # the last two are (B, C, H, W)
-    ) -> list[Branch]: # global, stripes
+    def forward(
+        self,
+        maps: list,  # the last two are (B, C, H, W)
+    ) -> list[Branch]:  # global, stripes
         v, fv = reduce(maps[-1], 'b c h w -> b c', 'mean'), halves(self.stripe(maps[-2]))
         v_bn, fv_bn = self.bn(self.fc(v)), self.stripe_bn(self.stripe_fc(fv))
         return [Branch(v, v_bn, self.classifier(v_bn)), Branch(fv, fv_bn, self.stripe_classifier(fv_bn))]
@@ -98,27 +115,34 @@ class FBLNeck(nn.Module):
 # %% ../nbs/12_necks.ipynb #40931cbb
 class Out(NamedTuple):
     "What a ReID network says about a batch."
-    maps: list     # the backbone's maps, shallow to deep
-    branches: list # the neck's branches
+
+    maps: list  # the backbone's maps, shallow to deep
+    branches: list  # the neck's branches
 
 # %% ../nbs/12_necks.ipynb #18ec37fc
 class ReIDNet(nn.Module):
     "A backbone and a neck."
-    def __init__(self,
-        backbone:nn.Module,      # has `.channels`, gives maps
-        neck:nn.Module,          # maps -> branches
-        after_bn:bool=False,     # embed by the features after batch normalisation (unsupervised use)
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # has `.channels`, gives maps
+        neck: nn.Module,  # maps -> branches
+        after_bn: bool = False,  # embed by the features after batch normalisation (unsupervised use)
     ):
         super().__init__()
-        self.backbone, self.neck, self.after_bn = backbone, neck, after_bn
+        self.backbone = backbone
+        self.neck = neck
+        self.after_bn = after_bn
 
-    def forward(self,
-        x:Tensor, # (B, 3, H, W) normalised images
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised images
     ) -> Out:
         maps = self.backbone(x)
         return Out(maps, self.neck(maps))
 
-    def embed(self,
-        x:Tensor, # (B, 3, H, W) normalised images
-    ) -> Tensor: # (B, D) all branches' embeddings side by side, not normalised
+    def embed(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised images
+    ) -> Tensor:  # (B, D) all branches' embeddings side by side, not normalised
         return torch.cat([b.f_bn if self.after_bn else b.f for b in self(x).branches], 1)

@@ -15,57 +15,67 @@ from einops import rearrange, reduce
 # %% ../nbs/10_ops.ipynb #17b1a033
 class Keep(nn.Module):
     "Leave both branches as they are: $(x_1,x_2) \\mapsto (x_1,x_2)$, *None* in §3.2."
-    def __init__(self,
-        c:int=None, # channels; unused, so that every interaction is built alike
-    ): super().__init__()
 
-    def forward(self,
-        x1:Tensor, # (B, C, H, W) the branch with the small receptive field
-        x2:Tensor, # (B, C, H, W) the branch with the large one
-    ) -> tuple[Tensor,Tensor]: # both branches, as they came
+    def __init__(
+        self,
+        c: int = None,  # channels; unused, so that every interaction is built alike
+    ):
+        super().__init__()
+
+    def forward(
+        self,
+        x1: Tensor,  # (B, C, H, W) the branch with the small receptive field
+        x2: Tensor,  # (B, C, H, W) the branch with the large one
+    ) -> tuple[Tensor, Tensor]:  # both branches, as they came
         return x1, x2
 
 # %% ../nbs/10_ops.ipynb #e535539f
 class Exchange(nn.Module):
     "Swap the two branches: $(x_1,x_2) \\mapsto (x_2,x_1)$, §3.2."
-    def __init__(self,
-        c:int=None, # channels; unused, so that every interaction is built alike
-    ): super().__init__()
 
-    def forward(self,
-        x1:Tensor, # (B, C, H, W) the branch with the small receptive field
-        x2:Tensor, # (B, C, H, W) the branch with the large one
-    ) -> tuple[Tensor,Tensor]: # both branches, swapped
+    def __init__(
+        self,
+        c: int = None,  # channels; unused, so that every interaction is built alike
+    ):
+        super().__init__()
+
+    def forward(
+        self,
+        x1: Tensor,  # (B, C, H, W) the branch with the small receptive field
+        x2: Tensor,  # (B, C, H, W) the branch with the large one
+    ) -> tuple[Tensor, Tensor]:  # both branches, swapped
         return x2, x1
 
 # %% ../nbs/10_ops.ipynb #420e0ad0
 class ChannelGate(nn.Module):
     "Gate the channels of both branches with one shared MLP, Eq. (4)."
-    def __init__(self,
-        c:int,    # channels of each branch
-        r:int=16, # how much narrower the MLP is in the middle
+
+    def __init__(
+        self,
+        c: int,  # channels of each branch
+        r: int = 16,  # how much narrower the MLP is in the middle
     ):
         super().__init__()
-        mid = max(1, c//r)
+        mid = max(1, c // r)
         self.mlp = nn.Sequential(nn.Conv2d(c, mid, 1), nn.ReLU(inplace=True), nn.Conv2d(mid, c, 1))
 
-    def gates(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]: # both in one call: the judge is the same
+    def gates(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:  # both in one call: the judge is the same
         means = torch.cat([reduce(x, 'b c h w -> b c 1 1', 'mean') for x in (x1, x2)])
         return self.mlp(means).sigmoid().chunk(2)
 
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         g1, g2 = self.gates(x1, x2)
-        return g1*x1, g2*x2
+        return g1 * x1, g2 * x2
 
 # %% ../nbs/10_ops.ipynb #d633601a
-def to_float32(x:Tensor) -> Tensor: # in float32 or better
+def to_float32(x: Tensor) -> Tensor:  # in float32 or better
     "At least single precision."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/10_ops.ipynb #d59568ec
 def no_autocast(
-    x:Tensor, # whose device is meant
-): # a context manager
+    x: Tensor,  # whose device is meant
+):  # a context manager
     "No automatic half precision inside the block."
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -74,22 +84,24 @@ def no_autocast(
 # %% ../nbs/10_ops.ipynb #bd6b6ef1
 class CrossAttention(nn.Module):
     "Mix each branch's channels by their correlation with the other branch's, §3.2 (*Cross Attention*)."
-    def __init__(self,
-        c:int=None,    # channels; unused, so that every interaction is built alike
-        sign:float=-1, # of the energy in the softmax; -1 as released, +1 favours channels that agree
+
+    def __init__(
+        self,
+        c: int = None,  # channels; unused, so that every interaction is built alike
+        sign: float = -1,  # of the energy in the softmax; -1 as released, +1 favours channels that agree
     ):
         super().__init__()
         self.sign, self.gamma = sign, nn.Parameter(torch.zeros(1))
 
-    def mixes(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]: # what is added: mask times own features
+    def mixes(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:  # what is added: mask times own features
         with no_autocast(x1):
             q1, q2 = (rearrange(to_float32(x), 'b c h w -> b c (h w)') for x in (x1, x2))
-            e = self.sign*(q1 @ q2.mT)
+            e = self.sign * (q1 @ q2.mT)
             return (e.softmax(-1) @ q1).view_as(x1), (e.mT.softmax(-1) @ q2).view_as(x2)
 
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]: # in the memory format of x1 and x2
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:  # in the memory format of x1 and x2
         m1, m2 = self.mixes(x1, x2)
-        return x1 + self.gamma*m1, x2 + self.gamma*m2
+        return x1 + self.gamma * m1, x2 + self.gamma * m2
 
 # %% ../nbs/10_ops.ipynb #22acd478
 OPS = dict(N=Keep, E=Exchange, G=ChannelGate, A=CrossAttention)

@@ -15,82 +15,101 @@ from .rendering.world import get_data
 from .data.loaders import n_identities, PKSampler
 from .engine.learner import short_milestones
 from .engine.checkpoint import run_folder
-from .training.search import Preset, SEARCH, search, SearchConfig, SearchResult, split_from_config
-from .training.train import TRAIN, train, TrainConfig, TrainResult
+from .training.search import Preset, search, SEARCH, SearchConfig, SearchResult, split_from_config
+from .training.train import train, TRAIN, TrainConfig, TrainResult
 from .figures.report import report
 
 # %% ../nbs/32_quickstart.ipynb #e518c6dc
 @dataclass(frozen=True)
 class DemoConfig:
     "Search, derive, train with SAM, evaluate and look."
-    data:str=''                 # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path; empty takes the preset's rendered persons
-    out:str=''                  # the run's folder; empty takes the next free runs/demo-N
-    resume:bool=False           # go on with the run in `out`, or start one where none is
-    size:tuple[int,int]|None=None # height and width in pixels; the preset's unless given
-    epochs_search:int|None=None # the preset's unless given; rates drop at 65 and 88 % of it
-    epochs_train:int|None=None  # the preset's unless given; rates drop at 65 and 88 % of it
-    batch:int|None=None         # images in a batch, P·K; the preset's unless given
-    K:int|None=None             # images of each identity in a batch; 2 where a set has no more
-    seed:int=0                  # of everything random
-    device:str=''               # cpu, cuda, mps; empty takes the best
-    preset:Preset='laptop'      # smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
+
+    data: str = (
+        ''  # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path; empty takes the preset's rendered persons
+    )
+    out: str = ''  # the run's folder; empty takes the next free runs/demo-N
+    resume: bool = False  # go on with the run in `out`, or start one where none is
+    size: tuple[int, int] | None = None  # height and width in pixels; the preset's unless given
+    epochs_search: int | None = None  # the preset's unless given; rates drop at 65 and 88 % of it
+    epochs_train: int | None = None  # the preset's unless given; rates drop at 65 and 88 % of it
+    batch: int | None = None  # images in a batch, P·K; the preset's unless given
+    K: int | None = None  # images of each identity in a batch; 2 where a set has no more
+    seed: int = 0  # of everything random
+    device: str = ''  # cpu, cuda, mps; empty takes the best
+    preset: Preset = 'laptop'  # smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
 
 # %% ../nbs/32_quickstart.ipynb #85087e04
 def configs(
-    cfg:DemoConfig,
-    run:Path, # where the run goes
-) -> tuple[SearchConfig,TrainConfig]: # both write into `run`
+    cfg: DemoConfig,
+    run: Path,  # where the run goes
+) -> tuple[SearchConfig, TrainConfig]:  # both write into `run`
     "The two configurations of a demo: the preset's, and what the user changed."
     both = dict(out=str(run), resume=True, seed=cfg.seed, device=cfg.device)
-    both |= {k: getattr(cfg, k) for k in ('data','size','batch','K') if getattr(cfg, k)}
-    def with_epochs(c, n): return replace(c, **both, **(dict(epochs=n, drops=short_milestones(n), warmup=min(c.warmup, max(1, n//8))) if n else {}))
+    both |= {k: getattr(cfg, k) for k in ('data', 'size', 'batch', 'K') if getattr(cfg, k)}
+
+    def with_epochs(c, n):
+        return replace(
+            c,
+            **both,
+            **(dict(epochs=n, milestones=short_milestones(n), warmup=min(c.warmup, max(1, n // 8))) if n else {}),
+        )
+
     return with_epochs(SEARCH[cfg.preset], cfg.epochs_search), with_epochs(TRAIN[cfg.preset], cfg.epochs_train)
 
 # %% ../nbs/32_quickstart.ipynb #76744b12
 @dataclass(frozen=True)
 class DemoResult:
     "What the main job gave."
-    found:SearchResult     # the search's result
-    trained:TrainResult # the training's result
-    run:Path        # the run's folder
-    report:Path     # the page with the pictures
+
+    found: SearchResult  # the search's result
+    trained: TrainResult  # the training's result
+    run: Path  # the run's folder
+    report: Path  # the page with the pictures
 
 # %% ../nbs/32_quickstart.ipynb #7f782d32
 def demo(
-    cfg:DemoConfig=DemoConfig(),
-    data:ReIDData=None,   # instead of what `cfg.data` names
-    progress:bool=False,  # show bars
-    say=lambda text: None, # called with a line at each step, e.g. `print`
+    cfg: DemoConfig = DemoConfig(),
+    data: ReIDData = None,  # instead of what `cfg.data` names
+    progress: bool = False,  # show bars
+    say=lambda text: None,  # called with a line at each step, e.g. `print`
 ) -> DemoResult:
     "Search, derive, train, evaluate, and write the page. Raises `InputError` before anything is written."
     run = run_folder(cfg.out, 'demo', cfg.resume)
     s, t = configs(cfg, run)
-    for c in (s, t): n_identities(c.batch, c.K)
+    for c in (s, t):
+        n_identities(c.batch, c.K)
     found_data = data or get_data(s.data, s.size, progress)
     _check_batches(found_data, s, t)
-    say(f'data      {found_data.name}: {len(found_data.train)} images to learn from, {len(found_data.query)} queries, {len(found_data.gallery)} in the gallery')
+    say(
+        f'data      {found_data.name}: {len(found_data.train)} images to learn from, {len(found_data.query)} queries, '
+        f'{len(found_data.gallery)} in the gallery'
+    )
     found = search(s, data, progress)
-    say(f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is {1/found.alphas.shape[-1]:.2f})')
+    say(
+        f'found     {found.genotype}  (softmax of α: winners {winners(found.alphas[-1])}, uniform is '
+        f'{1 / found.alphas.shape[-1]:.2f})'
+    )
     trained = train(replace(t, genotype=found.genotype), data, progress)
-    write_json(run/'metrics.json', {**trained.metrics, 'supernet': found.metrics})
+    write_json(run / 'metrics.json', {**trained.metrics, 'supernet': found.metrics})
     page = report(run, found_data)
     return DemoResult(found, trained, run, page)
 
 # %% ../nbs/32_quickstart.ipynb #aefb1653
 def _check_batches(
-    data:ReIDData,
-    s:SearchConfig,
-    t:TrainConfig,
+    data: ReIDData,
+    s: SearchConfig,
+    t: TrainConfig,
 ):
     "Raises `InputError` when batches of the search or of the training can't be drawn from a set."
-    for items,cfg in [(tw, s) for tw in split_from_config(data.train, s)] + [(data.train, t)]:
+    for items, cfg in [(tw, s) for tw in split_from_config(data.train, s)] + [(data.train, t)]:
         PKSampler(relabel(items)[0], n_identities(cfg.batch, cfg.K), cfg.K)
 
 # %% ../nbs/32_quickstart.ipynb #a3928e1b
 def winners(
-    alpha, # (12, 4)
+    alpha,  # (12, 4)
 ) -> str:
     "How large the twelve largest shares are, in words."
     import torch
+
     w = torch.as_tensor(alpha).softmax(1).amax(1)
     return f'{w.min():.2f} to {w.max():.2f}'

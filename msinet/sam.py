@@ -19,50 +19,56 @@ from .losses import unit
 
 # %% ../nbs/15_sam.ipynb #a63cf4c9
 def correlation(
-    x1:Tensor, # (..., C, H, W) a map, or several
-    x2:Tensor, # (..., C, H, W) a map, or several
-) -> Tensor: # (..., N, N), rows are positions of x1, columns positions of x2
+    x1: Tensor,  # (..., C, H, W) a map, or several
+    x2: Tensor,  # (..., C, H, W) a map, or several
+) -> Tensor:  # (..., N, N), rows are positions of x1, columns positions of x2
     "Inner products of all positions of two maps: A of §3.3, with the positions of the first argument as rows."
     return x1.flatten(-2).mT @ x2.flatten(-2)
 
 # %% ../nbs/15_sam.ipynb #1292b938
 class MaxCorrelation(torch.autograd.Function):
     "The maximum of Eq. (7) for all pairs, some anchors at a time; keeps who won, no table."
+
     @staticmethod
-    def forward(ctx,
-        x:Tensor,  # (B, N, C) maps with positions in a row
-        block:int, # anchors at a time
-    ) -> Tensor: # (B, B, N)
+    def forward(
+        ctx,
+        x: Tensor,  # (B, N, C) maps with positions in a row
+        block: int,  # anchors at a time
+    ) -> Tensor:  # (B, B, N)
         B, N, _ = x.shape
         a, won = x.new_empty(B, B, N), torch.empty(B, B, N, dtype=torch.int32, device=x.device)
         for i in range(0, B, block):
-            mine = x[i:i+block]; j = i+len(mine)
-            t = (mine.flatten(0, 1) @ x[i:].flatten(0, 1).T).view(j-i, N, B-i, N)
-            for out,rows,columns in zip((a, won), t.max(3), t[:,:,j-i:].max(1)): # the values, the places
-                out[i:j,i:], out[j:,i:j] = rows.transpose(1, 2), columns.transpose(0, 1)
+            mine = x[i : i + block]
+            j = i + len(mine)
+            t = (mine.flatten(0, 1) @ x[i:].flatten(0, 1).T).view(j - i, N, B - i, N)
+            for out, rows, columns in zip((a, won), t.max(3), t[:, :, j - i :].max(1)):  # the values, the places
+                out[i:j, i:], out[j:, i:j] = rows.transpose(1, 2), columns.transpose(0, 1)
         ctx.save_for_backward(x, won)
         return a
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad:Tensor):
+    def backward(ctx, grad: Tensor):
         x, won = ctx.saved_tensors
         B, N, C = x.shape
-        flat, first = x.reshape(-1, C), N*torch.arange(B, device=x.device)[:,None] # each picture's first position in `flat`
-        by_asker = lambda t: t.transpose(1, 2).reshape(B*N, B)
-        to_asker = F.embedding_bag(by_asker(won+first), flat, mode='sum', per_sample_weights=by_asker(grad))
-        m, asker = won.transpose(0, 1).reshape(B, B*N).sort(1) # in each picture: who won, and who had asked
-        start = torch.searchsorted(m, torch.arange(N, dtype=m.dtype, device=x.device).repeat(B, 1)) + B*first
-        w = grad.transpose(0, 1).reshape(B, B*N).gather(1, asker)
+        flat, first = (
+            x.reshape(-1, C),
+            N * torch.arange(B, device=x.device)[:, None],
+        )  # each picture's first position in `flat`
+        by_asker = lambda t: t.transpose(1, 2).reshape(B * N, B)
+        to_asker = F.embedding_bag(by_asker(won + first), flat, mode='sum', per_sample_weights=by_asker(grad))
+        m, asker = won.transpose(0, 1).reshape(B, B * N).sort(1)  # in each picture: who won, and who had asked
+        start = torch.searchsorted(m, torch.arange(N, dtype=m.dtype, device=x.device).repeat(B, 1)) + B * first
+        w = grad.transpose(0, 1).reshape(B, B * N).gather(1, asker)
         to_won = F.embedding_bag(asker.flatten(), flat, start.flatten(), mode='sum', per_sample_weights=w.flatten())
         return (to_asker + to_won).view_as(x), None
 
 # %% ../nbs/15_sam.ipynb #73ac9788
 def activation_vectors(
-    x:Tensor,            # (B, C, H, W) maps of a batch
-    released:bool=False, # positions of the other sample j, as in the released code
-    block:int=4,         # anchors at a time: the largest table has block·B·N·N numbers
-) -> Tensor: # (B, B, N), [i, j] belongs to anchor i and other sample j
+    x: Tensor,  # (B, C, H, W) maps of a batch
+    released: bool = False,  # positions of the other sample j, as in the released code
+    block: int = 4,  # anchors at a time: the largest table has block·B·N·N numbers
+) -> Tensor:  # (B, B, N), [i, j] belongs to anchor i and other sample j
     "For each position of the anchor i its best match in j, Eq. (7)."
     with no_autocast(x):
         a = MaxCorrelation.apply(to_float32(x).flatten(2).mT.contiguous(), block)
@@ -71,79 +77,91 @@ def activation_vectors(
 # %% ../nbs/15_sam.ipynb #097ed196
 class PAM(nn.Module):
     "Position activation module, §3.3: where a picture should be looked at."
-    def __init__(self,
-        c:int,   # channels of the map
-        r:int=8, # how much narrower query and key are
+
+    def __init__(
+        self,
+        c: int,  # channels of the map
+        r: int = 8,  # how much narrower query and key are
     ):
         super().__init__()
-        self.query, self.key = nn.Conv2d(c, max(1, c//r), 1), nn.Conv2d(c, max(1, c//r), 1)
+        self.query, self.key = nn.Conv2d(c, max(1, c // r), 1), nn.Conv2d(c, max(1, c // r), 1)
         self.apply(init_weights)
 
-    def forward(self,
-        x:Tensor, # (B, C, H, W) maps
-    ) -> Tensor: # (B, N), one value per position
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W) maps
+    ) -> Tensor:  # (B, N), one value per position
         return correlation(self.query(x), self.key(x)).max(-1).values
 
 # %% ../nbs/15_sam.ipynb #391c717e
 def group_mean(
-    u:Tensor,     # (B, B, N) vectors, [anchor, other]
-    group:Tensor, # (B, B) 1 where the other is in the anchor's group, else 0
-) -> Tensor: # (B, N), zeros for an empty group
+    u: Tensor,  # (B, B, N) vectors, [anchor, other]
+    group: Tensor,  # (B, B) 1 where the other is in the anchor's group, else 0
+) -> Tensor:  # (B, N), zeros for an empty group
     "The mean vector of each anchor's group."
-    return torch.einsum('ijn,ij->in', u, group/group.sum(1, keepdim=True).clamp_min(1))
+    return torch.einsum('ijn,ij->in', u, group / group.sum(1, keepdim=True).clamp_min(1))
 
 # %% ../nbs/15_sam.ipynb #5ec7ce38
 def disagreement(
-    u:Tensor,     # (B, B, N) unit vectors, [anchor, other]
-    group:Tensor, # (B, B) 1 where the other is in the anchor's group, else 0
-) -> Tensor: # (B,), 0 for an empty group
+    u: Tensor,  # (B, B, N) unit vectors, [anchor, other]
+    group: Tensor,  # (B, B) 1 where the other is in the anchor's group, else 0
+) -> Tensor:  # (B,), 0 for an empty group
     "One minus the mean cosine over all ordered pairs of each anchor's group, second term of Eq. (8)."
     return group.amax(1) - group_mean(u, group).square().sum(1)
 
 # %% ../nbs/15_sam.ipynb #97462648
 def alignment(
-    a_hat:Tensor,  # (B, N) where each sample should be looked at
-    a:Tensor,      # (B, B, N) activation vectors, [anchor, other]
-    y:Tensor,      # (B,) labels, in any mix
-    pos:float=1.,  # weight of the term over the same identity
-    neg:float=1.,  # weight of the term over other identities
-) -> Tensor: # scalar, mean over the anchors
+    a_hat: Tensor,  # (B, N) where each sample should be looked at
+    a: Tensor,  # (B, B, N) activation vectors, [anchor, other]
+    y: Tensor,  # (B,) labels, in any mix
+    pos: float = 1.0,  # weight of the term over the same identity
+    neg: float = 1.0,  # weight of the term over other identities
+) -> Tensor:  # scalar, mean over the anchors
     "Spatial alignment loss, Eq. (8). An anchor without strangers has no second term; a vector of zeros has cosine 0 with all."
-    if len(y) != len(a): raise InputError(f'found {len(y)} labels for {len(a)} samples, expected as many: give the labels of this batch')
-    u, same = unit(a), (y[:,None] == y).to(a.dtype)
-    own = 1 - (unit(a_hat)*group_mean(u, same)).sum(1)
-    return (pos*own + neg*disagreement(u, 1-same)).mean()
+    if len(y) != len(a):
+        raise InputError(f'found {len(y)} labels for {len(a)} samples, expected as many: give the labels of this batch')
+    u, same = unit(a), (y[:, None] == y).to(a.dtype)
+    own = 1 - (unit(a_hat) * group_mean(u, same)).sum(1)
+    return (pos * own + neg * disagreement(u, 1 - same)).mean()
 
 # %% ../nbs/15_sam.ipynb #fa5f3fdf
 def center(
-    v:Tensor, # (..., N) vectors over positions
-) -> Tensor: # (..., N), each with mean 0
+    v: Tensor,  # (..., N) vectors over positions
+) -> Tensor:  # (..., N), each with mean 0
     "What is left of vectors without their mean over positions."
     return v - v.mean(-1, keepdim=True)
 
 # %% ../nbs/15_sam.ipynb #15f89dd9
 class SAM(nn.Module):
     "Spatial alignment module, §3.3: maps and labels to the loss of Eq. (8). For training only."
-    def __init__(self,
-        c:int,               # channels of the map
-        pos:float=1.,        # weight of the term over the same identity
-        neg:float=1.,        # weight of the term over other identities
-        released:bool=False, # compare over positions of the other sample, see `activation_vectors`
-        r:int=8,             # how much narrower the PAM is
-        align=None,          # (vectors, labels, pos, neg) -> loss, in place of the PAM and Eq. (8) (Table 5)
-        centred:bool=False,  # vectors lose their mean before they are compared; not in the paper
+
+    def __init__(
+        self,
+        c: int,  # channels of the map
+        pos: float = 1.0,  # weight of the term over the same identity
+        neg: float = 1.0,  # weight of the term over other identities
+        released: bool = False,  # compare over positions of the other sample, see `activation_vectors`
+        r: int = 8,  # how much narrower the PAM is
+        align=None,  # (vectors, labels, pos, neg) -> loss, in place of the PAM and Eq. (8) (Table 5)
+        centred: bool = False,  # vectors lose their mean before they are compared; not in the paper
     ):
         super().__init__()
         self.pam = None if align else PAM(c, r)
-        self.pos, self.neg, self.released, self.align, self.centred = pos, neg, released, align, centred
+        self.pos = pos
+        self.neg = neg
+        self.released = released
+        self.align = align
+        self.centred = centred
 
-    def forward(self,
-        x:Tensor, # (B, C, H, W) maps, non-negative as after a ReLU
-        y:Tensor, # (B,) labels
-    ) -> Tensor: # scalar
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W) maps, non-negative as after a ReLU
+        y: Tensor,  # (B,) labels
+    ) -> Tensor:  # scalar
         with no_autocast(x):
             x = to_float32(x)
             seen = center if self.centred else (lambda v: v)
             a = seen(activation_vectors(x, self.released))
-            if self.align: return self.align(a, y, self.pos, self.neg)
+            if self.align:
+                return self.align(a, y, self.pos, self.neg)
             return alignment(seen(self.pam(x)), a, y, self.pos, self.neg)

@@ -21,30 +21,34 @@ from .ops import OPS
 # %% ../nbs/11_space.ipynb #ff7f6db9
 class Mixed(nn.Module):
     "All interactions at once, weighted by the softmax of `alpha`, Eq. (1), sorted by map. It is itself an interaction."
-    def __init__(self,
-        c:int, # channels of each branch
+
+    def __init__(
+        self,
+        c: int,  # channels of each branch
     ):
         super().__init__()
-        self.ops = nn.ModuleDict({k: op(c) for k,op in OPS.items()})
-        self.alpha = nn.Parameter(1e-3*torch.randn(len(OPS)))
+        self.ops = nn.ModuleDict({k: op(c) for k, op in OPS.items()})
+        self.alpha = nn.Parameter(1e-3 * torch.randn(len(OPS)))
 
-    def forward(self,
-        x1:Tensor, # (B, C, H, W) the branch with the small receptive field
-        x2:Tensor, # (B, C, H, W) the branch with the large one
-    ) -> tuple[Tensor,Tensor]: # the weighted sum of all, for each branch
+    def forward(
+        self,
+        x1: Tensor,  # (B, C, H, W) the branch with the small receptive field
+        x2: Tensor,  # (B, C, H, W) the branch with the large one
+    ) -> tuple[Tensor, Tensor]:  # the weighted sum of all, for each branch
         wN, wE, wG, wA, *more = self.alpha.softmax(0)
         att, (g1, g2) = self.ops['A'], self.ops['G'].gates(x1, x2)
         m1, m2 = att.mixes(x1, x2)
-        part = lambda x, other, g, m: torch.addcmul(other*wE + m*(wA*att.gamma), x, wN + wA + wG*g)
+        part = lambda x, other, g, m: torch.addcmul(other * wE + m * (wA * att.gamma), x, wN + wA + wG * g)
         y1, y2 = part(x1, x2, g1, m1), part(x2, x1, g2, m2)
-        for w,op in zip(more, list(self.ops.values())[4:]): y1, y2 = (y+w*z for y,z in zip((y1, y2), op(x1, x2)))
+        for w, op in zip(more, list(self.ops.values())[4:]):
+            y1, y2 = (y + w * z for y, z in zip((y1, y2), op(x1, x2)))
         return y1, y2
 
 # %% ../nbs/11_space.ipynb #1aa7a252
 @torch.no_grad()
 def one_hot(
-    mix:Mixed,  # the choice to settle
-    letter:str, # one of N E G A
+    mix: Mixed,  # the choice to settle
+    letter: str,  # one of N E G A
 ):
     "Settle a choice: all of the softmax's weight on one letter."
     mix.alpha.fill_(-torch.inf)
@@ -52,53 +56,67 @@ def one_hot(
 
 # %% ../nbs/11_space.ipynb #70589f8b
 def conv_bn(
-    c_in:int,      # channels in
-    c_out:int,     # channels out
-    k:int=1,       # kernel size
-    stride:int=1,
-    act:bool=True, # end with a ReLU
-) -> nn.Sequential: # (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)
+    c_in: int,  # channels in
+    c_out: int,  # channels out
+    k: int = 1,  # kernel size
+    stride: int = 1,
+    act: bool = True,  # end with a ReLU
+) -> nn.Sequential:  # (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)
     "Convolution without bias, batch normalisation, ReLU."
-    layers = OrderedDict(conv=nn.Conv2d(c_in, c_out, k, stride, k//2, bias=False), bn=nn.BatchNorm2d(c_out))
-    if act: layers['act'] = nn.ReLU(inplace=True)
+    layers = OrderedDict(conv=nn.Conv2d(c_in, c_out, k, stride, k // 2, bias=False), bn=nn.BatchNorm2d(c_out))
+    if act:
+        layers['act'] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)
 
 # %% ../nbs/11_space.ipynb #2bb5c9e4
 def light_conv(
-    c:int, # channels in and out
-) -> nn.Sequential: # (B, c, H, W) -> (B, c, H, W)
+    c: int,  # channels in and out
+) -> nn.Sequential:  # (B, c, H, W) -> (B, c, H, W)
     "Depth-wise separable 3×3 convolution: 1×1, then 3×3 per channel, batch normalisation, ReLU."
-    return nn.Sequential(OrderedDict(mix=nn.Conv2d(c, c, 1, bias=False), each=nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False),
-                                     bn=nn.BatchNorm2d(c), act=nn.ReLU(inplace=True)))
+    return nn.Sequential(
+        OrderedDict(
+            mix=nn.Conv2d(c, c, 1, bias=False),
+            each=nn.Conv2d(c, c, 3, padding=1, groups=c, bias=False),
+            bn=nn.BatchNorm2d(c),
+            act=nn.ReLU(inplace=True),
+        )
+    )
 
 # %% ../nbs/11_space.ipynb #312825a9
 class Cell(nn.Module):
     "Two branches of different scale that interact twice and are fused (§3.2, Fig. 2)."
-    def __init__(self,
-        c_in:int,       # channels in
-        c_out:int,      # channels out
-        im1,            # first interaction: a constructor that takes the channels of a branch
-        im2,            # second interaction, likewise
-        rho:int=3,      # scale ratio: light convolutions of branch 2 per step, branch 1 has one
-        c_mid:int=None, # channels inside a branch; a quarter of `c_out` unless given
-        fuse=torch.add, # how the two closed branches become one (Fig. 5c)
+
+    def __init__(
+        self,
+        c_in: int,  # channels in
+        c_out: int,  # channels out
+        im1,  # first interaction: a constructor that takes the channels of a branch
+        im2,  # second interaction, likewise
+        rho: int = 3,  # scale ratio: light convolutions of branch 2 per step, branch 1 has one
+        c_mid: int = None,  # channels inside a branch; a quarter of `c_out` unless given
+        fuse=torch.add,  # how the two closed branches become one (Fig. 5c)
     ):
         super().__init__()
-        c = c_mid or c_out//4
+        c = c_mid or c_out // 4
         small, large = (lambda: light_conv(c)), (lambda: nn.Sequential(*[light_conv(c) for _ in range(rho)]))
         self.open1, self.open2 = conv_bn(c_in, c), conv_bn(c_in, c)
-        self.small1, self.large1, self.im1 = small(), large(), im1(c)
-        self.small2, self.large2, self.im2 = small(), large(), im2(c)
+        self.small1 = small()
+        self.large1 = large()
+        self.im1 = im1(c)
+        self.small2 = small()
+        self.large2 = large()
+        self.im2 = im2(c)
         self.close1, self.close2 = conv_bn(c, c_out, act=False), conv_bn(c, c_out, act=False)
         self.shortcut = conv_bn(c_in, c_out, act=False) if c_in != c_out else nn.Identity()
         self.fuse, self.recompute = fuse, False
 
-    def forward(self,
-        x:Tensor, # (B, c_in, H, W)
-    ) -> Tensor: # (B, c_out, H, W)
+    def forward(
+        self,
+        x: Tensor,  # (B, c_in, H, W)
+    ) -> Tensor:  # (B, c_out, H, W)
         return recompute(self, self.once, x) if self.recompute and torch.is_grad_enabled() else self.once(x)
 
-    def once(self, x:Tensor) -> Tensor:
+    def once(self, x: Tensor) -> Tensor:
         x1, x2 = self.im1(self.small1(self.open1(x)), self.large1(self.open2(x)))
         x1, x2 = self.im2(self.small2(x1), self.large2(x2))
         return (self.fuse(self.close1(x1), self.close2(x2)) + self.shortcut(x)).relu()
@@ -106,193 +124,234 @@ class Cell(nn.Module):
 # %% ../nbs/11_space.ipynb #abe2833c
 @contextmanager
 def frozen_stats(
-    net:nn.Module, # in training mode
+    net: nn.Module,  # in training mode
 ):
     "Batch normalisation uses the batch's statistics inside the block but doesn't remember them."
     bns = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in bns]
-    for m in bns: m.momentum, m.num_batches_tracked = 0., None
-    try: yield
+    for m in bns:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
     finally:
-        for m,v in zip(bns, before): m.momentum, m.num_batches_tracked = v
+        for m, v in zip(bns, before):
+            m.momentum, m.num_batches_tracked = v
 
 # %% ../nbs/11_space.ipynb #e3370a11
 def recompute(
-    net:nn.Module, # whose statistics rest the second time
-    f,             # a part of its forward pass, a function of `x`
-    x:Tensor,
-) -> Tensor: # f(x)
+    net: nn.Module,  # whose statistics rest the second time
+    f,  # a part of its forward pass, a function of `x`
+    x: Tensor,
+) -> Tensor:  # f(x)
     "Forget what happens inside `f`, and do it again when the gradient arrives."
-    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), frozen_stats(net)))
+    return checkpoint(
+        f, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), frozen_stats(net))
+    )
 
 # %% ../nbs/11_space.ipynb #86ef7dda
 TABLE1 = 'GGEGAGGNGAEA'
 
-def quarter_out(c_in:int, c_out:int) -> int:
-    "A quarter of the channels that a cell gives."
-    return c_out//4
 
-def quarter_in(c_in:int, c_out:int) -> int:
+def quarter_out(c_in: int, c_out: int) -> int:
+    "A quarter of the channels that a cell gives."
+    return c_out // 4
+
+
+def quarter_in(c_in: int, c_out: int) -> int:
     "A quarter of the channels that a cell gets."
-    return c_in//4
+    return c_in // 4
 
 # %% ../nbs/11_space.ipynb #9fcdfbc5
 def down(
-    c:int, # channels
-) -> nn.Sequential: # (B, c, H, W) -> (B, c, H/2, W/2)
+    c: int,  # channels
+) -> nn.Sequential:  # (B, c, H, W) -> (B, c, H/2, W/2)
     "Down-sample block between stages: 1×1 convolution, then the mean of 2×2."
     return nn.Sequential(OrderedDict(mix=conv_bn(c, c), pool=nn.AvgPool2d(2)))
 
 # %% ../nbs/11_space.ipynb #d5126b06
 class MSINet(nn.Module):
     "The network of Fig. 2. A backbone: `.channels`, and a forward pass that returns its maps from shallow to deep."
-    def __init__(self,
-        ims,                           # twelve constructors, each channels -> interaction
+
+    def __init__(
+        self,
+        ims,  # twelve constructors, each channels -> interaction
         channels=(64, 256, 384, 512),  # of the stem and the three stages
-        rho:int=3,                     # scale ratio of the branches
-        fuse=torch.add,                # how branches become one
-        mid=quarter_out,               # (c_in, c_out) -> channels inside a branch
+        rho: int = 3,  # scale ratio of the branches
+        fuse=torch.add,  # how branches become one
+        mid=quarter_out,  # (c_in, c_out) -> channels inside a branch
     ):
         super().__init__()
         cs = channels
         self.stem = nn.Sequential(OrderedDict(conv=conv_bn(3, cs[0], 7, 2), pool=nn.MaxPool2d(3, 2, 1)))
+
         def stage(i, last):
-            cells = [Cell(a, b, *ims[4*i+2*j:4*i+2*j+2], rho, mid(a,b), fuse) for j,(a,b) in enumerate([(cs[i],cs[i+1]), (cs[i+1],cs[i+1])])]
-            return nn.Sequential(OrderedDict(cell1=cells[0], cell2=cells[1], down=nn.Identity() if last else down(cs[i+1])))
-        self.stages = nn.ModuleList(stage(i, i==2) for i in range(3))
+            cells = [
+                Cell(a, b, *ims[4 * i + 2 * j : 4 * i + 2 * j + 2], rho, mid(a, b), fuse)
+                for j, (a, b) in enumerate([(cs[i], cs[i + 1]), (cs[i + 1], cs[i + 1])])
+            ]
+            return nn.Sequential(
+                OrderedDict(cell1=cells[0], cell2=cells[1], down=nn.Identity() if last else down(cs[i + 1]))
+            )
+
+        self.stages = nn.ModuleList(stage(i, i == 2) for i in range(3))
         self.channels = tuple(cs[1:])
         self.apply(init_weights)
 
     @property
-    def cells(self) -> list: return [c for s in self.stages for c in (s.cell1, s.cell2)]
+    def cells(self) -> list:
+        return [c for s in self.stages for c in (s.cell1, s.cell2)]
 
-    def forward(self,
-        x:Tensor, # (B, 3, H, W) normalised images
-    ) -> list[Tensor]: # maps after stage 1, 2 and 3
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W) normalised images
+    ) -> list[Tensor]:  # maps after stage 1, 2 and 3
         x, maps = self.stem(x), []
-        for s in self.stages: x = s(x); maps.append(x)
+        for s in self.stages:
+            x = s(x)
+            maps.append(x)
         return maps
 
 # %% ../nbs/11_space.ipynb #18d54103
 def init_weights(
-    m:nn.Module, # any module; only convolutions are touched
+    m: nn.Module,  # any module; only convolutions are touched
 ):
     "Kaiming-normal weights by fan-out, biases 0."
-    if not isinstance(m, nn.Conv2d): return
+    if not isinstance(m, nn.Conv2d):
+        return
     nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-    if m.bias is not None: nn.init.zeros_(m.bias)
+    if m.bias is not None:
+        nn.init.zeros_(m.bias)
 
 # %% ../nbs/11_space.ipynb #f7604243
 def check_genotype(
-    g:str, # e.g. 'GGEGAGGNGAEA'
-) -> str: # the same, upper case
+    g: str,  # e.g. 'GGEGAGGNGAEA'
+) -> str:  # the same, upper case
     "Raises `InputError` unless `g` is twelve letters of N E G A, or of others in `OPS`."
     g = str(g).strip().upper()
-    wrong = sorted(set(g)-set(OPS))
-    if wrong: raise InputError(f"genotype {g!r} has the letter {wrong[0]!r}, expected only {' '.join(OPS)}, the letters of OPS; Table 1's is {TABLE1}")
-    if len(g) != 12: raise InputError(f"genotype {g!r} has {len(g)} letters, expected 12, two for each of six cells; Table 1's is {TABLE1}")
+    wrong = sorted(set(g) - set(OPS))
+    if wrong:
+        raise InputError(
+            f"genotype {g!r} has the letter {wrong[0]!r}, expected only {' '.join(OPS)}, the letters of OPS; Table "
+            f"1's is {TABLE1}"
+        )
+    if len(g) != 12:
+        raise InputError(
+            f"genotype {g!r} has {len(g)} letters, expected 12, two for each of six cells; Table 1's is {TABLE1}"
+        )
     return g
 
 # %% ../nbs/11_space.ipynb #03c76b85
 def supernet(
-    channels=(64, 256, 384, 512), # of the stem and the three stages
-    rho:int=3,                    # scale ratio of the branches
-    fuse=torch.add,               # how branches become one
-    mid=quarter_out,              # (c_in, c_out) -> channels inside a branch
+    channels=(64, 256, 384, 512),  # of the stem and the three stages
+    rho: int = 3,  # scale ratio of the branches
+    fuse=torch.add,  # how branches become one
+    mid=quarter_out,  # (c_in, c_out) -> channels inside a branch
 ) -> MSINet:
     "The network of all architectures: a `Mixed` in each of the twelve slots (§3.1)."
-    return MSINet([Mixed]*12, channels, rho, fuse, mid)
+    return MSINet([Mixed] * 12, channels, rho, fuse, mid)
 
 # %% ../nbs/11_space.ipynb #658f7c90
 def derived(
-    genotype:str=TABLE1,          # twelve letters of N E G A
-    channels=(64, 256, 384, 512), # of the stem and the three stages
-    rho:int=3,                    # scale ratio of the branches
-    fuse=torch.add,               # how branches become one
-    mid=quarter_out,              # (c_in, c_out) -> channels inside a branch
+    genotype: str = TABLE1,  # twelve letters of N E G A
+    channels=(64, 256, 384, 512),  # of the stem and the three stages
+    rho: int = 3,  # scale ratio of the branches
+    fuse=torch.add,  # how branches become one
+    mid=quarter_out,  # (c_in, c_out) -> channels inside a branch
 ) -> MSINet:
     "One architecture, by its word of twelve letters. Raises `InputError` for a word that isn't one."
     return MSINet([OPS[o] for o in check_genotype(genotype)], channels, rho, fuse, mid)
 
 # %% ../nbs/11_space.ipynb #6d359ad2
 def alphas(
-    net:nn.Module, # holds twelve `Mixed`
-) -> Tensor: # (12, 4) detached copy, a column for each letter of `OPS`: N E G A
+    net: nn.Module,  # holds twelve `Mixed`
+) -> Tensor:  # (12, 4) detached copy, a column for each letter of `OPS`: N E G A
     "The architecture parameters α of a supernet, slot by slot."
     rows = [m.alpha.detach().cpu().clone() for m in net.modules() if isinstance(m, Mixed)]
-    if not rows: raise InputError('this network has no mixed choices, expected a supernet: build it with supernet()')
+    if not rows:
+        raise InputError('this network has no mixed choices, expected a supernet: build it with supernet()')
     return torch.stack(rows)
 
 # %% ../nbs/11_space.ipynb #fdfd29d8
 def letters(
-    alpha:Tensor, # (12, 4), columns N E G A
+    alpha: Tensor,  # (12, 4), columns N E G A
 ) -> str:
     "The letter with the largest α in each slot."
     return ''.join(list(OPS)[i] for i in alpha.argmax(1).tolist())
 
 # %% ../nbs/11_space.ipynb #609220c2
 def genotype(
-    net:nn.Module, # a supernet, or a derived network
-) -> str: # twelve letters
+    net: nn.Module,  # a supernet, or a derived network
+) -> str:  # twelve letters
     "The word of a network: the largest α of each slot, or the interactions that are there (end of §3.2)."
     slots = [im for c in net.modules() if isinstance(c, Cell) for im in (c.im1, c.im2)]
-    kinds = {op: k for k,op in OPS.items()}
+    kinds = {op: k for k, op in OPS.items()}
     return ''.join(letters(im.alpha[None].detach()) if isinstance(im, Mixed) else kinds[type(im)] for im in slots)
 
 # %% ../nbs/11_space.ipynb #1035992f
 def set_genotype(
-    net:nn.Module, # a supernet, changed in place
-    word:str,      # twelve letters
+    net: nn.Module,  # a supernet, changed in place
+    word: str,  # twelve letters
 ):
     "Settle all choices of a supernet by a genotype."
-    for m,o in zip([m for m in net.modules() if isinstance(m, Mixed)], check_genotype(word)): one_hot(m, o)
+    for m, o in zip([m for m in net.modules() if isinstance(m, Mixed)], check_genotype(word)):
+        one_hot(m, o)
 
 # %% ../nbs/11_space.ipynb #bc87fa3b
 def subnet_state_dict(
-    net:MSINet,    # a supernet
-    word:str=None, # twelve letters; the supernet's own genotype unless given
-) -> dict: # state dict of `derived(word)` with the same widths
+    net: MSINet,  # a supernet
+    word: str = None,  # twelve letters; the supernet's own genotype unless given
+) -> dict:  # state dict of `derived(word)` with the same widths
     "The supernet's weights that a derived network keeps."
     word, sd = word or genotype(net), {}
-    slots = {f'stages.{i}.cell{j}.im{k}': word[4*i+2*(j-1)+k-1] for i in range(3) for j in (1,2) for k in (1,2)}
-    for key,v in net.state_dict().items():
-        slot = next((s for s in slots if key.startswith(s+'.')), None)
-        if slot is None: sd[key] = v
-        elif key.startswith(f'{slot}.ops.{slots[slot]}.'): sd[key.replace(f'.ops.{slots[slot]}', '')] = v
+    slots = {
+        f'stages.{i}.cell{j}.im{k}': word[4 * i + 2 * (j - 1) + k - 1] for i in range(3) for j in (1, 2) for k in (1, 2)
+    }
+    for key, v in net.state_dict().items():
+        slot = next((s for s in slots if key.startswith(s + '.')), None)
+        if slot is None:
+            sd[key] = v
+        elif key.startswith(f'{slot}.ops.{slots[slot]}.'):
+            sd[key.replace(f'.ops.{slots[slot]}', '')] = v
     return sd
 
 # %% ../nbs/11_space.ipynb #3a9f8490
-FUSES = dict(sum=torch.add, minus=torch.sub, multiply=torch.mul) # Fig. 5c: how two closed branches become one
+FUSES = dict(sum=torch.add, minus=torch.sub, multiply=torch.mul)  # Fig. 5c: how two closed branches become one
 
 # %% ../nbs/11_space.ipynb #de62ca25
 def lookup(
-    table:dict, # word -> what it stands for
-    word:str,   # of a configuration
-    what:str,   # what is chosen, for the message
+    table: dict,  # word -> what it stands for
+    word: str,  # of a configuration
+    what: str,  # what is chosen, for the message
 ):
     "What a configuration's word stands for. Raises `InputError` for a word that isn't in the table."
-    if word not in table: raise InputError(f"{what} {word!r} is not there, expected one of {', '.join(table)}")
+    if word not in table:
+        raise InputError(f"{what} {word!r} is not there, expected one of {', '.join(table)}")
     return table[word]
 
 # %% ../nbs/11_space.ipynb #2492541a
 def op_macs(
-    op,    # a constructor, channels -> interaction
-    shape, # (1, c, H, W) of a branch
+    op,  # a constructor, channels -> interaction
+    shape,  # (1, c, H, W) of a branch
 ) -> int:
     "Multiply-accumulates of an interaction, counted without computing."
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as count: op(shape[1])(torch.empty(shape), torch.empty(shape))
-    return count.get_total_flops()//2
+
+    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as count:
+        op(shape[1])(torch.empty(shape), torch.empty(shape))
+    return count.get_total_flops() // 2
 
 # %% ../nbs/11_space.ipynb #e633f2e6
 @torch.no_grad()
 def slot_macs(
-    net:nn.Module, # a supernet or a derived network
-    size,          # (H, W) of one image in pixels
-) -> Tensor: # (12, 4) float64, columns N E G A
+    net: nn.Module,  # a supernet or a derived network
+    size,  # (H, W) of one image in pixels
+) -> Tensor:  # (12, 4) float64, columns N E G A
     "What each interaction costs in each slot, in multiply-accumulates of one image."
-    slots, was, p = [im for c in net.modules() if isinstance(c, Cell) for im in (c.im1, c.im2)], net.training, next(net.parameters())
-    with Hooks(slots, lambda i, m, xs, y: tuple(xs[0].shape)) as h: net.eval()(torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype))
+    slots = [im for c in net.modules() if isinstance(c, Cell) for im in (c.im1, c.im2)]
+    was = net.training
+    p = next(net.parameters())
+    with Hooks(slots, lambda i, m, xs, y: tuple(xs[0].shape)) as h:
+        net.eval()(torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype))
     net.train(was)
     shapes = [h.out[i] for i in range(len(slots))]
     price = {s: [op_macs(op, s) for op in OPS.values()] for s in {*shapes}}
@@ -300,11 +359,11 @@ def slot_macs(
 
 # %% ../nbs/11_space.ipynb #2cd5204e
 def expected_cost(
-    net:nn.Module, # holds twelve `Mixed`
-    prices:Tensor, # (12, 4), of `slot_macs`
-) -> Tensor: # scalar: 0 for all None, 1 for all cross attention
+    net: nn.Module,  # holds twelve `Mixed`
+    prices: Tensor,  # (12, 4), of `slot_macs`
+) -> Tensor:  # scalar: 0 for all None, 1 for all cross attention
     "The expected MACs of a search's interactions, R(α). Its gradient reaches α alone."
     w = torch.stack([m.alpha.softmax(0) for m in net.modules() if isinstance(m, Mixed)])
     c = prices.to(w)
-    none, all_attention = c[:,list(OPS).index('N')].sum(), c[:,list(OPS).index('A')].sum()
-    return ((w*c).sum() - none)/(all_attention - none)
+    none, all_attention = c[:, list(OPS).index('N')].sum(), c[:, list(OPS).index('A')].sum()
+    return ((w * c).sum() - none) / (all_attention - none)

@@ -18,62 +18,72 @@ from .losses import check_labels, unit
 
 # %% ../nbs/14_tcm.ipynb #586abcbb
 def by_identity(
-    items, # of `data.Item`
-) -> dict: # pid -> its items in the order given; sorted by pid
+    items,  # of `data.Item`
+) -> dict:  # pid -> its items in the order given; sorted by pid
     "Group items by identity."
     groups = {i: [] for i in sorted({t.pid for t in items})}
-    for t in items: groups[t.pid].append(t)
+    for t in items:
+        groups[t.pid].append(t)
     return groups
 
 # %% ../nbs/14_tcm.ipynb #e91fee25
 def assign_identities(
-    own_train, # lists of items, one per identity, for the training twin alone
-    shared,    # lists of items, one per identity, to be cut in half
-    own_val,   # lists of items, one per identity, for the validation twin alone
-) -> tuple[list,list]: # items of the training twin, items of the validation twin
+    own_train,  # lists of items, one per identity, for the training twin alone
+    shared,  # lists of items, one per identity, to be cut in half
+    own_val,  # lists of items, one per identity, for the validation twin alone
+) -> tuple[list, list]:  # items of the training twin, items of the validation twin
     "Put whole and halved identities into the twins; an odd picture goes to validation. Raises `InputError` below two identities in either."
-    train = [*own_train, *(t[:len(t)//2] for t in shared if len(t) > 1)]
-    val   = [*own_val,   *(t[len(t)//2:] for t in shared)]
+    train = [*own_train, *(t[: len(t) // 2] for t in shared if len(t) > 1)]
+    val = [*own_val, *(t[len(t) // 2 :] for t in shared)]
     if min(len(train), len(val)) < 2:
-        raise InputError(f'found twins of {len(train)} and {len(val)} identities, expected two or more in each: use more identities')
+        raise InputError(
+            f'found twins of {len(train)} and {len(val)} identities, expected two or more in each: use more identities'
+        )
     order = lambda twin: [t for g in sorted(twin, key=lambda g: g[0].pid) for t in g]
     return order(train), order(val)
 
 # %% ../nbs/14_tcm.ipynb #404c3f64
 def twin_split(
-    items,            # of `data.Item`, a training set
-    overlap:float=.4, # identities in both twins / all identities
-    seed:int=0,       # which identities are shared, and which of their pictures go where
-) -> tuple[list,list]: # items of the training twin, items of the validation twin
+    items,  # of `data.Item`, a training set
+    overlap: float = 0.4,  # identities in both twins / all identities
+    seed: int = 0,  # which identities are shared, and which of their pictures go where
+) -> tuple[list, list]:  # items of the training twin, items of the validation twin
     "Cut a training set into twins that share some identities, §3.1. Raises `InputError` if that can't be done."
-    if not 0 <= overlap <= 1: raise InputError(f'found overlap {overlap}, expected 0 to 1: it is a share of the identities')
+    if not 0 <= overlap <= 1:
+        raise InputError(f'found overlap {overlap}, expected 0 to 1: it is a share of the identities')
     groups, rng = list(by_identity(items).values()), random.Random(seed)
     rng.shuffle(groups)
     groups.sort(key=lambda g: len(g) < 2)  # those with a single picture can't be in both: they come last
-    n = round(overlap*len(groups)); k = n + (len(groups)-n+1)//2
+    n = round(overlap * len(groups))
+    k = n + (len(groups) - n + 1) // 2
     shared = [rng.sample(g, len(g)) for g in groups[:n]]
     if n and len(shared[-1]) < 2:
         many = sum(len(g) > 1 for g in groups)
-        raise InputError(f'overlap {overlap} needs {n} identities with two or more pictures, found {many}: use a smaller overlap')
+        raise InputError(
+            f'overlap {overlap} needs {n} identities with two or more pictures, found {many}: use a smaller overlap'
+        )
     return assign_identities(groups[n:k], shared, groups[k:])
 
 # %% ../nbs/14_tcm.ipynb #9980935d
 def released_split(
-    items, # of `data.Item`, a training set; the order within an identity matters
-) -> tuple[list,list]: # items of the training twin, items of the validation twin
+    items,  # of `data.Item`, a training set; the order within an identity matters
+) -> tuple[list, list]:  # items of the training twin, items of the validation twin
     "The twins of the released code: by fifths of the sorted identities. Raises `InputError` below five identities."
-    groups = list(by_identity(items).values()); n = len(groups)//5
-    return assign_identities(groups[:n], groups[n:3*n], groups[3*n:] if n else [])
+    groups = list(by_identity(items).values())
+    n = len(groups) // 5
+    return assign_identities(groups[:n], groups[n : 3 * n], groups[3 * n :] if n else [])
 
 # %% ../nbs/14_tcm.ipynb #8f5a6342
 def rounds(
-    y:Tensor, # (B,) labels
-    K:int=0,  # pictures per identity of a batch in groups, each identity once: nothing is read from `y` then; 0 takes any labels
-) -> list[Tensor]: # places in the batch; round k holds each label's k-th occurrence, the commonest label first
+    y: Tensor,  # (B,) labels
+    K: int = 0,  # pictures per identity of a batch in groups, each identity once: nothing is read from `y` then; 0 takes any labels
+) -> list[Tensor]:  # places in the batch; round k holds each label's k-th occurrence, the commonest label first
     "Cut a batch into rounds in which no label comes twice."
-    if K: return list(torch.arange(len(y), device=y.device).view(-1, K).T)
+    if K:
+        return list(torch.arange(len(y), device=y.device).view(-1, K).T)
     places = {}
-    for i,j in enumerate(y.tolist()): places.setdefault(j, []).append(i)
+    for i, j in enumerate(y.tolist()):
+        places.setdefault(j, []).append(i)
     groups = sorted(places.values(), key=len, reverse=True)
     rs = [[i for i in r if i is not None] for r in zip_longest(*groups)]
     order = torch.tensor([i for r in rs for i in r], device=y.device)
@@ -81,70 +91,83 @@ def rounds(
 
 # %% ../nbs/14_tcm.ipynb #65693970
 def check_groups(
-    y:Tensor, # (B,) labels
-    K:int,    # pictures per identity, 0 where nothing is promised
+    y: Tensor,  # (B,) labels
+    K: int,  # pictures per identity, 0 where nothing is promised
 ):
     "Raise `InputError` where labels aren't in groups of K, each identity once. Labels on a GPU are only counted: see `check_labels`."
-    if not K: return
+    if not K:
+        return
     fits = len(y) % K == 0
     if fits and y.device.type == 'cpu':
         who = y[::K].tolist()
         fits = y.tolist() == [j for j in who for _ in range(K)] and len({*who}) == len(who)
-    if not fits: raise InputError(f'found {len(y)} labels that are not groups of {K}, each identity once, expected P×K: leave K out for labels in another order')
+    if not fits:
+        raise InputError(
+            f'found {len(y)} labels that are not groups of {K}, each identity once, expected P×K: leave K out for '
+            'labels in another order'
+        )
 
 # %% ../nbs/14_tcm.ipynb #dd89175b
 class Memory(nn.Module):
     "One unit feature per identity, Eqs. (2), (3). Labels are 0 … n-1; `InputError` if not. Features of any length: only directions count."
-    def __init__(self,
-        n:int,          # identities
-        d:int,          # length of a feature
-        tau:float=.05,  # temperature
-        beta:float=.2,  # how much of a row stays at an update
+
+    def __init__(
+        self,
+        n: int,  # identities
+        d: int,  # length of a feature
+        tau: float = 0.05,  # temperature
+        beta: float = 0.2,  # how much of a row stays at an update
     ):
         super().__init__()
         self.tau, self.beta = tau, beta
         self.register_buffer('c', torch.zeros(n, d))
 
     @torch.no_grad()
-    def fill(self,
-        f:Tensor, # (M, D) features of the whole twin
-        y:Tensor, # (M,) labels; an identity without a feature gets a row of zeros
+    def fill(
+        self,
+        f: Tensor,  # (M, D) features of the whole twin
+        y: Tensor,  # (M,) labels; an identity without a feature gets a row of zeros
     ):
         "Start from the centroids, §3.1."
         check_labels(y, len(self.c))
         self.c = unit(torch.zeros_like(self.c).index_add_(0, y, unit(f.to(self.c.dtype))))
 
-    def scores(self,
-        f:Tensor, # (B, D) features
-    ) -> Tensor: # (B, n) cosines over the temperature
+    def scores(
+        self,
+        f: Tensor,  # (B, D) features
+    ) -> Tensor:  # (B, n) cosines over the temperature
         "How much each feature resembles each row; the largest names the identity."
-        c = self.c.clone() if torch.is_grad_enabled() else self.c # a backward pass needs the rows as they are now
-        return unit(f.to(self.c.dtype))@c.T/self.tau
+        c = self.c.clone() if torch.is_grad_enabled() else self.c  # a backward pass needs the rows as they are now
+        return unit(f.to(self.c.dtype)) @ c.T / self.tau
 
-    def loss(self,
-        f:Tensor, # (B, D) features
-        y:Tensor, # (B,) labels
-    ) -> Tensor: # scalar, mean over the batch
+    def loss(
+        self,
+        f: Tensor,  # (B, D) features
+        y: Tensor,  # (B,) labels
+    ) -> Tensor:  # scalar, mean over the batch
         "Contrastive classification loss, Eq. (2)."
         check_labels(y, len(self.c))
         return F.cross_entropy(self.scores(f), y)
 
     @torch.no_grad()
-    def update(self,
-        f:Tensor, # (B, D) features
-        y:Tensor, # (B,) labels
-        K:int=0,  # see `rounds`
+    def update(
+        self,
+        f: Tensor,  # (B, D) features
+        y: Tensor,  # (B,) labels
+        K: int = 0,  # see `rounds`
     ):
         "Take features into their rows one after another, Eq. (3). A feature of zeros changes nothing."
-        check_labels(y, len(self.c)); check_groups(y, K)
-        if not len(y): return
+        check_labels(y, len(self.c))
+        check_groups(y, K)
+        if not len(y):
+            return
         rs = rounds(y, K)
-        pick = lambda t, r: t.index_select(0, r) # t[r], without waking other threads for so little
+        pick = lambda t, r: t.index_select(0, r)  # t[r], without waking other threads for so little
         length = lambda t: torch.linalg.vector_norm(t, dim=1, keepdim=True).clamp_min_(1e-12)
         new, who = pick(f.to(self.c.dtype), torch.cat(rs)), pick(y, rs[0])
-        new.mul_((1-self.beta)/length(new))
+        new.mul_((1 - self.beta) / length(new))
         rows = pick(self.c, who)
         for g in new.split([len(r) for r in rs]):
-            now = rows[:len(g)] # a view: Eq. (3) in place
+            now = rows[: len(g)]  # a view: Eq. (3) in place
             torch.add(g, now, alpha=self.beta, out=now).div_(length(now))
         self.c.index_copy_(0, who, rows)

@@ -9,7 +9,8 @@ __all__ = ['COL1', 'COL2', 'HEAT', 'NETS', 'LINES', 'OP_COLORS', 'OP_NAMES', 'OP
            'curve', 'cmc_plot', 'save_figure', 'data_uri']
 
 # %% ../nbs/01_vis.ipynb #75ab9ac0
-import base64, io
+import base64
+import io
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,21 +31,40 @@ from torch import Tensor
 from .core import InputError
 
 # %% ../nbs/01_vis.ipynb #a7707369
-COL1, COL2 = 3.25, 6.875 # inches: width of one column and of the full page
-HEAT = 'inferno'         # lightness grows with the value, so it also reads in grey
-NETS = ['#0072b2', '#cc79a7', '#56b4e9', '#d55e00', '#000000'] # colours of networks and runs, in this order
-LINES = ['-', '--', '-.', ':', '-']                            # and their lines
+COL1, COL2 = 3.25, 6.875  # inches: width of one column and of the full page
+HEAT = 'inferno'  # lightness grows with the value, so it also reads in grey
+NETS = ['#0072b2', '#cc79a7', '#56b4e9', '#d55e00', '#000000']  # colours of networks and runs, in this order
+LINES = ['-', '--', '-.', ':', '-']  # and their lines
 
 # %% ../nbs/01_vis.ipynb #88f0f9ff
 _STYLE = {
-    'font.family': 'DejaVu Sans', 'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8,
-    'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'legend.frameon': False,
-    'axes.linewidth': .6, 'xtick.major.width': .6, 'ytick.major.width': .6, 'xtick.major.size': 2.5, 'ytick.major.size': 2.5,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.labelpad': 2, 'axes.titlepad': 3, 'lines.linewidth': 1.3,
+    'font.family': 'DejaVu Sans',
+    'font.size': 8,
+    'axes.titlesize': 8,
+    'axes.labelsize': 8,
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'legend.fontsize': 7,
+    'legend.frameon': False,
+    'axes.linewidth': 0.6,
+    'xtick.major.width': 0.6,
+    'ytick.major.width': 0.6,
+    'xtick.major.size': 2.5,
+    'ytick.major.size': 2.5,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.labelpad': 2,
+    'axes.titlepad': 3,
+    'lines.linewidth': 1.3,
     'axes.prop_cycle': cycler(color=NETS),
-    'figure.dpi': 100, 'figure.constrained_layout.w_pad': .02,
-    'figure.constrained_layout.h_pad': .02, 'figure.constrained_layout.wspace': .02, 'figure.constrained_layout.hspace': .02,
-    'pdf.fonttype': 42, 'ps.fonttype': 42} # 42: the letters travel in the file, as TrueType
+    'figure.dpi': 100,
+    'figure.constrained_layout.w_pad': 0.02,
+    'figure.constrained_layout.h_pad': 0.02,
+    'figure.constrained_layout.wspace': 0.02,
+    'figure.constrained_layout.hspace': 0.02,
+    'pdf.fonttype': 42,
+    'ps.fonttype': 42,
+}  # 42: the letters travel in the file, as TrueType
 
 # %% ../nbs/01_vis.ipynb #4f3de63f
 @contextmanager
@@ -52,34 +72,40 @@ def style():
     "Draw in the kit's style inside the block, or the function it decorates; afterwards all is as before."
     was = {k: plt.rcParams[k] for k in _STYLE}
     plt.rcParams.update(_STYLE)
-    try: yield
-    finally: plt.rcParams.update(was)
+    try:
+        yield
+    finally:
+        plt.rcParams.update(was)
 
 # %% ../nbs/01_vis.ipynb #ee1d5d45
 def _axes(
-    ax, # axes of any look, or None
+    ax,  # axes of any look, or None
 ) -> Axes:
     "The axes given, in this look, or new ones one column wide."
-    ax = ax or plt.subplots(figsize=(COL1,1.9), layout='constrained')[1]
-    ax.tick_params(labelsize=7, width=.6, length=2.5)
-    for side,s in ax.spines.items(): s.set(linewidth=.6, visible=side in ('left','bottom'))
-    for a in (ax.xaxis, ax.yaxis): a.label.set_size(8)
+    ax = ax or plt.subplots(figsize=(COL1, 1.9), layout='constrained')[1]
+    ax.tick_params(labelsize=7, width=0.6, length=2.5)
+    for side, s in ax.spines.items():
+        s.set(linewidth=0.6, visible=side in ('left', 'bottom'))
+    for a in (ax.xaxis, ax.yaxis):
+        a.label.set_size(8)
     return ax
 
 # %% ../nbs/01_vis.ipynb #5c511493
 OP_COLORS = dict(N='#8c8c8c', E='#e69f00', G='#009e73', A='#5e4fa2')
-OP_NAMES  = dict(N='none', E='exchange', G='channel gate', A='cross attention')
-OP_LINES  = dict(N='--', E='-.', G='-', A='-')
-RIGHT, WRONG, QUERY = '#1a9850', '#d73027', '#666666'
+OP_NAMES = dict(N='none', E='exchange', G='channel gate', A='cross attention')
+OP_LINES = dict(N='--', E='-.', G='-', A='-')
+RIGHT = '#1a9850'
+WRONG = '#d73027'
+QUERY = '#666666'
 
 # %% ../nbs/01_vis.ipynb #cf81c2c4
 def ink_on(
-    color:str, # a colour to write on
+    color: str,  # a colour to write on
 ) -> str:
     "Black or white, whichever has the higher contrast (WCAG relative luminance)."
     c = np.array(to_rgb(color))
-    light = np.where(c <= .04045, c/12.92, ((c+.055)/1.055)**2.4) @ [.2126, .7152, .0722]
-    return 'black' if light > .179 else 'white'
+    light = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+    return 'black' if light > 0.179 else 'white'
 
 # %% ../nbs/01_vis.ipynb #60cdedd2
 def op_letters() -> str:
@@ -89,281 +115,415 @@ def op_letters() -> str:
 # %% ../nbs/01_vis.ipynb #583fb7dc
 def _array(x) -> np.ndarray:
     "A tensor from any device, an array, a picture of Pillow's or a nested list, as an array."
-    if not isinstance(x, Tensor): return np.asarray(x)
+    if not isinstance(x, Tensor):
+        return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 # %% ../nbs/01_vis.ipynb #b05f02a8
 def _shaped(
-    name:str,  # what to call it in the message
-    x,         # tensor, array or nested list
-    want:tuple, # shape: a number is binding, a letter stands for any length above 0
-    mend:str,  # how to mend it
+    name: str,  # what to call it in the message
+    x,  # tensor, array or nested list
+    want: tuple,  # shape: a number is binding, a letter stands for any length above 0
+    mend: str,  # how to mend it
 ) -> np.ndarray:
     "`x` as an array of the shape wanted. Raises `InputError` when it has another."
     a = _array(x)
-    if a.ndim != len(want) or any(n == 0 or isinstance(w, int) and n != w for w,n in zip(want, a.shape)):
-        raise InputError(f"{name} has shape {tuple(a.shape)}, expected ({', '.join(map(str, want))}{','*(len(want) == 1)}): {mend}")
+    if a.ndim != len(want) or any(n == 0 or isinstance(w, int) and n != w for w, n in zip(want, a.shape)):
+        raise InputError(
+            f"{name} has shape {tuple(a.shape)}, expected ({', '.join(map(str, want))}{',' * (len(want) == 1)}): {mend}"
+        )
     return a
 
 # %% ../nbs/01_vis.ipynb #fd9477a5
 def _some(what, x):
     "`x`, unless it is empty: then `InputError`."
-    if not len(x): raise InputError(f"there are 0 {what}, expected one or more: give at least one")
+    if not len(x):
+        raise InputError(f"there are 0 {what}, expected one or more: give at least one")
     return x
 
 # %% ../nbs/01_vis.ipynb #4be85b9d
 def rgb(
-    x, # bytes (…, H, W, 3) or floats in [0, 1] (…, 3, H, W); the colour axis is found by its length, 3
-) -> np.ndarray: # (…, H, W, 3) floats in [0, 1]
+    x,  # bytes (…, H, W, 3) or floats in [0, 1] (…, 3, H, W); the colour axis is found by its length, 3
+) -> np.ndarray:  # (…, H, W, 3) floats in [0, 1]
     "Pictures as matplotlib draws them. Raises `InputError` when there are no three colours or values leave [0, 1]."
     a = _array(x)
-    first, last, byte = a.ndim > 2 and a.shape[-3] == 3, a.ndim > 2 and a.shape[-1] == 3, a.dtype == np.uint8
-    if not (first or last) or not a.size: raise InputError(f"picture has shape {a.shape}, expected (…, H, W, 3) or (…, 3, H, W): give three colours")
-    if first and not (byte and last): a = np.moveaxis(a, -3, -1)
-    a = a/255 if byte else a.astype(float)
-    if not (a.min() >= -.01 and a.max() <= 1.01):
-        raise InputError(f"pixels go from {a.min():.2f} to {a.max():.2f}, expected 0 to 1: undo the normalisation with denormalise(x), or give bytes")
-    return a.clip(0,1)
+    first = a.ndim > 2 and a.shape[-3] == 3
+    last = a.ndim > 2 and a.shape[-1] == 3
+    byte = a.dtype == np.uint8
+    if not (first or last) or not a.size:
+        raise InputError(f"picture has shape {a.shape}, expected (…, H, W, 3) or (…, 3, H, W): give three colours")
+    if first and not (byte and last):
+        a = np.moveaxis(a, -3, -1)
+    a = a / 255 if byte else a.astype(float)
+    if not (a.min() >= -0.01 and a.max() <= 1.01):
+        raise InputError(
+            f"pixels go from {a.min():.2f} to {a.max():.2f}, expected 0 to 1: undo the normalisation with "
+            "denormalise(x), or give bytes"
+        )
+    return a.clip(0, 1)
 
 # %% ../nbs/01_vis.ipynb #2b922255
 def denormalise(
-    x:Tensor, # (…, 3, H, W) pictures as the network sees them
-    mean=(.485,.456,.406), # what was taken off each colour
-    std=(.229,.224,.225),  # what each colour was divided by
-) -> Tensor: # (…, 3, H, W) in [0, 1]
+    x: Tensor,  # (…, 3, H, W) pictures as the network sees them
+    mean=(0.485, 0.456, 0.406),  # what was taken off each colour
+    std=(0.229, 0.224, 0.225),  # what each colour was divided by
+) -> Tensor:  # (…, 3, H, W) in [0, 1]
     "Undo the normalisation of the input. Raises `InputError` when there are no three colours."
     x = torch.as_tensor(x)
-    if x.ndim < 3 or x.shape[-3] != 3: raise InputError(f"x has shape {tuple(x.shape)}, expected (…, 3, H, W): give colours first")
-    m, s = (torch.as_tensor(t, dtype=x.dtype, device=x.device)[:,None,None] for t in (mean, std))
-    return (x*s + m).clamp(0,1)
+    if x.ndim < 3 or x.shape[-3] != 3:
+        raise InputError(f"x has shape {tuple(x.shape)}, expected (…, 3, H, W): give colours first")
+    m, s = (torch.as_tensor(t, dtype=x.dtype, device=x.device)[:, None, None] for t in (mean, std))
+    return (x * s + m).clamp(0, 1)
 
 # %% ../nbs/01_vis.ipynb #f6904bea
 def _picture(
-    ax:Axes,    # where
-    im,         # what `imshow` takes
-    color=None, # frame; None: no frame
-    title='',   # text above
+    ax: Axes,  # where
+    im,  # what `imshow` takes
+    color=None,  # frame; None: no frame
+    title='',  # text above
     cmap=None,  # colours of a picture with one channel
 ):
     "One picture without ticks, with or without a frame."
     ax.imshow(im, cmap=cmap)
-    ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=7)
-    for s in ax.spines.values(): s.set(visible=color is not None, color=color, linewidth=2)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=7)
+    for s in ax.spines.values():
+        s.set(visible=color is not None, color=color, linewidth=2)
 
 # %% ../nbs/01_vis.ipynb #b5b97257
 @style()
 def show_images(
-    x,           # B pictures: bytes (B, H, W, 3), floats in [0, 1] (B, 3, H, W), or a list of either, of any sizes
-    titles=None, # B texts
-    cols=None,   # pictures per row; at most 8 unless told
-    colors=None, # B frame colours, None for no frame
+    x,  # B pictures: bytes (B, H, W, 3), floats in [0, 1] (B, 3, H, W), or a list of either, of any sizes
+    titles=None,  # B texts
+    cols=None,  # pictures per row; at most 8 unless told
+    colors=None,  # B frame colours, None for no frame
     width=COL2,  # inches; a few pictures take less
-    fig=None,    # figure or subfigure to draw in
+    fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Pictures in rows. Raises `InputError` for anything that isn't a picture and for lists of unequal length."
     ims = [rgb(im) for im in _some('pictures', x)]
-    for what,l in dict(titles=titles, colors=colors).items():
-        if l is not None and len(l) != len(ims): raise InputError(f"there are {len(l)} {what}, expected {len(ims)}: give one for each picture, or None")
+    for what, l in dict(titles=titles, colors=colors).items():
+        if l is not None and len(l) != len(ims):
+            raise InputError(f"there are {len(l)} {what}, expected {len(ims)}: give one for each picture, or None")
     cols = cols or min(len(ims), 8)
-    shapes = [im.shape[0]/im.shape[1] for im in ims]
+    shapes = [im.shape[0] / im.shape[1] for im in ims]
     tall, alike = max(shapes), max(shapes) == min(shapes)
-    rows, w = -(-len(ims)//cols), min(width/cols, 1.2/tall**.5)
-    fig = fig or plt.figure(figsize=(w*cols, rows*(w*tall + .17*bool(titles))), layout='constrained')
-    for i,im in enumerate(ims):
-        ax = fig.add_subplot(rows, cols, i+1)
-        if not alike: ax.set_anchor('N') # all hang from the top, so that titles stand on one line
+    rows, w = -(-len(ims) // cols), min(width / cols, 1.2 / tall**0.5)
+    fig = fig or plt.figure(figsize=(w * cols, rows * (w * tall + 0.17 * bool(titles))), layout='constrained')
+    for i, im in enumerate(ims):
+        ax = fig.add_subplot(rows, cols, i + 1)
+        if not alike:
+            ax.set_anchor('N')  # all hang from the top, so that titles stand on one line
         _picture(ax, im, colors and colors[i], titles[i] if titles else '')
     return fig
 
 # %% ../nbs/01_vis.ipynb #b07f579e
 def _unit(
-    m:Tensor, # (B, H, W) maps
-) -> Tensor: # (B, H, W), each from 0 to 1; zeros where a map is flat
+    m: Tensor,  # (B, H, W) maps
+) -> Tensor:  # (B, H, W), each from 0 to 1; zeros where a map is flat
     "Each map scaled by its own least and most."
     lo, hi = reduce(m, 'b h w -> b 1 1', 'min'), reduce(m, 'b h w -> b 1 1', 'max')
-    return (m-lo)/(hi-lo).clamp(min=torch.finfo(m.dtype).tiny)
+    return (m - lo) / (hi - lo).clamp(min=torch.finfo(m.dtype).tiny)
 
 # %% ../nbs/01_vis.ipynb #52a119ab
 def activation(
-    x:Tensor, # (B, C, H, W) maps
-) -> Tensor: # (B, H, W) in [0, 1]
+    x: Tensor,  # (B, C, H, W) maps
+) -> Tensor:  # (B, H, W) in [0, 1]
     "Energy over the channels, each image scaled to [0, 1] (as in Fig. 1, left). Raises `InputError` for another shape."
     _shaped('x', x, tuple('BCHW'), 'give a batch of maps')
-    return _unit(reduce(torch.as_tensor(x).detach().float()**2, 'b c h w -> b h w', 'sum'))
+    return _unit(reduce(torch.as_tensor(x).detach().float() ** 2, 'b c h w -> b h w', 'sum'))
 
 # %% ../nbs/01_vis.ipynb #5d42f10b
 def overlay(
-    img,      # one picture or B of them, any form that `rgb` takes
-    heat,     # (h, w) or (B, h, w) in [0, 1], of any size
-    alpha=.5, # share of the heat map: 0 is the picture, 1 the heat map
-) -> np.ndarray: # (…, H, W, 3) floats in [0, 1]
+    img,  # one picture or B of them, any form that `rgb` takes
+    heat,  # (h, w) or (B, h, w) in [0, 1], of any size
+    alpha=0.5,  # share of the heat map: 0 is the picture, 1 the heat map
+) -> np.ndarray:  # (…, H, W, 3) floats in [0, 1]
     "A heat map stretched (bilinear) over its picture. Raises `InputError` when they don't go together."
     im = rgb(img)
-    t = torch.as_tensor(_shaped('heat', heat, tuple('Bhw')[4-im.ndim:], 'give one map per picture')).float()
-    if im.shape[:-3] != t.shape[:-2]: raise InputError(f"there are {len(t)} heat maps, expected {len(im)}: give one for each picture")
+    t = torch.as_tensor(_shaped('heat', heat, tuple('Bhw')[4 - im.ndim :], 'give one map per picture')).float()
+    if im.shape[:-3] != t.shape[:-2]:
+        raise InputError(f"there are {len(t)} heat maps, expected {len(im)}: give one for each picture")
     t = F.interpolate(t.reshape(-1, 1, *t.shape[-2:]), im.shape[-3:-1], mode='bilinear').reshape(im.shape[:-1])
-    return (1-alpha)*im + alpha*plt.get_cmap(HEAT)(t.clamp(0,1).numpy())[...,:3]
+    return (1 - alpha) * im + alpha * plt.get_cmap(HEAT)(t.clamp(0, 1).numpy())[..., :3]
 
 # %% ../nbs/01_vis.ipynb #b16e2657
 def _shares(
-    alpha, # (…, 4)
-) -> np.ndarray: # (…, 4), sums to 1
+    alpha,  # (…, 4)
+) -> np.ndarray:  # (…, 4), sums to 1
     "The softmax of Eq. (1)."
     return torch.as_tensor(alpha).double().softmax(-1).numpy()
 
 # %% ../nbs/01_vis.ipynb #03e16b97
 def _plot_slot(
-    ax:Axes,       # one panel
-    p:np.ndarray,  # (T, 4) shares
-    slot:int,      # 0 to 11
-    t:np.ndarray,  # (T,) when, in epochs
+    ax: Axes,  # one panel
+    p: np.ndarray,  # (T, 4) shares
+    slot: int,  # 0 to 11
+    t: np.ndarray,  # (T,) when, in epochs
 ):
     "The shares of one slot over the search, its letter in the title."
     best = list(OP_COLORS)[p[-1].argmax()]
-    for (o,c),y in zip(OP_COLORS.items(), p.T):
+    for (o, c), y in zip(OP_COLORS.items(), p.T):
         ax.plot(t, y, color=c, ls=OP_LINES.get(o, '-'), lw=1.8 if o == best else 1, marker='.' if len(y) == 1 else '')
-    ax.axhline(1/len(OP_COLORS), color='black', lw=.7, ls=':', zorder=0)
-    ax.set_title(f'slot {slot+1}', loc='left', fontsize=7, color=QUERY)
-    ax.set_title(best, loc='right', fontsize=7.5, weight='bold', color=ink_on(OP_COLORS[best]),
-                 bbox=dict(boxstyle='round,pad=.18', fc=OP_COLORS[best], ec='none'))
+    ax.axhline(1 / len(OP_COLORS), color='black', lw=0.7, ls=':', zorder=0)
+    ax.set_title(f'slot {slot + 1}', loc='left', fontsize=7, color=QUERY)
+    ax.set_title(
+        best,
+        loc='right',
+        fontsize=7.5,
+        weight='bold',
+        color=ink_on(OP_COLORS[best]),
+        bbox=dict(boxstyle='round,pad=.18', fc=OP_COLORS[best], ec='none'),
+    )
 
 # %% ../nbs/01_vis.ipynb #1e8d620c
 @style()
 def plot_alphas(
-    h,        # (T, 12, 4) alpha, columns N E G A, and one more for each letter added to `OP_COLORS`
-    t=None,   # (T,) when each was taken, in epochs; after epoch 1, 2, … unless given, else each epoch's end is marked
-    fig=None, # figure or subfigure to draw in
+    h,  # (T, 12, 4) alpha, columns N E G A, and one more for each letter added to `OP_COLORS`
+    t=None,  # (T,) when each was taken, in epochs; after epoch 1, 2, … unless given, else each epoch's end is marked
+    fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Shares of the interactions in each slot, Eq. (1), over the search. Raises `InputError` for another shape."
-    p = _shares(_shaped('h', h, ('T',12,len(OP_COLORS)), f'stack one alpha per epoch, a column for each of {op_letters()}; letters of your own must be in OPS first'))
+    p = _shares(
+        _shaped(
+            'h',
+            h,
+            ('T', 12, len(OP_COLORS)),
+            f'stack one alpha per epoch, a column for each of {op_letters()}; letters of your own must be in OPS first',
+        )
+    )
     fig = fig or plt.figure(figsize=(COL2, 2.5), layout='constrained')
-    axs, marks = fig.subplots(2, 6, sharex=True, sharey=True), () if t is None else range(1, int(t[-1])+1)
-    for s,ax in enumerate(axs.T.flat):
-        _plot_slot(ax, p[:,s], s, np.arange(1,len(p)+1) if t is None else np.asarray(t))
-        for e in marks if len(marks) <= 30 else (): ax.axvline(e, color='#dddddd', lw=.5, zorder=0)
-    for c,ax in enumerate(axs[0]): ax.annotate(f'cell {c+1}', (.5,1), (0,15), xycoords='axes fraction', textcoords='offset points', ha='center')
-    axs[0,0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    fig.supxlabel('epoch', fontsize=8); fig.supylabel(r'softmax($\alpha$)', fontsize=8)
-    keys = [Line2D([], [], color=c, ls=OP_LINES.get(o, '-'), label=f'{o}  {OP_NAMES.get(o, "")}') for o,c in OP_COLORS.items()]
-    fig.legend(handles=[*keys, Line2D([], [], color='black', lw=.7, ls=':', label='even share')], loc='outside upper center', ncols=len(keys)+1, handlelength=2.6)
+    axs, marks = fig.subplots(2, 6, sharex=True, sharey=True), () if t is None else range(1, int(t[-1]) + 1)
+    for s, ax in enumerate(axs.T.flat):
+        _plot_slot(ax, p[:, s], s, np.arange(1, len(p) + 1) if t is None else np.asarray(t))
+        for e in marks if len(marks) <= 30 else ():
+            ax.axvline(e, color='#dddddd', lw=0.5, zorder=0)
+    for c, ax in enumerate(axs[0]):
+        ax.annotate(
+            f'cell {c + 1}', (0.5, 1), (0, 15), xycoords='axes fraction', textcoords='offset points', ha='center'
+        )
+    axs[0, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    fig.supxlabel('epoch', fontsize=8)
+    fig.supylabel(r'softmax($\alpha$)', fontsize=8)
+    keys = [
+        Line2D([], [], color=c, ls=OP_LINES.get(o, '-'), label=f'{o}  {OP_NAMES.get(o, "")}')
+        for o, c in OP_COLORS.items()
+    ]
+    fig.legend(
+        handles=[*keys, Line2D([], [], color='black', lw=0.7, ls=':', label='even share')],
+        loc='outside upper center',
+        ncols=len(keys) + 1,
+        handlelength=2.6,
+    )
     return fig
 
 # %% ../nbs/01_vis.ipynb #804fbd77
-_WIRE = dict(color='#404040', lw=.8, ls='-', solid_capstyle='round', solid_joinstyle='round', zorder=1)
+_WIRE = dict(color='#404040', lw=0.8, ls='-', solid_capstyle='round', solid_joinstyle='round', zorder=1)
 
 # %% ../nbs/01_vis.ipynb #3258b3ac
 def _bars(
-    ax:Axes, # where
-    x, y,    # centre, inches
-    n:int,   # how many light convolutions
+    ax: Axes,  # where
+    x,
+    y,  # centre, inches
+    n: int,  # how many light convolutions
 ):
     "Light convolutions in a row: one bar each."
-    w = min(.034, .12/(1.35*n))
-    for i in range(n): ax.add_patch(Rectangle((x + (i-n/2)*1.35*w + .175*w, y-.1), w, .2, fc='#8fbfe0', ec='#33658a', lw=.5, zorder=2))
+    w = min(0.034, 0.12 / (1.35 * n))
+    for i in range(n):
+        ax.add_patch(
+            Rectangle(
+                (x + (i - n / 2) * 1.35 * w + 0.175 * w, y - 0.1), w, 0.2, fc='#8fbfe0', ec='#33658a', lw=0.5, zorder=2
+            )
+        )
 
 # %% ../nbs/01_vis.ipynb #71421d1f
 def _interaction(
-    ax:Axes,  # where
-    x, y,     # centre, inches
-    o:str,    # one letter
-    d=.24,    # distance of a branch from the centre
+    ax: Axes,  # where
+    x,
+    y,  # centre, inches
+    o: str,  # one letter
+    d=0.24,  # distance of a branch from the centre
 ):
     "A box across both branches; thin lines show what the interaction does to them."
-    ink, l, r = ink_on(OP_COLORS[o]), x-.08, x+.08
-    ax.add_patch(FancyBboxPatch((l, y-.36), .16, .72, boxstyle='round,pad=0,rounding_size=.03', fc=OP_COLORS[o], ec='none', zorder=2))
-    for s in (1,-1): ax.plot([l,r], [y+s*d, y-s*d if o == 'E' else y+s*d], color=ink, lw=.7, ls='-', zorder=3)
-    if o in 'GA': ax.plot([x,x], [y-d,y+d], color=ink, lw=.7, ls='-' if o == 'G' else ':', zorder=3, marker='o' if o == 'G' else 'D', ms=2.4)
-    ax.text(x, y, o, ha='center', va='center_baseline', weight='bold', color=ink, zorder=4,
-            bbox=dict(boxstyle='round,pad=.12', fc=OP_COLORS[o], ec='none'))
+    ink = ink_on(OP_COLORS[o])
+    l = x - 0.08
+    r = x + 0.08
+    ax.add_patch(
+        FancyBboxPatch(
+            (l, y - 0.36), 0.16, 0.72, boxstyle='round,pad=0,rounding_size=.03', fc=OP_COLORS[o], ec='none', zorder=2
+        )
+    )
+    for s in (1, -1):
+        ax.plot([l, r], [y + s * d, y - s * d if o == 'E' else y + s * d], color=ink, lw=0.7, ls='-', zorder=3)
+    if o in 'GA':
+        ax.plot(
+            [x, x],
+            [y - d, y + d],
+            color=ink,
+            lw=0.7,
+            ls='-' if o == 'G' else ':',
+            zorder=3,
+            marker='o' if o == 'G' else 'D',
+            ms=2.4,
+        )
+    ax.text(
+        x,
+        y,
+        o,
+        ha='center',
+        va='center_baseline',
+        weight='bold',
+        color=ink,
+        zorder=4,
+        bbox=dict(boxstyle='round,pad=.12', fc=OP_COLORS[o], ec='none'),
+    )
 
 # %% ../nbs/01_vis.ipynb #f70adb95
 def _cell(
-    ax:Axes,     # where
-    x, y,        # left end of the cell and its centre line, inches
-    letters:str, # two letters
-    i:int,       # 0 to 5
-    rho:int,     # light convolutions per step of the second branch
+    ax: Axes,  # where
+    x,
+    y,  # left end of the cell and its centre line, inches
+    letters: str,  # two letters
+    i: int,  # 0 to 5
+    rho: int,  # light convolutions per step of the second branch
 ):
     "One cell: two branches, two interactions, and the sum with the input."
-    ax.add_patch(FancyBboxPatch((x,y-.5), .86, 1.0, boxstyle='round,pad=0,rounding_size=.05', fc='#f4f4f4', ec='#c8c8c8', lw=.6, zorder=0))
-    ax.text(x+.43, y+.55, f'cell {i+1}', ha='center', va='bottom')
-    for s,n in ((.24,1), (-.24,rho)):
-        ax.plot([x+.04,x+.04,x+.74,x+.79], [y,y+s,y+s,y+s/6], **_WIRE)
-        for c in (.15,.49): _bars(ax, x+c, y+s, n)
-    ax.plot([x+.04,x+.04,x+.805,x+.805], [y,y+.43,y+.43,y], **_WIRE)
-    for s,o in enumerate(letters):
-        _interaction(ax, x+.32+.34*s, y, o)
-        ax.text(x+.32+.34*s, y-.43, 2*i+s+1, ha='center', va='center', fontsize=6, color=QUERY)
-    ax.plot(x+.805, y, marker='o', ms=6, mfc='white', mec='#404040', mew=.8, zorder=3)
-    ax.plot(x+.805, y, marker='+', ms=4, mec='#404040', mew=.8, zorder=4)
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y - 0.5),
+            0.86,
+            1.0,
+            boxstyle='round,pad=0,rounding_size=.05',
+            fc='#f4f4f4',
+            ec='#c8c8c8',
+            lw=0.6,
+            zorder=0,
+        )
+    )
+    ax.text(x + 0.43, y + 0.55, f'cell {i + 1}', ha='center', va='bottom')
+    for s, n in ((0.24, 1), (-0.24, rho)):
+        ax.plot([x + 0.04, x + 0.04, x + 0.74, x + 0.79], [y, y + s, y + s, y + s / 6], **_WIRE)
+        for c in (0.15, 0.49):
+            _bars(ax, x + c, y + s, n)
+    ax.plot([x + 0.04, x + 0.04, x + 0.805, x + 0.805], [y, y + 0.43, y + 0.43, y], **_WIRE)
+    for s, o in enumerate(letters):
+        _interaction(ax, x + 0.32 + 0.34 * s, y, o)
+        ax.text(x + 0.32 + 0.34 * s, y - 0.43, 2 * i + s + 1, ha='center', va='center', fontsize=6, color=QUERY)
+    ax.plot(x + 0.805, y, marker='o', ms=6, mfc='white', mec='#404040', mew=0.8, zorder=3)
+    ax.plot(x + 0.805, y, marker='+', ms=4, mec='#404040', mew=0.8, zorder=4)
 
 # %% ../nbs/01_vis.ipynb #39a52e17
 def _block(
-    ax:Axes,  # where
-    x, y,     # left end and centre line, inches
-    text:str, # what it is
+    ax: Axes,  # where
+    x,
+    y,  # left end and centre line, inches
+    text: str,  # what it is
 ):
     "A block whose map leaves smaller than it came: a trapezium."
-    ax.add_patch(Polygon([(x,y-.42),(x,y+.42),(x+.2,y+.3),(x+.2,y-.3)], fc='#dcdcdc', ec='#8c8c8c', lw=.6, zorder=2))
-    ax.text(x+.1, y, text, rotation=90, ha='center', va='center', fontsize=7, zorder=3)
+    ax.add_patch(
+        Polygon(
+            [(x, y - 0.42), (x, y + 0.42), (x + 0.2, y + 0.3), (x + 0.2, y - 0.3)],
+            fc='#dcdcdc',
+            ec='#8c8c8c',
+            lw=0.6,
+            zorder=2,
+        )
+    )
+    ax.text(x + 0.1, y, text, rotation=90, ha='center', va='center', fontsize=7, zorder=3)
 
 # %% ../nbs/01_vis.ipynb #57dfc6cc
 def _share_bars(
-    ax:Axes,  # where
-    xs,       # left end of each cell, inches
-    y,        # foot of the bars, inches
-    p,        # (12, n) shares
+    ax: Axes,  # where
+    xs,  # left end of each cell, inches
+    y,  # foot of the bars, inches
+    p,  # (12, n) shares
 ):
     "Small bars under each interaction: the softmax shares of its slot, the highest of all .4 inches high."
-    unit, n = .4/p.max(), len(OP_COLORS)
-    for x,row in zip([x+c for x in xs for c in (.32,.66)], p):
-        for i,(c,v) in enumerate(zip(OP_COLORS.values(), row)): ax.add_patch(Rectangle((x+(i-n/2)*.26/n+.005, y), .26/n-.01, v*unit, fc=c, ec='none', zorder=2))
-        ax.plot([x-.14,x+.14], [y,y], **_WIRE)
-    ax.plot([.52,COL2-.1], [y+unit/n]*2, color='black', lw=.7, ls=':', zorder=3)
-    ax.text(.5, y+unit/n, 'share ¼' if n == 4 else f'share 1/{n}', ha='right', va='center', fontsize=7)
+    unit, n = 0.4 / p.max(), len(OP_COLORS)
+    for x, row in zip([x + c for x in xs for c in (0.32, 0.66)], p):
+        for i, (c, v) in enumerate(zip(OP_COLORS.values(), row)):
+            ax.add_patch(
+                Rectangle((x + (i - n / 2) * 0.26 / n + 0.005, y), 0.26 / n - 0.01, v * unit, fc=c, ec='none', zorder=2)
+            )
+        ax.plot([x - 0.14, x + 0.14], [y, y], **_WIRE)
+    ax.plot([0.52, COL2 - 0.1], [y + unit / n] * 2, color='black', lw=0.7, ls=':', zorder=3)
+    ax.text(0.5, y + unit / n, 'share ¼' if n == 4 else f'share 1/{n}', ha='right', va='center', fontsize=7)
 
 # %% ../nbs/01_vis.ipynb #860e9be8
 def _genotype_key(
-    ax:Axes, # where
-    rho:int, # light convolutions per step of the second branch
+    ax: Axes,  # where
+    rho: int,  # light convolutions per step of the second branch
 ):
     "What the signs in the drawing of a genotype mean."
     bar = dict(marker='|', ls='', mew=2.2, ms=8, color='#8fbfe0')
-    keys = [Patch(color=c, label=f'{o} {OP_NAMES.get(o, "")}') for o,c in OP_COLORS.items()]
-    keys += [Line2D([], [], label=f'light convolution (1 : {rho})', **bar), Line2D([], [], marker='$\\oplus$', ms=7, mew=.3, ls='', color='#404040', label='sum with the input')]
-    ax.legend(handles=keys, loc='lower center', bbox_to_anchor=(.5,0), ncols=len(keys), fontsize=7 if len(keys) < 7 else 6, columnspacing=1.2 if len(keys) < 7 else .8, handlelength=1, handletextpad=.5, borderaxespad=.1)
+    keys = [Patch(color=c, label=f'{o} {OP_NAMES.get(o, "")}') for o, c in OP_COLORS.items()]
+    keys += [
+        Line2D([], [], label=f'light convolution (1 : {rho})', **bar),
+        Line2D([], [], marker='$\\oplus$', ms=7, mew=0.3, ls='', color='#404040', label='sum with the input'),
+    ]
+    ax.legend(
+        handles=keys,
+        loc='lower center',
+        bbox_to_anchor=(0.5, 0),
+        ncols=len(keys),
+        fontsize=7 if len(keys) < 7 else 6,
+        columnspacing=1.2 if len(keys) < 7 else 0.8,
+        handlelength=1,
+        handletextpad=0.5,
+        borderaxespad=0.1,
+    )
 
 # %% ../nbs/01_vis.ipynb #b11cc58f
 @style()
 def draw_genotype(
-    genotype:str, # 12 letters of N E G A, two per cell (Table 1)
-    alpha=None,   # (12, 4), a column for each letter of `OP_COLORS`: also draw the softmax shares, Eq. (1)
-    rho=3,        # light convolutions per step of the second branch
-    ax=None,      # where; a new figure over the full width unless told
+    genotype: str,  # 12 letters of N E G A, two per cell (Table 1)
+    alpha=None,  # (12, 4), a column for each letter of `OP_COLORS`: also draw the softmax shares, Eq. (1)
+    rho=3,  # light convolutions per step of the second branch
+    ax=None,  # where; a new figure over the full width unless told
 ) -> Axes:
     "The architecture of a genotype (Fig. 2, Table 1); 1×1 convolutions are left out. Raises `InputError` when it isn't 12 letters of N E G A."
-    if len(genotype) != 12 or set(genotype)-set(OP_COLORS):
-        raise InputError(f"genotype is {genotype!r} ({len(genotype)} letters), expected 12 letters, each one of {op_letters()}: Table 1's is 'GGEGAGGNGAEA'")
-    p = None if alpha is None else _shares(_shaped('alpha', alpha, (12,len(OP_COLORS)), f'give one row per slot, a column for each of {op_letters()}'))
-    H, y = (1.55, .86) if p is None else (2.1, 1.41)
-    if ax is None: ax = plt.figure(figsize=(COL2,H)).add_axes([0,0,1,1])
-    ax.set(xlim=(0,COL2), ylim=(0,H), aspect='equal'); ax.axis('off')
-    xs = [.5 + .94*i + .28*(i//2) for i in range(6)]
-    for a,b in zip([-.7, *xs], xs): ax.plot([a+.805,b+.04], [y,y], **_WIRE)
-    ax.annotate('', (COL2-.02,y), (xs[-1]+.805,y), arrowprops=dict(arrowstyle='-|>', lw=.8, color='#404040', shrinkA=0, shrinkB=0, mutation_scale=7))
-    _block(ax, .2, y, 'stem ÷4')
-    for x in (xs[1], xs[3]): _block(ax, x+.94, y, 'down ÷2')
-    for i,x in enumerate(xs): _cell(ax, x, y, genotype[2*i:2*i+2], i, rho)
-    if p is not None: _share_bars(ax, xs, .36, p)
+    if len(genotype) != 12 or set(genotype) - set(OP_COLORS):
+        raise InputError(
+            f"genotype is {genotype!r} ({len(genotype)} letters), expected 12 letters, each one of {op_letters()}: "
+            "Table 1's is 'GGEGAGGNGAEA'"
+        )
+    p = (
+        None
+        if alpha is None
+        else _shares(
+            _shaped('alpha', alpha, (12, len(OP_COLORS)), f'give one row per slot, a column for each of {op_letters()}')
+        )
+    )
+    H, y = (1.55, 0.86) if p is None else (2.1, 1.41)
+    if ax is None:
+        ax = plt.figure(figsize=(COL2, H)).add_axes([0, 0, 1, 1])
+    ax.set(xlim=(0, COL2), ylim=(0, H), aspect='equal')
+    ax.axis('off')
+    xs = [0.5 + 0.94 * i + 0.28 * (i // 2) for i in range(6)]
+    for a, b in zip([-0.7, *xs], xs):
+        ax.plot([a + 0.805, b + 0.04], [y, y], **_WIRE)
+    ax.annotate(
+        '',
+        (COL2 - 0.02, y),
+        (xs[-1] + 0.805, y),
+        arrowprops=dict(arrowstyle='-|>', lw=0.8, color='#404040', shrinkA=0, shrinkB=0, mutation_scale=7),
+    )
+    _block(ax, 0.2, y, 'stem ÷4')
+    for x in (xs[1], xs[3]):
+        _block(ax, x + 0.94, y, 'down ÷2')
+    for i, x in enumerate(xs):
+        _cell(ax, x, y, genotype[2 * i : 2 * i + 2], i, rho)
+    if p is not None:
+        _share_bars(ax, xs, 0.36, p)
     _genotype_key(ax, rho)
     return ax
 
 # %% ../nbs/01_vis.ipynb #e195324e
 def strongest(
-    x,      # (C, H, W) maps of one image
-    n:int,  # how many
-) -> tuple[np.ndarray,np.ndarray]: # (n,) channels, (n, H, W) their maps, each from 0 to 1
+    x,  # (C, H, W) maps of one image
+    n: int,  # how many
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) channels, (n, H, W) their maps, each from 0 to 1
     "The channels with the most energy, the strongest first. Raises `InputError` for another shape."
     a = torch.as_tensor(_shaped('x', x, tuple('CHW'), 'give the maps of one image')).float()
     c = reduce(a**2, 'c h w -> c', 'sum').argsort(descending=True, stable=True)[:n]
@@ -372,115 +532,136 @@ def strongest(
 # %% ../nbs/01_vis.ipynb #3a5fa9f9
 @style()
 def feature_grid(
-    x,        # (C, H, W) maps of one image
-    n:int=8,  # how many channels
-    fig=None, # figure or subfigure to draw in
+    x,  # (C, H, W) maps of one image
+    n: int = 8,  # how many channels
+    fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "The strongest channels of one cell, eight in a row, each on its own scale. Raises `InputError` for another shape."
     chosen, maps = strongest(x, n)
-    cols, tall = min(8, len(maps)), maps.shape[1]/maps.shape[2]
-    rows, w = -(-len(maps)//cols), min(COL2/cols, .85/tall**.5)
-    fig = fig or plt.figure(figsize=(w*cols, rows*(w*tall+.17)), layout='constrained')
-    for i,(c,m) in enumerate(zip(chosen, maps)): _picture(fig.add_subplot(rows, cols, i+1), m, title=f'{c}', cmap=HEAT)
+    cols, tall = min(8, len(maps)), maps.shape[1] / maps.shape[2]
+    rows, w = -(-len(maps) // cols), min(COL2 / cols, 0.85 / tall**0.5)
+    fig = fig or plt.figure(figsize=(w * cols, rows * (w * tall + 0.17)), layout='constrained')
+    for i, (c, m) in enumerate(zip(chosen, maps)):
+        _picture(fig.add_subplot(rows, cols, i + 1), m, title=f'{c}', cmap=HEAT)
     return fig
 
 # %% ../nbs/01_vis.ipynb #d2255a0e
 @style()
 def feature_rows(
-    maps:list,   # one (C, H, W) per cell, of any sizes
-    titles:list, # one text per cell
-    img=None,    # the picture they come from, any form that `rgb` takes
-    n:int=None,  # channels per row; None: 8, or 13 when the maps are tall
-    fig=None,    # figure or subfigure to draw in
+    maps: list,  # one (C, H, W) per cell, of any sizes
+    titles: list,  # one text per cell
+    img=None,  # the picture they come from, any form that `rgb` takes
+    n: int = None,  # channels per row; None: 8, or 13 when the maps are tall
+    fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "The strongest channels of several cells, a row each, beside the picture (Fig. 4). Raises `InputError` for other shapes."
-    if len(maps) != len(titles): raise InputError(f"there are {len(titles)} titles, expected {len(maps)}: give one for each cell")
+    if len(maps) != len(titles):
+        raise InputError(f"there are {len(titles)} titles, expected {len(maps)}: give one for each cell")
     tall = np.divide(*_some('cells', maps)[0].shape[-2:])
     n, side = n or (13 if tall > 1.5 else 8), 2 if img is not None else 0
     rows = [strongest(x, n)[1] for x in maps]
-    fig = fig or plt.figure(figsize=(COL2, len(rows)*tall*(COL2-.2)/(n+side)), layout='constrained')
-    gs = fig.add_gridspec(len(rows), n+side)
-    if img is not None: _picture(fig.add_subplot(gs[:,:2]), rgb(img), title='input')
-    for r,(t,row) in enumerate(zip(titles, rows)):
-        axs = [fig.add_subplot(gs[r,side+i]) for i in range(len(row))]
-        for ax,m in zip(axs, row): _picture(ax, m, cmap=HEAT)
+    fig = fig or plt.figure(figsize=(COL2, len(rows) * tall * (COL2 - 0.2) / (n + side)), layout='constrained')
+    gs = fig.add_gridspec(len(rows), n + side)
+    if img is not None:
+        _picture(fig.add_subplot(gs[:, :2]), rgb(img), title='input')
+    for r, (t, row) in enumerate(zip(titles, rows)):
+        axs = [fig.add_subplot(gs[r, side + i]) for i in range(len(row))]
+        for ax, m in zip(axs, row):
+            _picture(ax, m, cmap=HEAT)
         axs[0].set_ylabel(t, fontsize=7)
     return fig
 
 # %% ../nbs/01_vis.ipynb #4bb2f363
 def _framed(
-    ax:Axes,   # where
-    im,        # (H, W, 3)
-    x, h,      # left end and height of its place; the width is 1
-    color:str, # frame
-    text:str,  # below
+    ax: Axes,  # where
+    im,  # (H, W, 3)
+    x,
+    h,  # left end and height of its place; the width is 1
+    color: str,  # frame
+    text: str,  # below
 ):
     "A picture with a thick frame, as large as its place allows, and a text below."
-    tall = im.shape[0]/im.shape[1]
-    w = min(1, h/tall)
-    x0 = x+(1-w)/2
-    ax.imshow(im, extent=(x0,x0+w,0,w*tall), aspect='auto')
-    ax.add_patch(Rectangle((x0,0), w, w*tall, fill=False, ec=color, lw=2, joinstyle='round', zorder=3))
-    ax.text(x+.5, -.12, text, ha='center', va='top', fontsize=6.5, color=color)
+    tall = im.shape[0] / im.shape[1]
+    w = min(1, h / tall)
+    x0 = x + (1 - w) / 2
+    ax.imshow(im, extent=(x0, x0 + w, 0, w * tall), aspect='auto')
+    ax.add_patch(Rectangle((x0, 0), w, w * tall, fill=False, ec=color, lw=2, joinstyle='round', zorder=3))
+    ax.text(x + 0.5, -0.12, text, ha='center', va='top', fontsize=6.5, color=color)
 
 # %% ../nbs/01_vis.ipynb #82e203ab
 def _tall(
-    pictures, # any form that `rgb` takes
-) -> float: # height of the places for them, in widths
+    pictures,  # any form that `rgb` takes
+) -> float:  # height of the places for them, in widths
     "Places that suit the middle one of these pictures; there, the others are smaller."
-    return float(np.clip(np.median([np.divide(*rgb(p).shape[:2]) for p in pictures]), .5, 2.5))
+    return float(np.clip(np.median([np.divide(*rgb(p).shape[:2]) for p in pictures]), 0.5, 2.5))
 
 # %% ../nbs/01_vis.ipynb #d42566dd
 def strip_size(
-    rows:list, # tuples as `strip_lights` takes them
-    tall=None, # height of a picture's place; what suits these pictures unless given
-) -> tuple[float,float,list]: # height of a place, width and heights of the strips, in widths of a place
+    rows: list,  # tuples as `strip_lights` takes them
+    tall=None,  # height of a picture's place; what suits these pictures unless given
+) -> tuple[float, float, list]:  # height of a place, width and heights of the strips, in widths of a place
     "How large strips below each other are. A title stands beside its strip, upright, or above a low one."
-    h, titles = tall or _tall([p for q,ims,*_ in rows for p in (q, *ims)]), [''.join(row[4:]) for row in rows]
-    upright = lambda t: max(h+.65, .18*max(map(len, t.split('\n'))))
-    return h, 1.9+1.14*max(len(row[1]) for row in rows), [upright(t) if h >= 1.2 else h+.65+.45*bool(t) for t in titles]
+    h, titles = tall or _tall([p for q, ims, *_ in rows for p in (q, *ims)]), [''.join(row[4:]) for row in rows]
+    upright = lambda t: max(h + 0.65, 0.18 * max(map(len, t.split('\n'))))
+    return (
+        h,
+        1.9 + 1.14 * max(len(row[1]) for row in rows),
+        [upright(t) if h >= 1.2 else h + 0.65 + 0.45 * bool(t) for t in titles],
+    )
 
 # %% ../nbs/01_vis.ipynb #0d74d6bb
 @style()
 def strip(
-    query,     # one picture, any form that `rgb` takes
-    images,    # K retrieved pictures, nearest first
-    distances, # (K,) distance of each from the query
-    right,     # (K,) whether each shows the query's identity
+    query,  # one picture, any form that `rgb` takes
+    images,  # K retrieved pictures, nearest first
+    distances,  # (K,) distance of each from the query
+    right,  # (K,) whether each shows the query's identity
     title='',  # text beside it, such as the network's name
-    ax=None,   # where
-    tall=None, # height of a picture's place, in widths; what suits these pictures unless given
+    ax=None,  # where
+    tall=None,  # height of a picture's place, in widths; what suits these pictures unless given
 ) -> Axes:
     "A query and what it retrieves, nearest first (Fig. 6). Raises `InputError` when the lengths differ."
     k = len(_some('pictures', images))
-    d, ok = (_shaped(s, v, (k,), f'give one for each of the {k} pictures') for s,v in dict(distances=distances, right=right).items())
+    d, ok = (
+        _shaped(s, v, (k,), f'give one for each of the {k} pictures')
+        for s, v in dict(distances=distances, right=right).items()
+    )
     h, W, (H,) = strip_size([(query, images, d, ok, title)], tall)
-    ax = ax or plt.subplots(figsize=np.multiply((W,H), min(COL2/W, .57)), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=np.multiply((W, H), min(COL2 / W, 0.57)), layout='constrained')[1]
     _framed(ax, rgb(query), 0, h, QUERY, 'query')
-    for i,(im,di,r) in enumerate(zip(images, d, ok)): _framed(ax, rgb(im), 1.4+1.14*i, h, RIGHT if r else WRONG, f'{di:.2f}' if r else f'✗{di:.2f}')
-    if h < 1.2: ax.text(0, h+.12, title.replace('\n', ', '), va='bottom', fontsize=7)
-    else: ax.text(-.15, (h-.4)/2, title, rotation=90, ha='right', va='center', fontsize=7)
-    ax.set(xlim=(-.45,W-.45), ylim=(-.55,H-.55) if h < 1.2 else ((h-.45-H)/2,(h-.45+H)/2), aspect='equal'); ax.axis('off')
+    for i, (im, di, r) in enumerate(zip(images, d, ok)):
+        _framed(ax, rgb(im), 1.4 + 1.14 * i, h, RIGHT if r else WRONG, f'{di:.2f}' if r else f'✗{di:.2f}')
+    if h < 1.2:
+        ax.text(0, h + 0.12, title.replace('\n', ', '), va='bottom', fontsize=7)
+    else:
+        ax.text(-0.15, (h - 0.4) / 2, title, rotation=90, ha='right', va='center', fontsize=7)
+    ax.set(
+        xlim=(-0.45, W - 0.45),
+        ylim=(-0.55, H - 0.55) if h < 1.2 else ((h - 0.45 - H) / 2, (h - 0.45 + H) / 2),
+        aspect='equal',
+    )
+    ax.axis('off')
     return ax
 
 # %% ../nbs/01_vis.ipynb #e4ce0c7c
 @style()
 def strips(
-    rows:list, # tuples (query, images, distances, right, title), as `strip` takes them
+    rows: list,  # tuples (query, images, distances, right, title), as `strip` takes them
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Several strips below each other, to compare networks or queries (Fig. 6). Raises `InputError` when the lengths differ."
     h, W, heights = strip_size(_some('strips', rows))
-    fig = fig or plt.figure(figsize=np.multiply((W,sum(heights)), min(COL2/W, .57)), layout='constrained')
+    fig = fig or plt.figure(figsize=np.multiply((W, sum(heights)), min(COL2 / W, 0.57)), layout='constrained')
     axs = fig.subplots(len(rows), 1, squeeze=False, gridspec_kw=dict(height_ratios=heights)).flat
-    for ax,row in zip(axs, rows): strip(*row, ax=ax, tall=h).set_xlim(-.45, W-.45)
+    for ax, row in zip(axs, rows):
+        strip(*row, ax=ax, tall=h).set_xlim(-0.45, W - 0.45)
     return fig
 
 # %% ../nbs/01_vis.ipynb #c9caac0b
 def _per_query(
-    name:str, # the network
-    d,        # (Q,) or (Q, 10)
-) -> np.ndarray: # (Q,)
+    name: str,  # the network
+    d,  # (Q,) or (Q, 10)
+) -> np.ndarray:  # (Q,)
     "One number per query: the distance given, or the mean of the nearest."
     two = np.ndim(d) == 2
     a = _shaped(name, d, tuple('QK') if two else ('Q',), 'give one number, or the nearest distances, per query')
@@ -489,89 +670,127 @@ def _per_query(
 # %% ../nbs/01_vis.ipynb #82c5b08b
 @style()
 def gap(
-    distances:dict, # network's name -> (Q, 10) distances of each query's nearest negatives, or (Q,) their means
-    ax=None,        # where
+    distances: dict,  # network's name -> (Q, 10) distances of each query's nearest negatives, or (Q,) their means
+    ax=None,  # where
 ) -> Axes:
     "How far the 10 nearest negatives are: spread over the queries, mean and its 95 % interval (Fig. 1, right). Raises `InputError` for other shapes."
-    import seaborn as sns # here, because it takes seconds to load
-    d = {k: _per_query(k, v) for k,v in _some('networks', distances).items()}
+    import seaborn as sns  # here, because it takes seconds to load
+
+    d = {k: _per_query(k, v) for k, v in _some('networks', distances).items()}
     ax = _axes(ax)
-    sns.violinplot(data=d, ax=ax, palette=[NETS[i%len(NETS)] for i in range(len(d))], inner=None, cut=0, linewidth=.6, width=.7, saturation=1, alpha=.6)
-    for i,a in enumerate(d.values()):
-        ax.errorbar(i, a.mean(), 1.96*a.std()/len(a)**.5, fmt='o', ms=3.5, color='black', mfc='white', capsize=2.5, lw=1)
+    sns.violinplot(
+        data=d,
+        ax=ax,
+        palette=[NETS[i % len(NETS)] for i in range(len(d))],
+        inner=None,
+        cut=0,
+        linewidth=0.6,
+        width=0.7,
+        saturation=1,
+        alpha=0.6,
+    )
+    for i, a in enumerate(d.values()):
+        ax.errorbar(
+            i, a.mean(), 1.96 * a.std() / len(a) ** 0.5, fmt='o', ms=3.5, color='black', mfc='white', capsize=2.5, lw=1
+        )
     ax.set(xlabel='', ylabel='mean distance of the\n10 nearest negatives')
-    ax.set_xticks(range(len(d)), [f'{k}\n{a.mean():.2f}' for k,a in d.items()])
+    ax.set_xticks(range(len(d)), [f'{k}\n{a.mean():.2f}' for k, a in d.items()])
     return ax
 
 # %% ../nbs/01_vis.ipynb #c8fbdfc7
 @style()
 def curve(
-    history:dict, # name -> one value per epoch; None or NaN where there is none
-    y='loss',     # what the values are
-    x='epoch',    # what counts them, from 1
-    ax=None,      # where
+    history: dict,  # name -> one value per epoch; None or NaN where there is none
+    y='loss',  # what the values are
+    x='epoch',  # what counts them, from 1
+    ax=None,  # where
 ) -> Axes:
     "One line per name over the epochs. Raises `InputError` for anything but a list of numbers."
-    h = {k: _shaped(k, v, ('E',), 'give one number per epoch').astype(float) for k,v in _some('curves', history).items()}
+    h = {
+        k: _shaped(k, v, ('E',), 'give one number per epoch').astype(float) for k, v in _some('curves', history).items()
+    }
     ax = _axes(ax)
-    for i,(name,v) in enumerate(h.items()):
+    for i, (name, v) in enumerate(h.items()):
         there = np.isfinite(v)
-        ax.plot(np.flatnonzero(there)+1, v[there], color=NETS[i%len(NETS)], ls=LINES[i%len(LINES)], marker='' if there.sum() > 20 else '.', label=name)
+        ax.plot(
+            np.flatnonzero(there) + 1,
+            v[there],
+            color=NETS[i % len(NETS)],
+            ls=LINES[i % len(LINES)],
+            marker='' if there.sum() > 20 else '.',
+            label=name,
+        )
     ax.set(xlabel=x, ylabel=y)
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    if len(h) > 1: ax.legend()
+    if len(h) > 1:
+        ax.legend()
     return ax
 
 # %% ../nbs/01_vis.ipynb #f00e7de3
 @style()
 def cmc_plot(
-    curves:dict, # name -> (k,) CMC at ranks 1 to k, in [0, 1]
-    ax=None,     # where
+    curves: dict,  # name -> (k,) CMC at ranks 1 to k, in [0, 1]
+    ax=None,  # where
 ) -> Axes:
     "CMC curves in percent, rank 1 in the legend. Raises `InputError` for values that leave [0, 1] or fall."
-    c = {k: _shaped(k, v, ('k',), 'give one value per rank').astype(float) for k,v in _some('curves', curves).items()}
-    for name,v in c.items():
+    c = {k: _shaped(k, v, ('k',), 'give one value per rank').astype(float) for k, v in _some('curves', curves).items()}
+    for name, v in c.items():
         if not (v.min() >= 0 and v.max() <= 1 and (np.diff(v) > -1e-6).all()):
-            raise InputError(f"{name} runs from {v[0]:.3g} to {v[-1]:.3g}, expected shares in [0, 1] that never fall: divide percents by 100")
+            raise InputError(
+                f"{name} runs from {v[0]:.3g} to {v[-1]:.3g}, expected shares in [0, 1] that never fall: divide "
+                "percents by 100"
+            )
     ax = _axes(ax)
-    for i,(name,v) in enumerate(c.items()):
-        ax.plot(np.arange(1,len(v)+1), 100*v, color=NETS[i%len(NETS)], ls=LINES[i%len(LINES)], marker='.', label=f'{name}: {100*v[0]:.1f}')
-    ax.set(xlabel='rank', ylabel='queries matched (%)', xticks=[1, *range(5, max(map(len, c.values()))+1, 5)])
-    ax.legend(title='rank 1 (%)', title_fontsize=7, loc='center left', bbox_to_anchor=(1,.5)) # a curve may go anywhere
+    for i, (name, v) in enumerate(c.items()):
+        ax.plot(
+            np.arange(1, len(v) + 1),
+            100 * v,
+            color=NETS[i % len(NETS)],
+            ls=LINES[i % len(LINES)],
+            marker='.',
+            label=f'{name}: {100 * v[0]:.1f}',
+        )
+    ax.set(xlabel='rank', ylabel='queries matched (%)', xticks=[1, *range(5, max(map(len, c.values())) + 1, 5)])
+    ax.legend(
+        title='rank 1 (%)', title_fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5)
+    )  # a curve may go anywhere
     return ax
 
 # %% ../nbs/01_vis.ipynb #9ad0b6bb
 def _page_box(
-    w, h, # inches, of a figure
-) -> Bbox: # in inches, from the figure's corner
+    w,
+    h,  # inches, of a figure
+) -> Bbox:  # in inches, from the figure's corner
     "The column or page on whose middle a figure is set. Raises `InputError` for one wider than the page."
-    if w > COL2+.005: raise InputError(f"figure is {w:.3g} inches wide, expected at most {COL2}: give figsize=(COL2, …)")
-    W = COL1 if w <= COL1+.005 else COL2
-    return Bbox.from_bounds((w-W)/2, 0, W, h)
+    if w > COL2 + 0.005:
+        raise InputError(f"figure is {w:.3g} inches wide, expected at most {COL2}: give figsize=(COL2, …)")
+    W = COL1 if w <= COL1 + 0.005 else COL2
+    return Bbox.from_bounds((w - W) / 2, 0, W, h)
 
 # %% ../nbs/01_vis.ipynb #70d553cc
 @style()
 def save_figure(
-    fig,           # figure, or axes of one
-    name:str,      # file name without its ending
-    dir='figures', # folder; made when missing
-) -> tuple[Path,Path]: # the PDF, the PNG at 300 dpi
+    fig,  # figure, or axes of one
+    name: str,  # file name without its ending
+    dir='figures',  # folder; made when missing
+) -> tuple[Path, Path]:  # the PDF, the PNG at 300 dpi
     "Save a figure unscaled as PDF and PNG, one column or one page wide. The same figure gives the same bytes. Raises `InputError` for a wider one."
-    pdf, png = (Path(dir)/f'{name}.{e}' for e in ('pdf', 'png'))
-    fig = fig.figure.figure # from axes to their subfigure, if any, to the whole
+    pdf, png = (Path(dir) / f'{name}.{e}' for e in ('pdf', 'png'))
+    fig = fig.figure.figure  # from axes to their subfigure, if any, to the whole
     box = _page_box(*fig.get_size_inches())
     pdf.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(pdf, dpi=300, bbox_inches=box, metadata=dict(CreationDate=None)); fig.savefig(png, dpi=300, bbox_inches=box)
+    fig.savefig(pdf, dpi=300, bbox_inches=box, metadata=dict(CreationDate=None))
+    fig.savefig(png, dpi=300, bbox_inches=box)
     return pdf, png
 
 # %% ../nbs/01_vis.ipynb #fc7d8c3b
 @style()
 def data_uri(
-    fig,     # figure, or axes of one; it is closed
-    dpi=110, # pixels per inch
-) -> str: # 'data:image/png;base64,…'
+    fig,  # figure, or axes of one; it is closed
+    dpi=110,  # pixels per inch
+) -> str:  # 'data:image/png;base64,…'
     "A figure as text for an HTML page."
-    fig, f = fig.figure.figure, io.BytesIO() # from axes to their subfigure, if any, to the whole
+    fig, f = fig.figure.figure, io.BytesIO()  # from axes to their subfigure, if any, to the whole
     fig.savefig(f, dpi=dpi, format='png')
     plt.close(fig)
     return 'data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()

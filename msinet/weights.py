@@ -15,59 +15,94 @@ from .necks import ReIDNet
 from .backbones import on_grid, ViT
 
 # %% ../nbs/16_weights.ipynb #603ee225
-_OSNET_NAMES = [(r'^conv1\.', 'backbone.stem.conv.'), (r'^conv5\.', 'backbone.stages.2.end.'),
-               (r'^conv([23])\.2\.0\.', lambda m: f'backbone.stages.{int(m[1])-2}.end.mix.'),
-               (r'^conv([234])\.([01])\.', lambda m: f'backbone.stages.{int(m[1])-2}.blocks.{m[2]}.'),
-               (r'(blocks\.\d)\.conv1\.', r'\1.open.'), (r'(blocks\.\d)\.conv3\.', r'\1.close.'), (r'\.downsample\.', '.shortcut.'),
-               (r'\.gate\.fc1\.', '.gate.mlp.0.'), (r'\.gate\.fc2\.', '.gate.mlp.2.'), (r'\.conv2a\.', '.streams.0.0.'),
-               (r'\.conv2([bcd])\.', lambda m: f".streams.{'abcd'.index(m[1])}."),
-               (r'(streams\.\d\.\d)\.conv1\.', r'\1.mix.'), (r'(streams\.\d\.\d)\.conv2\.', r'\1.each.'),
-               (r'^fc\.0\.', 'neck.fc.'), (r'^fc\.1\.', 'neck.fc_bn.'), (r'^classifier\.', 'neck.classifier.')]
+_OSNET_NAMES = [
+    (r'^conv1\.', 'backbone.stem.conv.'),
+    (r'^conv5\.', 'backbone.stages.2.end.'),
+    (r'^conv([23])\.2\.0\.', lambda m: f'backbone.stages.{int(m[1]) - 2}.end.mix.'),
+    (r'^conv([234])\.([01])\.', lambda m: f'backbone.stages.{int(m[1]) - 2}.blocks.{m[2]}.'),
+    (r'(blocks\.\d)\.conv1\.', r'\1.open.'),
+    (r'(blocks\.\d)\.conv3\.', r'\1.close.'),
+    (r'\.downsample\.', '.shortcut.'),
+    (r'\.gate\.fc1\.', '.gate.mlp.0.'),
+    (r'\.gate\.fc2\.', '.gate.mlp.2.'),
+    (r'\.conv2a\.', '.streams.0.0.'),
+    (r'\.conv2([bcd])\.', lambda m: f".streams.{'abcd'.index(m[1])}."),
+    (r'(streams\.\d\.\d)\.conv1\.', r'\1.mix.'),
+    (r'(streams\.\d\.\d)\.conv2\.', r'\1.each.'),
+    (r'^fc\.0\.', 'neck.fc.'),
+    (r'^fc\.1\.', 'neck.fc_bn.'),
+    (r'^classifier\.', 'neck.classifier.'),
+]
 
 # %% ../nbs/16_weights.ipynb #4052055f
 def from_osnet(
-    state_dict:dict,  # released: bare, under the key 'state_dict', or saved from several devices ('module.' before each name)
-) -> dict: # names as in `ReIDNet(osnet(), FCNeck(channels, n_ids))`
+    state_dict: dict,  # released: bare, under the key 'state_dict', or saved from several devices ('module.' before each name)
+) -> dict:  # names as in `ReIDNet(osnet(), FCNeck(channels, n_ids))`
     "Rename released OSNet weights. Raises `InputError` when a name is not OSNet x1.0's."
     sd, out = state_dict.get('state_dict', state_dict) if isinstance(state_dict, dict) else {}, {}
-    if not isinstance(sd, dict) or not all(isinstance(k, str) for k in sd) or not sd: raise InputError('found no names, expected a state dict: names and tensors')
-    for key,v in sd.items():
-        if f'module.{key}' in sd: raise InputError(f"{key!r} is there with and without 'module.', expected each tensor once: remove one of them")
+    if not isinstance(sd, dict) or not all(isinstance(k, str) for k in sd) or not sd:
+        raise InputError('found no names, expected a state dict: names and tensors')
+    for key, v in sd.items():
+        if f'module.{key}' in sd:
+            raise InputError(
+                f"{key!r} is there with and without 'module.', expected each tensor once: remove one of them"
+            )
         name = key.removeprefix('module.')
-        for pattern,new in _OSNET_NAMES: name = re.sub(pattern, new, name)
-        if name.startswith('backbone') and '.IN.' not in name or name.startswith('neck'): out[name] = v
-        else: raise InputError(f"{key!r} is no name of OSNet's, expected names such as conv2.0.conv2a.conv1.weight: variants with instance normalisation are other networks")
+        for pattern, new in _OSNET_NAMES:
+            name = re.sub(pattern, new, name)
+        if name.startswith('backbone') and '.IN.' not in name or name.startswith('neck'):
+            out[name] = v
+        else:
+            raise InputError(
+                f"{key!r} is no name of OSNet's, expected names such as conv2.0.conv2a.conv1.weight: variants with "
+                "instance normalisation are other networks"
+            )
     return out
 
 # %% ../nbs/16_weights.ipynb #1af6780f
 def take(
-    net:ReIDNet,     # changed in place
-    state_dict:dict, # names begin with 'backbone.' or 'neck.'
-) -> list[str]: # names that were not used, all of them of the neck
+    net: ReIDNet,  # changed in place
+    state_dict: dict,  # names begin with 'backbone.' or 'neck.'
+) -> list[str]:  # names that were not used, all of them of the neck
     "Take weights in: the whole backbone, and the neck if it fits but for its classifiers. Raises `InputError`, and changes nothing, when the backbone doesn't fit."
-    own, old = net.state_dict(), lambda k: k.endswith('num_batches_tracked') # not in all older files, and not needed
+    own, old = net.state_dict(), lambda k: k.endswith('num_batches_tracked')  # not in all older files, and not needed
     fits = lambda k: k in own and k in state_dict and own[k].shape == state_dict[k].shape
-    wrong = [k for k in {**own, **state_dict} if k.startswith('backbone.') and not fits(k) and not (old(k) and k not in state_dict)]
+    wrong = [
+        k
+        for k in {**own, **state_dict}
+        if k.startswith('backbone.') and not fits(k) and not (old(k) and k not in state_dict)
+    ]
     shape = lambda d: tuple(d[wrong[0]].shape) if wrong[0] in d else 'missing'
-    if wrong: raise InputError(f'weights do not fit the backbone: {len(wrong)} tensors are missing, too many or of another shape, the first is {wrong[0]}: {shape(state_dict)}, expected {shape(own)} as in this very network')
+    if wrong:
+        raise InputError(
+            f'weights do not fit the backbone: {len(wrong)} tensors are missing, too many or of another shape, the '
+            f'first is {wrong[0]}: {shape(state_dict)}, expected {shape(own)} as in this very network'
+        )
     neck = all(fits(k) or old(k) for k in own if k.startswith('neck.') and 'classifier' not in k)
-    used = {k: v for k,v in state_dict.items() if k.startswith('backbone.') or neck and fits(k)}
+    used = {k: v for k, v in state_dict.items() if k.startswith('backbone.') or neck and fits(k)}
     net.load_state_dict(used, strict=False)
     return [k for k in state_dict if k not in used]
 
 # %% ../nbs/16_weights.ipynb #9a6d3b10
 def from_timm(
-    state_dict:dict,  # of timm, or of torchvision's ResNet50
-    net:ReIDNet,      # that shall take it
-    unused:list=None, # gets the names that the backbone has no use for
-) -> dict: # names as in `net.backbone`, with 'backbone.' before them
+    state_dict: dict,  # of timm, or of torchvision's ResNet50
+    net: ReIDNet,  # that shall take it
+    unused: list = None,  # gets the names that the backbone has no use for
+) -> dict:  # names as in `net.backbone`, with 'backbone.' before them
     "ImageNet weights under our names. Raises `InputError` where there are no names. Whether all fits is checked when they are taken in."
-    if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(k, str) for k in state_dict): raise InputError('found no names, expected a state dict: names and tensors')
-    vit, left = isinstance(net.backbone, ViT), [k for k in state_dict if k.startswith(('fc.', 'head.', 'head_dist.')) or k == 'dist_token']
-    sd = {('backbone.net.' if vit else 'backbone.') + k: v for k,v in state_dict.items() if k not in left}
-    if unused is not None: unused += left
+    if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(k, str) for k in state_dict):
+        raise InputError('found no names, expected a state dict: names and tensors')
+    vit, left = (
+        isinstance(net.backbone, ViT),
+        [k for k in state_dict if k.startswith(('fc.', 'head.', 'head_dist.')) or k == 'dist_token'],
+    )
+    sd = {('backbone.net.' if vit else 'backbone.') + k: v for k, v in state_dict.items() if k not in left}
+    if unused is not None:
+        unused += left
     at, own = 'backbone.net.pos_embed', net.backbone.net.pos_embed if vit else None
     if vit and isinstance(sd.get(at), torch.Tensor) and sd[at].shape[::2] == own.shape[::2]:
-        try: sd[at] = on_grid(sd[at], (net.backbone.rows, (own.shape[1]-1)//net.backbone.rows), 'dist_token' in left)
-        except (RuntimeError, ValueError): pass # no square of patches: refused for its shape
+        try:
+            sd[at] = on_grid(sd[at], (net.backbone.rows, (own.shape[1] - 1) // net.backbone.rows), 'dist_token' in left)
+        except (RuntimeError, ValueError):
+            pass  # no square of patches: refused for its shape
     return sd

@@ -1,4 +1,5 @@
 "The compared networks in the places where a backbone is used, and their weights."
+
 import ast
 import copy
 import sys
@@ -19,7 +20,7 @@ from msinet.training.train import TrainStep, network, load_initial_weights
 from msinet.weights import from_osnet, from_timm, take
 
 tiny_vit = partial(vit, "vit_tiny_patch16_224", (64, 32))
-SMALL = dict(resnet50=resnet50, osnet=osnet, cdnet=cdnet, vit=partial(tiny_vit, drop_path=0.))
+SMALL = dict(resnet50=resnet50, osnet=osnet, cdnet=cdnet, vit=partial(tiny_vit, drop_path=0.0))
 
 
 @cache
@@ -43,15 +44,18 @@ def images():
     return torch.randn(4, 3, 64, 32), torch.tensor([0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("name, params, shapes", [
-    ("msinet", 1_949_539, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
-    ("osnet", 1_905_828, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
-    ("cdnet", 1_747_448, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
-    ("resnet50", 23_508_032, [(256, 64, 32), (512, 32, 16), (1024, 16, 8), (2048, 16, 8)]),
-    ("deit_s", 21_639_552, [(384, 16, 8)] * 3),
-    ("deit_b", 85_746_432, [(768, 16, 8)] * 3),
-    ("vit_b", 85_746_432, [(768, 16, 8)] * 3),
-])
+@pytest.mark.parametrize(
+    "name, params, shapes",
+    [
+        ("msinet", 1_949_539, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
+        ("osnet", 1_905_828, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
+        ("cdnet", 1_747_448, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
+        ("resnet50", 23_508_032, [(256, 64, 32), (512, 32, 16), (1024, 16, 8), (2048, 16, 8)]),
+        ("deit_s", 21_639_552, [(384, 16, 8)] * 3),
+        ("deit_b", 85_746_432, [(768, 16, 8)] * 3),
+        ("vit_b", 85_746_432, [(768, 16, 8)] * 3),
+    ],
+)
 def test_counts_and_maps_at_256x128(name, params, shapes):
     assert name in BACKBONES and len(BACKBONES) == 7
     with torch.device("meta"):
@@ -76,7 +80,7 @@ def test_a_training_step_reaches_every_parameter(make):
     whole = nn.ModuleList([net, sam]).train()
     ps = {n: p for n, p in whole.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in ps.items()}
-    step = TrainStep(net, torch.optim.SGD(ps.values(), .1), sam)
+    step = TrainStep(net, torch.optim.SGD(ps.values(), 0.1), sam)
     out = step((x, y))
     assert all(torch.isfinite(v) for v in out.values()) and out["sa"] > 0
     assert [n for n, p in ps.items() if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any()] == []
@@ -104,7 +108,10 @@ def test_a_small_step_along_the_alignment_loss_lowers_it(make):
 def test_embeds_alone_as_in_a_batch_and_after_bn(make):
     x, _ = images()
     backbone = make()
-    for neck, d in ((BNNeck, backbone.channels[-1]), (FBLNeck, backbone.channels[-1] + 2 * (backbone.channels[-2] // 3))):
+    for neck, d in (
+        (BNNeck, backbone.channels[-1]),
+        (FBLNeck, backbone.channels[-1] + 2 * (backbone.channels[-2] // 3)),
+    ):
         for after_bn in (False, True):
             net = ReIDNet(backbone, neck(backbone.channels), after_bn).eval()
             with torch.no_grad():
@@ -122,7 +129,7 @@ def test_cells_give_maps_to_listeners_and_to_gradcam(make):
         q = net.embed(x[:1])[0]
     assert h.out and all(len(s) == 4 for s in h.out.values())
     heat = cam(net, x[1:2], q, backbone.cells[1 if backbone.channels[0] > 192 else -1])
-    assert heat.shape == (1, 64, 32) and 0 <= heat.min() <= heat.max() <= 1 and heat.max() > .5
+    assert heat.shape == (1, 64, 32) and 0 <= heat.min() <= heat.max() <= 1 and heat.max() > 0.5
 
 
 @small
@@ -168,7 +175,10 @@ def test_vit_is_timms_at_its_own_size_of_patches():
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(64, 32)).eval()
     theirs.load_state_dict(net.net.state_dict())
     with torch.no_grad():
-        last, tokens = net(x)[-1], theirs.forward_features(x * net.scale + net.shift)  # in the normalisation of its weights
+        last, tokens = (
+            net(x)[-1],
+            theirs.forward_features(x * net.scale + net.shift),
+        )  # in the normalisation of its weights
     assert_close(last.flatten(2).mT, tokens[:, 1:])
     whole = tiny_vit(cls=True).eval()
     whole.load_state_dict(net.state_dict())
@@ -199,22 +209,25 @@ def test_distilled_deit_loses_its_second_token_and_nothing_else():
 def test_positions_are_stretched_in_place_and_the_class_token_keeps_its_own():
     timm = timm_tools()
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    rows = torch.arange(14.)[:, None, None].expand(14, 14, 192)
+    rows = torch.arange(14.0)[:, None, None].expand(14, 14, 192)
     with torch.no_grad():
-        theirs.pos_embed.copy_(torch.cat([torch.full((1, 192), -9.), rows.reshape(196, 192)])[None])
+        theirs.pos_embed.copy_(torch.cat([torch.full((1, 192), -9.0), rows.reshape(196, 192)])[None])
     with pytest.MonkeyPatch.context() as m:
         m.setattr(timm, "create_model", lambda *a, **kw: theirs)
         pos = vit("vit_tiny_patch16_224", (256, 128), 12).net.pos_embed.detach()[0]
-    assert_close(pos[0], torch.full((192,), -9.))
+    assert_close(pos[0], torch.full((192,), -9.0))
     grid = pos[1:].view(21, 10, 192)
     assert (grid.diff(dim=0) > 0).all() and grid.diff(dim=1).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda: tiny_vit()(torch.zeros(1, 3, 32, 64)), "32×64"),
-    (lambda: vit("resnet50"), "resnet50"),
-    (lambda: vit("vit_no_such_thing"), "vit_no_such_thing"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: tiny_vit()(torch.zeros(1, 3, 32, 64)), "32×64"),
+        (lambda: vit("resnet50"), "resnet50"),
+        (lambda: vit("vit_no_such_thing"), "vit_no_such_thing"),
+    ],
+)
 def test_mistakes_are_named_in_one_line(call, says):
     with pytest.raises(InputError, match=says) as e:
         call()
@@ -234,11 +247,23 @@ def torchreid_like(n_ids=10):
     conv = lambda n: [f"{n}.conv.weight", *bn(f"{n}.bn")]
     bn = lambda n: [f"{n}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
     light = lambda n: [f"{n}.conv1.weight", f"{n}.conv2.weight", *bn(f"{n}.bn")]
-    names = [*conv("conv1"), *conv("conv5"), *conv("conv2.2.0"), *conv("conv3.2.0"), "fc.0.weight", "fc.0.bias", *bn("fc.1"), "classifier.weight", "classifier.bias"]
+    names = [
+        *conv("conv1"),
+        *conv("conv5"),
+        *conv("conv2.2.0"),
+        *conv("conv3.2.0"),
+        "fc.0.weight",
+        "fc.0.bias",
+        *bn("fc.1"),
+        "classifier.weight",
+        "classifier.bias",
+    ]
     for n in (f"conv{s}.{i}" for s in (2, 3, 4) for i in (0, 1)):
         lights = ["conv2a", *(f"conv2{s}.{i}" for s, t in zip("bcd", (2, 3, 4)) for i in range(t))]
         names += [*conv(f"{n}.conv1"), *conv(f"{n}.conv3"), *(k for s in lights for k in light(f"{n}.{s}"))]
-        names += [f"{n}.gate.{f}.{k}" for f in ("fc1", "fc2") for k in ("weight", "bias")] + (conv(f"{n}.downsample") if n.endswith("0") else [])
+        names += [f"{n}.gate.{f}.{k}" for f in ("fc1", "fc2") for k in ("weight", "bias")] + (
+            conv(f"{n}.downsample") if n.endswith("0") else []
+        )
     ours = ReIDNet(osnet(), FCNeck((512,), n_ids)).state_dict()
     goes = {n: next(iter(from_osnet({n: 0}))) for n in names}
     assert sorted(goes.values()) == sorted(ours)
@@ -247,21 +272,30 @@ def torchreid_like(n_ids=10):
 
 def test_released_osnet_goes_in_whole():
     sd = torchreid_like()
-    assert sum(v.numel() for k, v in sd.items() if "running" not in k and "tracked" not in k and "classifier" not in k) == 2_169_508
+    assert (
+        sum(v.numel() for k, v in sd.items() if "running" not in k and "tracked" not in k and "classifier" not in k)
+        == 2_169_508
+    )
     net = ReIDNet(osnet(), FCNeck((512,), 10))
     for wrapped in (sd, dict(state_dict=sd), {f"module.{k}": v for k, v in sd.items()}):
         assert take(net, from_osnet(wrapped)) == []
-    assert_close(net.backbone.stages[1].blocks[1].streams[3][2].each.weight.detach(), sd["conv3.1.conv2d.2.conv2.weight"])
+    assert_close(
+        net.backbone.stages[1].blocks[1].streams[3][2].each.weight.detach(), sd["conv3.1.conv2d.2.conv2.weight"]
+    )
     assert_close(net.backbone.stages[0].blocks[0].shortcut.bn.weight.detach(), sd["conv2.0.downsample.bn.weight"])
     old = {k: v for k, v in sd.items() if "num_batches" not in k}
     assert take(net, from_osnet(old)) == []
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda sd: sd.pop("backbone.stages.2.end.conv.weight"),
-    lambda sd: sd.update({"backbone.stages.2.end.conv.weight": torch.zeros(512, 256, 1, 1)}),
-    lambda sd: sd.update({"backbone.stages.3.end.conv.weight": torch.zeros(1)}),
-], ids=["missing", "shape", "extra"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda sd: sd.pop("backbone.stages.2.end.conv.weight"),
+        lambda sd: sd.update({"backbone.stages.2.end.conv.weight": torch.zeros(512, 256, 1, 1)}),
+        lambda sd: sd.update({"backbone.stages.3.end.conv.weight": torch.zeros(1)}),
+    ],
+    ids=["missing", "shape", "extra"],
+)
 def test_a_backbone_that_does_not_fit_is_refused_and_nothing_changes(spoil):
     sd = {k: v + 1 for k, v in from_osnet(torchreid_like()).items()}
     spoil(sd)
@@ -272,13 +306,18 @@ def test_a_backbone_that_does_not_fit_is_refused_and_nothing_changes(spoil):
     assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["conv2.0.IN.weight", "layer1.0.conv1.weight", "conv6.0.conv.weight", "conv4.2.0.conv.weight"])
+@pytest.mark.parametrize(
+    "name", ["conv2.0.IN.weight", "layer1.0.conv1.weight", "conv6.0.conv.weight", "conv4.2.0.conv.weight"]
+)
 def test_names_that_are_not_osnets_are_refused(name):
     with pytest.raises(InputError, match=name):
         from_osnet({name: torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name,timms", [("resnet50", "resnet50"), ("deit_s", "deit_small_distilled_patch16_224"), ("deit_s", "deit_small_patch16_224")])
+@pytest.mark.parametrize(
+    "name,timms",
+    [("resnet50", "resnet50"), ("deit_s", "deit_small_distilled_patch16_224"), ("deit_s", "deit_small_patch16_224")],
+)
 def test_files_of_timm_are_taken_in_strictly(name, timms, tmp_path):
     "A file of timm's, without a network: all but its classifier is used; too few, too many, another shape and another network's are refused by name."
     sd = timm_tools().create_model(timms, num_classes=3).state_dict()
@@ -290,7 +329,13 @@ def test_files_of_timm_are_taken_in_strictly(name, timms, tmp_path):
         torch.save(sd, tmp_path / "w.pth")
         return load_initial_weights(net, str(tmp_path / "w.pth"))
 
-    for bad in ({k: v for k, v in sd.items() if k != key}, sd | {key: torch.zeros(1)}, sd | {f"{key}s": torch.zeros(1)}, torchreid_like(), dict(sd, **{key: 3})):
+    for bad in (
+        {k: v for k, v in sd.items() if k != key},
+        sd | {key: torch.zeros(1)},
+        sd | {f"{key}s": torch.zeros(1)},
+        torchreid_like(),
+        dict(sd, **{key: 3}),
+    ):
         before = copy.deepcopy(net.state_dict())
         with pytest.raises(InputError, match="does not fit"):
             go(bad)

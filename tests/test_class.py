@@ -1,4 +1,5 @@
 "The class: a fifth interaction is two lines, and every exercise knows its answer and its usual mistakes."
+
 import json
 import re
 import sys
@@ -39,12 +40,13 @@ WORD = "NEGADNEGADND"
 
 class Difference(nn.Module):
     "Each branch gets what the other lacks: a fifth interaction, with parameters of its own."
+
     def __init__(self, c):
         super().__init__()
         self.share = nn.Parameter(torch.zeros(c, 1, 1))
 
     def forward(self, x1, x2):
-        return x1 + self.share*(x1 - x2), x2 + self.share*(x2 - x1)
+        return x1 + self.share * (x1 - x2), x2 + self.share * (x2 - x1)
 
 
 @pytest.fixture
@@ -87,10 +89,19 @@ def test_every_picture_takes_five(fifth):
     fig = vis.plot_alphas(h)
     assert [t.get_text().split()[0] for t in fig.legends[0].get_texts()] == [*"NEGAD", "even"]
     for ax in fig.axes:
-        assert any(np.allclose(line.get_ydata(), 1/5) for line in ax.lines)
-    assert len([p for p in vis.draw_genotype(WORD, h[-1]).patches if p.get_facecolor()[:3] == matplotlib.colors.to_rgb("#0072b2")]) >= 12
+        assert any(np.allclose(line.get_ydata(), 1 / 5) for line in ax.lines)
+    assert (
+        len(
+            [
+                p
+                for p in vis.draw_genotype(WORD, h[-1]).patches
+                if p.get_facecolor()[:3] == matplotlib.colors.to_rgb("#0072b2")
+            ]
+        )
+        >= 12
+    )
     assert len(share_maps({"": h}).axes) == 6 and moment({"": h}, net="") and moment({"": even[None]})
-    assert doubt(even).tolist() == pytest.approx([np.log2(5)]*12) and alpha_sameness(h[-1]) <= 1
+    assert doubt(even).tolist() == pytest.approx([np.log2(5)] * 12) and alpha_sameness(h[-1]) <= 1
     alpha_player(h.numpy())
 
 
@@ -98,19 +109,24 @@ def test_the_lab_turns_through_five(fifth):
     panel = interaction_lab([np.zeros((64, 32, 3), np.uint8)], word="AAAAAAAAAAAA")
     for first in "DN":  # a click gives the next letter, after the last one the first
         panel.clicked(0)
-        assert panel.error is None and panel.values()["word"] == first + "A"*11
+        assert panel.error is None and panel.values()["word"] == first + "A" * 11
     assert word_cost(WORD) == cost(WORD)
 
 
 def test_other_columns_are_named(fifth):
     old = torch.zeros(3, 12, 4)
-    for draw in (lambda: vis.plot_alphas(old), lambda: share_maps({"": old}), lambda: moment({"": old}), lambda: vis.draw_genotype(TABLE1, old[0])):
+    for draw in (
+        lambda: vis.plot_alphas(old),
+        lambda: share_maps({"": old}),
+        lambda: moment({"": old}),
+        lambda: vis.draw_genotype(TABLE1, old[0]),
+    ):
         with pytest.raises(InputError, match=r"12, 4.*12, 5.*N E G A D"):
             draw()
     with pytest.raises(InputError, match="N E G A D"):
-        vis.draw_genotype("X"*12)
+        vis.draw_genotype("X" * 12)
     with pytest.raises(InputError, match="N E G A D"):
-        derived("X"*12)
+        derived("X" * 12)
 
 
 PAGES = sorted(p for p in CLASS.glob("0*.ipynb"))
@@ -163,7 +179,7 @@ def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
         for mistake, text in wrong:
             said = check(mistake, right, why, wrong, on)
             assert said.right is False and said.text == text, (e.title, said)
-        for nonsense in (None, object(), "no", [1, 2, 3, 4, 5, 6, 7], lambda *args: 1/0):
+        for nonsense in (None, object(), "no", [1, 2, 3, 4, 5, 6, 7], lambda *args: 1 / 0):
             said = check(nonsense, right, why, wrong, on)
             assert said.right is False and "\n" not in said.text, (e.title, said)
 
@@ -179,7 +195,10 @@ def test_checks_are_folded():
     for path in PAGES:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if is_check(cell):
-                assert cell["metadata"] == {"jupyter": {"source_hidden": True}} and cell["source"][0] == "#| code-fold: true\n", f"{path.name}: run make export"
+                assert (
+                    cell["metadata"] == {"jupyter": {"source_hidden": True}}
+                    and cell["source"][0] == "#| code-fold: true\n"
+                ), f"{path.name}: run make export"
 
 
 def test_slides_leave_answers_out():
@@ -187,6 +206,13 @@ def test_slides_leave_answers_out():
     page = slides(CLASS / "02_twins.ipynb")
     assert "No description" not in page and "fig-alt" not in page and page.count("<img") >= 3
     assert page.count("<section") > 9 and "check(answer" not in page and "from msinet" not in page
-    assert kind(dict(cell_type="markdown", source=["## Next"])) == "slide" and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide" and kind(dict(cell_type="markdown", source=["Look"])) == "-"
-    assert kind(dict(cell_type="code", source=["import torch\n", "from msinet.vis import *"])) == "skip" and kind(dict(cell_type="code", source=["x = 1"])) == "-"
+    assert (
+        kind(dict(cell_type="markdown", source=["## Next"])) == "slide"
+        and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide"
+        and kind(dict(cell_type="markdown", source=["Look"])) == "-"
+    )
+    assert (
+        kind(dict(cell_type="code", source=["import torch\n", "from msinet.vis import *"])) == "skip"
+        and kind(dict(cell_type="code", source=["x = 1"])) == "-"
+    )
     assert 'class="notes"' in page

@@ -1,4 +1,5 @@
 "One process and many, one precision and others: the same training."
+
 import copy
 import os
 from dataclasses import replace
@@ -15,7 +16,15 @@ from msinet.data.loaders import test_loader as in_order
 from msinet.core import InputError, set_seed
 from msinet.data.items import Item
 from msinet.engine.devices import (
-    accelerator, broadcast_from_main, check_precision, check_batch_split, gather, split_batch, launch, rank_and_world_size, sync_bn,
+    accelerator,
+    broadcast_from_main,
+    check_precision,
+    check_batch_split,
+    gather,
+    split_batch,
+    launch,
+    rank_and_world_size,
+    sync_bn,
 )
 from msinet.engine.learner import adamw, sgd
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
@@ -55,7 +64,12 @@ def train_step(dtype=torch.float64, device="cpu", synced=True, acc=None, opt=sgd
     mild(net, gamma)
     apply_runtime_options(net, replace(TrainConfig(), sync_bn=synced, **cfg))
     acc = acc or accelerator(device)
-    return TrainStep(net, acc.prepare_optimizer(opt([p for m in (net, sam) for p in m.parameters() if p.requires_grad], 1e-3, 5e-4)), sam, acc=acc)
+    return TrainStep(
+        net,
+        acc.prepare_optimizer(opt([p for m in (net, sam) for p in m.parameters() if p.requires_grad], 1e-3, 5e-4)),
+        sam,
+        acc=acc,
+    )
 
 
 def search_step(dtype=torch.float64, device="cpu", acc=None, **kw):
@@ -68,12 +82,20 @@ def search_step(dtype=torch.float64, device="cpu", acc=None, **kw):
         m.fill(torch.randn(P * K, WIDTHS[-1], dtype=dtype).to(device), Y.to(device))
     chosen = [p for n, p in net.named_parameters() if n.endswith("alpha")]
     rest = [p for n, p in net.named_parameters() if not n.endswith("alpha") and p.requires_grad]
-    opts = sgd(rest, 1e-4, 5e-4), torch.optim.Adam(chosen, 1e-3, betas=(0.5, 0.999), fused=True if device == "cuda" else None)
+    opts = (
+        sgd(rest, 1e-4, 5e-4),
+        torch.optim.Adam(chosen, 1e-3, betas=(0.5, 0.999), fused=True if device == "cuda" else None),
+    )
     return SearchStep(net, *mems, batches(100, 1, dtype, device), *opts, K=K, acc=acc, **kw)
 
 
 def weights(step):
-    return [v.clone() for m in (step.net, getattr(step, "sam", None), getattr(step, "c_tr", None), getattr(step, "c_val", None)) if m is not None for v in m.state_dict().values()]
+    return [
+        v.clone()
+        for m in (step.net, getattr(step, "sam", None), getattr(step, "c_tr", None), getattr(step, "c_val", None))
+        if m is not None
+        for v in m.state_dict().values()
+    ]
 
 
 class Small(nn.Module):
@@ -100,8 +122,12 @@ def job(folder):
     out["alone"] = [list(step(b).values()) for b in batches(1, 0)]
     items = [Item(f"{folder}/{i}.png", i, 0) for i in range(7)]
     for bs in (2, 8):
-        out[f"embed{bs}"] = embed(Small(), in_order(items, (16, 8), bs=bs, part=rank_and_world_size()), gather=gather if n > 1 else None).f
-    done = train(replace(TRAIN["smoke"], data="synth:n_ids=8,n_test=4,cams=2,visits=2,frames=2", epochs=1, out=f"{folder}/{n}"))
+        out[f"embed{bs}"] = embed(
+            Small(), in_order(items, (16, 8), bs=bs, part=rank_and_world_size()), gather=gather if n > 1 else None
+        ).f
+    done = train(
+        replace(TRAIN["smoke"], data="synth:n_ids=8,n_test=4,cams=2,visits=2,frames=2", epochs=1, out=f"{folder}/{n}")
+    )
     out["run"] = done.history[0]["loss"], done.metrics["before"]["mAP"], sorted(p.name for p in done.run.iterdir())
     out["agreed"] = broadcast_from_main(lambda: rank_and_world_size())
     with pytest.raises(InputError, match="do not divide"):
@@ -149,7 +175,12 @@ def test_one_part_is_the_plain_step_and_two_are_their_mean():
     start = copy.deepcopy([step.net, step.sam])
     out, losses = step((x, y)), []
     got = [p.grad for p in trainable_params(step.opt)]
-    plain = TrainStep(start[0], sgd([p for m in start for p in m.parameters() if p.requires_grad], 0.0, 0.0), start[1], acc=accelerator("cpu"))
+    plain = TrainStep(
+        start[0],
+        sgd([p for m in start for p in m.parameters() if p.requires_grad], 0.0, 0.0),
+        start[1],
+        acc=accelerator("cpu"),
+    )
     grads = []
     for xi, yi in zip(x.chunk(2), y.chunk(2)):
         losses.append(plain((xi, yi))["loss"])
@@ -159,7 +190,9 @@ def test_one_part_is_the_plain_step_and_two_are_their_mean():
         assert_close(g, (a + b) / 2, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("cfg", [dict(recompute=True), dict(channels_last=True), dict(recompute=True, channels_last=True)], ids=str)
+@pytest.mark.parametrize(
+    "cfg", [dict(recompute=True), dict(channels_last=True), dict(recompute=True, channels_last=True)], ids=str
+)
 def test_layout_and_recomputation_change_nothing(cfg):
     a, b = train_step(synced=False), train_step(synced=False, **cfg)
     for batch in batches(2, 0):
@@ -175,7 +208,11 @@ def test_layout_and_recomputation_change_nothing(cfg):
 def test_channels_last_stays():
     net = train_step(channels_last=True).net
     seen = []
-    hooks = [m.register_forward_hook(lambda m, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last))) for m in net.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[0] > 1]
+    hooks = [
+        m.register_forward_hook(lambda m, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last)))
+        for m in net.modules()
+        if isinstance(m, nn.Conv2d) and m.weight.shape[0] > 1
+    ]
     maps = net.backbone(next(batches(1, 0))[0])
     for h in hooks:
         h.remove()
@@ -192,7 +229,9 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         name = f.overloadpacket.__name__
         if name in ("bmm", "_softmax", "convolution", "mm", "nll_loss_forward"):
-            self.seen.setdefault(name, set()).update(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
+            self.seen.setdefault(name, set()).update(
+                a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()
+            )
         return f(*args, **(kwargs or {}))
 
 
@@ -210,7 +249,9 @@ def test_half_precision_stops_where_it_must():
     with Products() as p:
         out = step(batch)
     assert all(p.seen[k] == {torch.float32} for k in ("bmm", "_softmax")) and step.c_tr.c.dtype == torch.float32
-    assert abs(out["train"] / search_step(torch.float32)(batch)["train"] - 1) < 0.2  # tau makes a cosine 20 times larger
+    assert (
+        abs(out["train"] / search_step(torch.float32)(batch)["train"] - 1) < 0.2
+    )  # tau makes a cosine 20 times larger
 
 
 @pytest.mark.skipif(not os.environ.get("MSINET_TEST_COMPILE"), reason="minutes: set MSINET_TEST_COMPILE=1")

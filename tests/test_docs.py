@@ -1,4 +1,5 @@
 "The site: its configuration hangs together, every notebook is on it, links lead somewhere, and each fault is found by `docs_check`."
+
 import re
 import sys
 from pathlib import Path
@@ -44,38 +45,62 @@ OTHER = {"sub/b.ipynb": md("# b", "## Two words, and β\n\n### `fold`")}
 
 
 def test_a_sound_page_has_no_fault(tmp_path, to_html):
-    cells = md("[b](sub/b.ipynb), [there](sub/b.ipynb#two-words-and-β), [and](sub/b.ipynb#fold), [here](#place), [file](here.txt), [web](https://a.org/x?y=1#z)",
-               "## Place\n\nSee @eq-x\n\n$$y=1$$ {#eq-x}", "<span id=\"own\"></span>[own](#own) [home](https://example.org/kit/sub/b.html#fold) `[no](link.ipynb)`",
-               "```python\n[x](nowhere.ipynb) @eq-none\n```")
+    cells = md(
+        "[b](sub/b.ipynb), [there](sub/b.ipynb#two-words-and-β), [and](sub/b.ipynb#fold), [here](#place), "
+        "[file](here.txt), [web](https://a.org/x?y=1#z)",
+        "## Place\n\nSee @eq-x\n\n$$y=1$$ {#eq-x}",
+        "<span id=\"own\"></span>[own](#own) [home](https://example.org/kit/sub/b.html#fold) `[no](link.ipynb)`",
+        "```python\n[x](nowhere.ipynb) @eq-none\n```",
+    )
     assert said(tmp_path, to_html, cells, OTHER) == []
 
 
 def test_a_pictures_words_reach_the_page(to_html):
-    page = dc.Page("a.ipynb", [code("#| label: two\n#| fig-alt: Two curves, one <below> the other\ndraw()", PICTURE, PICTURE)])
+    page = dc.Page(
+        "a.ipynb", [code("#| label: two\n#| fig-alt: Two curves, one <below> the other\ndraw()", PICTURE, PICTURE)]
+    )
     dc.render(page, to_html)
-    assert page.html.count('alt="Two curves, one &lt;below&gt; the other"') == 2 and "fig-alt" not in page.html and not dc.Seen(page.html).mute
+    assert (
+        page.html.count('alt="Two curves, one &lt;below&gt; the other"') == 2
+        and "fig-alt" not in page.html
+        and not dc.Seen(page.html).mute
+    )
 
 
-@pytest.mark.parametrize("cells,what", [
-    (md("[x](nowhere.ipynb)"), "no such notebook"),
-    (md("[x](sub/none.txt)"), "no such file"),
-    (md("[x](../README.md)"), "leads out"),
-    (md("[x](/b.ipynb)"), "starts with /"),
-    (md("[x](sub/b.ipynb#three)"), "no anchor #three"),
-    (md("## Here\n\n[x](#there)"), "no anchor #there"),
-    (md("[x](https://example.org/kit/none.html)"), "no such page"),
-    (md("[x](http://)"), "not a web address"),
-    (md("[x](htp://a.org)"), "neither a page nor"),
-    (md("![x](none.png)"), "no such picture"),
-    (md("<img alt='x'>"), "without a source"),
-    (md("![](data:,)"), "1 of its pictures without words"),
-    ([code("draw()", PICTURE, PICTURE)], "2 of its pictures without words for those who can't see them, the first under “a”"),
-    (md("as @eq-far says"), "equation eq-far"),
-    (md(r"as \eqref{far} says"), "equation far"),
-    ([code("1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero", traceback=[]))], "error output ZeroDivisionError"),
-    ([code("#| echo: false\n#| output: asis\nshow_doc(lost)")], "show_doc(lost) gave nothing"),
-    (md("x" * (dc.LIMIT + 9)), "MB, more than"),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "cells,what",
+    [
+        (md("[x](nowhere.ipynb)"), "no such notebook"),
+        (md("[x](sub/none.txt)"), "no such file"),
+        (md("[x](../README.md)"), "leads out"),
+        (md("[x](/b.ipynb)"), "starts with /"),
+        (md("[x](sub/b.ipynb#three)"), "no anchor #three"),
+        (md("## Here\n\n[x](#there)"), "no anchor #there"),
+        (md("[x](https://example.org/kit/none.html)"), "no such page"),
+        (md("[x](http://)"), "not a web address"),
+        (md("[x](htp://a.org)"), "neither a page nor"),
+        (md("![x](none.png)"), "no such picture"),
+        (md("<img alt='x'>"), "without a source"),
+        (md("![](data:,)"), "1 of its pictures without words"),
+        (
+            [code("draw()", PICTURE, PICTURE)],
+            "2 of its pictures without words for those who can't see them, the first under “a”",
+        ),
+        (md("as @eq-far says"), "equation eq-far"),
+        (md(r"as \eqref{far} says"), "equation far"),
+        (
+            [
+                code(
+                    "1/0", dict(output_type="error", ename="ZeroDivisionError", evalue="division by zero", traceback=[])
+                )
+            ],
+            "error output ZeroDivisionError",
+        ),
+        ([code("#| echo: false\n#| output: asis\nshow_doc(lost)")], "show_doc(lost) gave nothing"),
+        (md("x" * (dc.LIMIT + 9)), "MB, more than"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_each_fault_is_found(tmp_path, to_html, cells, what):
     found = said(tmp_path, to_html, cells, OTHER)
     assert len(found) == 1 and found[0].startswith("a.ipynb: ") and what in found[0] and "\n" not in found[0]
@@ -86,7 +111,9 @@ def test_faults_of_the_whole_site(tmp_path, to_html):
     front = [dict(cell_type="raw", source="---\ntitle: c\noutput-file: a.html\n---\n", metadata={})]
     assert said(tmp_path, to_html, [], {"c.ipynb": front}) == ["a.ipynb and c.ipynb: the same address a.html"]
     pages = {"a.ipynb": dc.Page("a.ipynb", md("# a"))}
-    assert dc.faults(pages, [(0, None, "a.ipynb"), (0, None, "gone.ipynb")], tmp_path) == ["gone.ipynb: in the sidebar, and no such notebook"]
+    assert dc.faults(pages, [(0, None, "a.ipynb"), (0, None, "gone.ipynb")], tmp_path) == [
+        "gone.ipynb: in the sidebar, and no such notebook"
+    ]
 
 
 def test_a_notebook_that_cannot_be_processed_is_named(tmp_path):
@@ -94,11 +121,27 @@ def test_a_notebook_that_cannot_be_processed_is_named(tmp_path):
     for name in ("settings.ini",):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "nbs").mkdir()
-    cells = [nbformat.v4.new_code_cell("#| default_exp one"), nbformat.v4.new_markdown_cell("# one\n\n> a page\n\nwords"), nbformat.v4.new_code_cell("#| export\ndef f(): pass"), nbformat.v4.new_code_cell("import json\njson.dumps(t)")]
+    cells = [
+        nbformat.v4.new_code_cell("#| default_exp one"),
+        nbformat.v4.new_markdown_cell("# one\n\n> a page\n\nwords"),
+        nbformat.v4.new_code_cell("#| export\ndef f(): pass"),
+        nbformat.v4.new_code_cell("import json\njson.dumps(t)"),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "nbs" / "00_one.ipynb")
     import subprocess
-    out = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\nif __name__ == '__main__':\n  import pathlib, docs_check as d\n"
-                          f"  print(d.read_processed(pathlib.Path({str(tmp_path)!r}), 1)['00_one.ipynb'].faults)"], capture_output=True, text=True, check=True).stdout
+
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\nif __name__ == '__main__':\n  import pathlib, "
+            "docs_check as d\n"
+            f"  print(d.read_processed(pathlib.Path({str(tmp_path)!r}), 1)['00_one.ipynb'].faults)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "NameError: name 't' is not defined" in out and "is lost" in out, out
 
 
@@ -106,18 +149,31 @@ def test_title_alone():
     nb = dict(cells=md("# one\n\n> a line\n\nWords, and\n\n- more"))
     assert dc.lost_words(nb["cells"])
     assert title_alone(nb) and not title_alone(nb)
-    assert [dc.text(c) for c in nb["cells"]] == ["# one\n\n> a line", "Words, and\n\n- more"] and len({c.get("id") for c in nb["cells"]}) == 2
+    assert [dc.text(c) for c in nb["cells"]] == ["# one\n\n> a line", "Words, and\n\n- more"] and len(
+        {c.get("id") for c in nb["cells"]}
+    ) == 2
     assert not dc.lost_words(nb["cells"])
 
 
 def test_globs_and_anchors_are_quartos():
-    assert dc.matches("/0[0-9]_*.ipynb", "00_core.ipynb") and not dc.matches("/0[0-9]_*.ipynb", "class/01_space.ipynb") and not dc.matches("/0[0-9]_*.ipynb", "05a_top15.ipynb")
+    assert (
+        dc.matches("/0[0-9]_*.ipynb", "00_core.ipynb")
+        and not dc.matches("/0[0-9]_*.ipynb", "class/01_space.ipynb")
+        and not dc.matches("/0[0-9]_*.ipynb", "05a_top15.ipynb")
+    )
     assert dc.matches("paper/*.ipynb", "paper/fig1.ipynb") and not dc.matches("paper/*.ipynb", "fig1.ipynb")
-    assert dc.slug("The mixed choice (Eq. 1)") == "the-mixed-choice-eq.-1" and dc.slug("1. Pictures") == "pictures" and dc.slug("???") == "section"
+    assert (
+        dc.slug("The mixed choice (Eq. 1)") == "the-mixed-choice-eq.-1"
+        and dc.slug("1. Pictures") == "pictures"
+        and dc.slug("???") == "section"
+    )
 
 
 def configs():
-    return {n: yaml.safe_load((ROOT / n).read_text(encoding="utf-8")) for n in ("_quarto.yml", "nbs/_quarto.yml", "nbs/sidebar.yml")}
+    return {
+        n: yaml.safe_load((ROOT / n).read_text(encoding="utf-8"))
+        for n in ("_quarto.yml", "nbs/_quarto.yml", "nbs/sidebar.yml")
+    }
 
 
 def hrefs(node):
@@ -141,13 +197,18 @@ def test_the_configuration_hangs_together():
     ready = {n for n in hrefs(top) + hrefs(side) if not n.startswith("class/") or (NBS / "class").exists()}
     assert not ready - set(NAMES), "pages that the navigation names and that are not there"
     git = re.search(r"^git_url = (.+)", settings, re.M)[1]
-    assert [i["href"] for i in top["website"]["navbar"]["right"]] == [git], "the address of settings.ini and that of the bar differ"
+    assert [i["href"] for i in top["website"]["navbar"]["right"]] == [git], (
+        "the address of settings.ini and that of the bar differ"
+    )
 
 
 def test_colours_are_the_kits():
     from msinet.vis import OP_COLORS
+
     scss = (NBS / "colours.scss").read_text()
-    assert [re.search(rf"^\${n}: (#\w+);", scss, re.M)[1] for n in ("none", "exchange", "gate", "attention")] == [OP_COLORS[k] for k in "NEGA"]
+    assert [re.search(rf"^\${n}: (#\w+);", scss, re.M)[1] for n in ("none", "exchange", "gate", "attention")] == [
+        OP_COLORS[k] for k in "NEGA"
+    ]
 
 
 def test_every_notebook_is_in_the_sidebar_once():
@@ -162,8 +223,17 @@ def raw_pages():
 
     pages = {n: dc.Page(n, [c for c in dc.read(p) if c["cell_type"] == "markdown"]) for n, p in NAMES.items()}
     for p in pages.values():
-        html = re.sub('<a class="anchor-link".*?</a>', "", markdown2html("\n\n".join(dc.plain_markdown(dc.text(c)) for c in p.cells)))
-        p.html = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", lambda m: f'<h{m[1]} id="{dc.slug(re.sub("<.*?>", "", m[2]))}">{m[2]}</h{m[1]}>', html, flags=re.S)
+        html = re.sub(
+            '<a class="anchor-link".*?</a>',
+            "",
+            markdown2html("\n\n".join(dc.plain_markdown(dc.text(c)) for c in p.cells)),
+        )
+        p.html = re.sub(
+            r"<h([1-6])[^>]*>(.*?)</h\1>",
+            lambda m: f'<h{m[1]} id="{dc.slug(re.sub("<.*?>", "", m[2]))}">{m[2]}</h{m[1]}>',
+            html,
+            flags=re.S,
+        )
     return pages
 
 
@@ -187,9 +257,19 @@ def test_the_commands_of_the_guide_are_there(monkeypatch, capsys):
     "Every `msinet …` in the guide names a command and options that exist."
     from msinet.cli import main
 
-    texts = "\n".join(dc.text(c) for n, p in NAMES.items() if n.startswith("guide/") for c in dc.read(p) if c["cell_type"] == "markdown")
+    texts = "\n".join(
+        dc.text(c)
+        for n, p in NAMES.items()
+        if n.startswith("guide/")
+        for c in dc.read(p)
+        if c["cell_type"] == "markdown"
+    )
     asked = {}
-    for line in re.findall(r"(?:msinet(?:\.cli)?) ((?:demo|search|train|evaluate|usl|uda|query|compare|figures|run|table|figure|bench|export|pretrain)\b[^`\n#]*)", texts):
+    for line in re.findall(
+        r"(?:msinet(?:\.cli)?) "
+        r"((?:demo|search|train|evaluate|usl|uda|query|compare|figures|run|table|figure|bench|export|pretrain)\b[^`\n#]*)",
+        texts,
+    ):
         asked.setdefault(line.split()[0], set()).update(re.findall(r"(--[a-z-]+)", line))
     assert {"run", "train", "search"} <= set(asked)
     for command, options in asked.items():

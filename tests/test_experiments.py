@@ -1,4 +1,5 @@
 "The grid: nothing is done twice, a failure is a row, a killed worker costs its last epoch."
+
 import json
 import os
 import signal
@@ -53,7 +54,13 @@ def workers_of(pid):
 def test_a_killed_worker_costs_no_row(tmp_path):
     pytest.importorskip("ray")
     env = os.environ | dict(OMP_NUM_THREADS="1")
-    job = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "grid")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "grid")],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         killed = 0
         for _ in range(2400):
@@ -75,7 +82,9 @@ def test_a_killed_worker_costs_no_row(tmp_path):
     for r in found:  # each epoch once, and none missing, also of the one that was killed
         log = [json.loads(t) for t in (tmp_path / "grid" / r["key"] / "train/history.jsonl").read_text().splitlines()]
         assert [e["epoch"] for e in log] == list(range(1, 13))
-    alone = perform(tiny(NAMES[0], epochs=12), tmp_path / "alone")  # and the numbers are those of a run that nobody killed
+    alone = perform(
+        tiny(NAMES[0], epochs=12), tmp_path / "alone"
+    )  # and the numbers are those of a run that nobody killed
     assert next(r for r in found if r["run"] == NAMES[0])["metrics"] == alone["metrics"]
 
 
@@ -105,7 +114,12 @@ def test_a_row_carries_what_it_takes_to_judge_it(tmp_path):
     r = perform(tiny("VR>VID/sam"), tmp_path)
     assert r["status"] == "done", r["error"]
     assert r["config"]["train"]["lambda_sa"] == 2 if "lambda_sa" in r["config"]["train"] else True
-    assert r["seed"] == 0 and r["environment"]["torch"] and len(r["metrics"]["VR"]["mark"]) == 12 and r["seconds"]["train"] > 0
+    assert (
+        r["seed"] == 0
+        and r["environment"]["torch"]
+        and len(r["metrics"]["VR"]["mark"]) == 12
+        and r["seconds"]["train"] > 0
+    )
     assert np.isclose(np.mean(r["metrics"]["VR"]["ap"]), r["metrics"]["VR"]["mAP"], atol=1e-4)
 
 
@@ -114,7 +128,11 @@ def test_a_run_without_identities_starts_from_another(name, kind, tmp_path):
     row = perform(tiny(name), tmp_path)
     assert row["status"] == "done", row["error"]
     first = next(r for r in read_rows(tmp_path) if r["run"] == "MS/long")
-    assert first["status"] == "done" and row["config"]["train"].get("method", "gs") == name.split("/")[1] and row["seconds"][kind] > 0
+    assert (
+        first["status"] == "done"
+        and row["config"]["train"].get("method", "gs") == name.split("/")[1]
+        and row["seconds"][kind] > 0
+    )
     before = json.loads((tmp_path / row["key"] / kind / "metrics.json").read_text())["before"]
     assert before["mAP"] > 0 and list(row["metrics"]) == [name.split("/")[0].split(">")[-1]]
 
@@ -129,7 +147,14 @@ def test_what_several_runs_start_from_is_trained_first_and_once(tmp_path):
 @pytest.mark.parametrize("name", [k for k, p in PARTS.items() if p.against])
 def test_every_part_is_compared_with_an_arm_that_it_prints(name):
     part = PARTS[name]
-    t = pd.DataFrame([dict(arm=a, column=c, seed=s, status="done", ap=[0.5, 0.5 + s / 10]) for a in part.arms for c in part.columns for s in (0, 1)])
+    t = pd.DataFrame(
+        [
+            dict(arm=a, column=c, seed=s, status="done", ap=[0.5, 0.5 + s / 10])
+            for a in part.arms
+            for c in part.columns
+            for s in (0, 1)
+        ]
+    )
     d = differences(t, part.against)
     references = {part.against} if isinstance(part.against, str) else {*part.against.values()}
     assert len(d) == (len(part.arms) - len(references)) * len(part.columns) and set(d.seeds) == {2}
@@ -137,8 +162,13 @@ def test_every_part_is_compared_with_an_arm_that_it_prints(name):
 
 def test_a_network_is_compared_with_itself_without_alignment():
     rows = {"MSINet, none": 0.5, "MSINet, PAM": 0.6, "OSNet, none": 0.8, "OSNet, PAM": 0.7}
-    t = pd.DataFrame([dict(arm=a, column="VR", seed=s, status="done", ap=[v, v + s / 100]) for a, v in rows.items() for s in (0, 1)])
-    assert differences(t, PARTS["table 5"].against).set_index("arm").difference.round(9).to_dict() == {"MSINet, PAM": 10, "OSNet, PAM": -10}
+    t = pd.DataFrame(
+        [dict(arm=a, column="VR", seed=s, status="done", ap=[v, v + s / 100]) for a, v in rows.items() for s in (0, 1)]
+    )
+    assert differences(t, PARTS["table 5"].against).set_index("arm").difference.round(9).to_dict() == {
+        "MSINet, PAM": 10,
+        "OSNet, PAM": -10,
+    }
 
 
 def test_every_run_has_a_config_at_both_scales():
@@ -165,9 +195,14 @@ def test_a_figure_without_rows_says_what_to_do(tmp_path):
 
 def test_a_difference_against_a_loop(tmp_path):
     rng = np.random.default_rng(0)
-    t = pd.DataFrame([dict(arm=a, column="MS", seed=s, status="done", ap=list(rng.random(7))) for a in ("x", "y") for s in range(4)])
+    t = pd.DataFrame(
+        [dict(arm=a, column="MS", seed=s, status="done", ap=list(rng.random(7))) for a in ("x", "y") for s in range(4)]
+    )
     d = differences(t, "y").iloc[0]
-    each = [100 * sum(p - q for p, q in zip(*(t[(t.arm == a) & (t.seed == s)].ap.iloc[0] for a in "xy"))) / 7 for s in range(4)]
+    each = [
+        100 * sum(p - q for p, q in zip(*(t[(t.arm == a) & (t.seed == s)].ap.iloc[0] for a in "xy"))) / 7
+        for s in range(4)
+    ]
     assert np.allclose(d.each, each) and np.isclose(d.difference, np.mean(each))
     assert np.isclose(d.high - d.difference, 3.182446 * np.std(each, ddof=1) / 2, rtol=1e-5)
 
@@ -200,7 +235,20 @@ def test_a_figure_of_rows(tmp_path):
 def test_a_failed_run_is_told_by_the_exit_code(tmp_path, capsys):
     for i in range(2):
         with pytest.raises(SystemExit) as e:
-            main(["run", "MS/msinet", "--scale", "paper", "--seeds", "1", "--files", f"MS={tmp_path}/nothing", "--dir", str(tmp_path / "grid")])
+            main(
+                [
+                    "run",
+                    "MS/msinet",
+                    "--scale",
+                    "paper",
+                    "--seeds",
+                    "1",
+                    "--files",
+                    f"MS={tmp_path}/nothing",
+                    "--dir",
+                    str(tmp_path / "grid"),
+                ]
+            )
         assert e.value.code == 1 and "0 of 1 runs done, 1 failed" in capsys.readouterr().out
     assert [r["status"] for r in read_rows(tmp_path / "grid")] == ["failed"]
 
@@ -209,7 +257,12 @@ def test_a_grid_that_knows_none_of_its_places_does_not_start(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(["run", "table 3", "--scale", "paper", "--dir", str(tmp_path / "grid")])
     said = capsys.readouterr().err
-    assert e.value.code == 2 and said.count("\n") == 1 and "--files M=/path msinet+imagenet=/path MS=/path" in said and not (tmp_path / "grid").exists()
+    assert (
+        e.value.code == 2
+        and said.count("\n") == 1
+        and "--files M=/path msinet+imagenet=/path MS=/path" in said
+        and not (tmp_path / "grid").exists()
+    )
 
 
 def test_rows_that_are_not_there_are_not_an_empty_table(tmp_path):

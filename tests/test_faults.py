@@ -3,6 +3,7 @@
 Processes are forked from a server that has imported everything, so a fault costs a second. In a process `trap` counts events (steps,
 epochs, measurements, and every fsync, rename and link on the disk) and sends a signal at one of them.
 """
+
 import json
 import multiprocessing
 import os
@@ -40,7 +41,14 @@ from msinet.unsup.train import UNSUP, ClusterStep, uda, usl
 
 resource = pytest.importorskip("resource", reason="signals, limits and forks of Unix")
 ROOT = Path(__file__).parent.parent
-TINY = dict(data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=2", size=(32, 16), channels=(8, 16, 24, 32), batch=4, K=2, epochs=3)
+TINY = dict(
+    data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=2",
+    size=(32, 16),
+    channels=(8, 16, 24, 32),
+    batch=4,
+    K=2,
+    epochs=3,
+)
 UNNAMED = dict(iters=2, k1=4, k2=2, watch=9, eval_every=1)
 CONFIGS = dict(
     search=replace(SEARCH["smoke"], **TINY),
@@ -51,7 +59,12 @@ CONFIGS = dict(
 GO = dict(search=search, train=train, usl=usl, uda=uda)
 NAMED = ("search", "train")  # the regimes that know identities
 WITHOUT = ("genotype.json", "metrics.json", "model.safetensors", "pseudo.npy", "watched.npy")
-KEPT = dict(search=("alphas.npy", "alpha_steps.npy", "genotype.json", "metrics.json", "search.safetensors"), train=("genotype.json", "metrics.json", "model.safetensors"), usl=WITHOUT, uda=WITHOUT)
+KEPT = dict(
+    search=("alphas.npy", "alpha_steps.npy", "genotype.json", "metrics.json", "search.safetensors"),
+    train=("genotype.json", "metrics.json", "model.safetensors"),
+    usl=WITHOUT,
+    uda=WITHOUT,
+)
 
 
 def trap(at=0, sig=signal.SIGKILL, then=None, only=""):
@@ -139,7 +152,10 @@ def perform(kind, out, at=0, sig=signal.SIGKILL, fault="", only="", **change):
 
 def outcome(kind, run):
     "All that a run gave, without times and without its own name."
-    rows = [{k: v for k, v in json.loads(t).items() if k != "seconds"} for t in (run / "history.jsonl").read_text().splitlines()]
+    rows = [
+        {k: v for k, v in json.loads(t).items() if k != "seconds"}
+        for t in (run / "history.jsonl").read_text().splitlines()
+    ]
     return dict({n: (run / n).read_bytes() for n in KEPT[kind]}, history=rows)
 
 
@@ -149,7 +165,10 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("MSINET_CACHE", str(tmp_path_factory.mktemp("cache")))
         m.setenv("OMP_NUM_THREADS", "1")
-        m.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        m.setenv(
+            "PYTHONPATH",
+            os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        )
         yield
 
 
@@ -177,7 +196,9 @@ def whole(tmp_path_factory, cache, worker_id):
 
 # --- killed and interrupted -------------------------------------------------------------------------------------------------------------
 
-KILLS = dict(search=12, train=12, usl=6, uda=6)  # SIGKILL, evenly over all events of a run, the writing of checkpoints among them
+KILLS = dict(
+    search=12, train=12, usl=6, uda=6
+)  # SIGKILL, evenly over all events of a run, the writing of checkpoints among them
 STOPS = dict(search=3, train=3, usl=2, uda=2)  # SIGTERM and SIGINT each
 
 
@@ -207,7 +228,9 @@ def test_killed_at_any_moment(kind, whole, tmp_path):
     "SIGKILL at moments all over a run, half-written checkpoints included: resumed, it gives the same to the last bit."
     with ThreadPoolExecutor(2) as pool:
         at = points(KILLS[kind], whole[kind]["events"])
-        said = list(pool.map(lambda k: killed_and_resumed(kind, tmp_path / f"k{k}", k, signal.SIGKILL, whole[kind]), at))
+        said = list(
+            pool.map(lambda k: killed_and_resumed(kind, tmp_path / f"k{k}", k, signal.SIGKILL, whole[kind]), at)
+        )
     assert len(said) == KILLS[kind] and all(first["end"] == "killed" for first, _, _ in said)
     assert {done for _, done, _ in said} >= ({0, 1, 2} if kind in NAMED else {0, 1})
 
@@ -260,7 +283,11 @@ def test_two_processes_give_the_same_files(whole, tmp_path):
         states = [load(r / f"{kind}.pt") for r in (a, b)]
         assert same(*[{k: v for k, v in s.items() if k != "history"} for s in states])
     env = json.loads((b / "environment.json").read_text())
-    assert env["device"] == "cpu" and env["flags"]["dtype"] == "torch.float32" and {len(m) for m in env["data"][kind].values()} == {12}
+    assert (
+        env["device"] == "cpu"
+        and env["flags"]["dtype"] == "torch.float32"
+        and {len(m) for m in env["data"][kind].values()} == {12}
+    )
 
 
 def same(a, b):
@@ -283,7 +310,9 @@ with Signals():
 
 def test_helpers_leave_without_a_word():
     "Processes that render are forked while signals are listened to: told to end, they end, and don't take it for the user's Ctrl-C."
-    with subprocess.Popen([sys.executable, "-c", HELPERS], stderr=subprocess.PIPE, text=True, start_new_session=True) as p:
+    with subprocess.Popen(
+        [sys.executable, "-c", HELPERS], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as p:
         try:
             assert p.communicate(timeout=60)[1] == "" and p.returncode == 0
         finally:
@@ -313,7 +342,14 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(d)], check=True)
 
 
-DISKS = ("full from the start", "full after an epoch", "read-only from the start", "read-only after an epoch", "a file's size is limited from the start", "a file's size is limited after an epoch")
+DISKS = (
+    "full from the start",
+    "full after an epoch",
+    "read-only from the start",
+    "read-only after an epoch",
+    "a file's size is limited from the start",
+    "a file's size is limited after an epoch",
+)
 
 
 @pytest.mark.parametrize("kind", GO)
@@ -374,8 +410,13 @@ def test_a_damaged_checkpoint_costs_an_epoch(kind, whole, tmp_path):
     assert [s["epoch"] for s in states] == [3, 2]
     rng = np.random.default_rng(0)
     cuts = [f(good) for f in DAMAGES.values()]
-    cuts += [good[:k] + bytes([good[k] ^ (1 << int(rng.integers(8)))]) + good[k + 1 :] for k in rng.integers(0, len(good), FLIPS)]
-    cuts += [good[:-k] + bytes([good[-k] ^ 1]) + (good[1 - k :] if k > 1 else b"") for k in (1, 65, 72, 73, 74, 90)]  # in the seal itself, too
+    cuts += [
+        good[:k] + bytes([good[k] ^ (1 << int(rng.integers(8)))]) + good[k + 1 :]
+        for k in rng.integers(0, len(good), FLIPS)
+    ]
+    cuts += [
+        good[:-k] + bytes([good[-k] ^ 1]) + (good[1 - k :] if k > 1 else b"") for k in (1, 65, 72, 73, 74, 90)
+    ]  # in the seal itself, too
     for bad in cuts:
         path.write_bytes(bad)
         with warnings.catch_warnings(record=True) as said:
@@ -413,7 +454,14 @@ def test_files_of_before_the_seal_are_opened(whole, tmp_path):
 
 def test_half_made_folders(whole, tmp_path):
     "Nothing but a half-written description, a half line of history, leftovers of a write: a run starts anew in it."
-    for k, (name, text) in enumerate({"config.json": '{"search": {"ep', "environment.json": "", "history.jsonl": '{"epoch": 1, "phase": "sea', ".search.pt.123": "half"}.items()):
+    for k, (name, text) in enumerate(
+        {
+            "config.json": '{"search": {"ep',
+            "environment.json": "",
+            "history.jsonl": '{"epoch": 1, "phase": "sea',
+            ".search.pt.123": "half",
+        }.items()
+    ):
         run = tmp_path / str(k)
         run.mkdir()
         (run / name).write_text(text)
@@ -425,7 +473,12 @@ def test_half_made_folders(whole, tmp_path):
 
 def test_another_run_is_not_mixed_in(whole, tmp_path):
     shutil.copytree(whole["search"]["run"], tmp_path / "run")
-    for change in (dict(seed=1), dict(rho=2), dict(channels=(8, 16, 24, 40)), dict(data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=3")):
+    for change in (
+        dict(seed=1),
+        dict(rho=2),
+        dict(channels=(8, 16, 24, 40)),
+        dict(data="synth:n_ids=8,n_test=4,cams=4,visits=2,frames=3"),
+    ):
         said = perform("search", tmp_path / "run", resume=True, **change)
         assert said["end"] == "InputError" and "began with" in said["text"], said
     said = perform("search", tmp_path / "run", resume=True, lr=1e-3, epochs=4)
@@ -451,7 +504,11 @@ def test_two_runs_on_one_folder(whole, tmp_path):
 
 LOCKS = {
     "of a killed process": (dict(pid=2**22 + 1, born="5", host=socket.gethostname()), 0, True),
-    "of a process whose number was given out again": (dict(pid=os.getpid(), born="5", host=socket.gethostname()), 0, True),
+    "of a process whose number was given out again": (
+        dict(pid=os.getpid(), born="5", host=socket.gethostname()),
+        0,
+        True,
+    ),
     "of another machine, silent": (dict(pid=1, born="5", host="elsewhere"), 600, True),
     "of another machine, alive": (dict(pid=1, born="5", host="elsewhere"), 10, False),
     "garbage": ("not json", 0, True),
@@ -484,7 +541,9 @@ def pictures(tmp_path):
     for pid in range(6):
         (tmp_path / "own" / f"{pid}").mkdir(parents=True)
         for k in range(4):
-            Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(tmp_path / "own" / f"{pid}" / f"{k}.png")
+            Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(
+                tmp_path / "own" / f"{pid}" / f"{k}.png"
+            )
     return tmp_path / "own"
 
 
@@ -511,14 +570,20 @@ def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch
                 train(replace(cfg, out=str(tmp_path / "run")))
     shutil.move(keep, pictures)
     got = train(replace(cfg, out=str(tmp_path / "run"), resume=True))
-    assert got.metrics == want.metrics and all(torch.equal(a, b) for a, b in zip(want.net.state_dict().values(), got.net.state_dict().values()))
+    assert got.metrics == want.metrics and all(
+        torch.equal(a, b) for a, b in zip(want.net.state_dict().values(), got.net.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", NAMED)
 def test_no_number_any_more(kind, where, whole, pictures, tmp_path, monkeypatch):
     "Stopped at that step, with the batch's file names; the last good state is kept, and the run goes on from it to the same end."
-    cfg = replace(CONFIGS[kind], data=f"folder={pictures}", batch=4, overlap=1.0) if kind == "search" else replace(CONFIGS[kind], data=f"folder={pictures}", batch=4)
+    cfg = (
+        replace(CONFIGS[kind], data=f"folder={pictures}", batch=4, overlap=1.0)
+        if kind == "search"
+        else replace(CONFIGS[kind], data=f"folder={pictures}", batch=4)
+    )
     want = GO[kind](replace(cfg, out=str(tmp_path / "whole")))
     step = SearchStep if kind == "search" else TrainStep
     plain, seen = step.__call__, [0]
@@ -541,10 +606,17 @@ def test_no_number_any_more(kind, where, whole, pictures, tmp_path, monkeypatch)
         with pytest.raises(NotFinite, match=r"own/\d/\d.png") as e:
             GO[kind](replace(cfg, out=str(tmp_path / "run")))
     said = str(e.value)
-    assert "\n" not in said and "epoch 2, step 1" in said and "lower the learning rate" in said and ("gradient" in said) == (where == "gradient")
+    assert (
+        "\n" not in said
+        and "epoch 2, step 1" in said
+        and "lower the learning rate" in said
+        and ("gradient" in said) == (where == "gradient")
+    )
     assert newest(tmp_path / "run" / f"{kind}.pt")["epoch"] == 1 and seen[0] == at
     got = GO[kind](replace(cfg, out=str(tmp_path / "run"), resume=True))
-    assert got.metrics == want.metrics and all(torch.equal(a, b) for a, b in zip(want.net.state_dict().values(), got.net.state_dict().values()))
+    assert got.metrics == want.metrics and all(
+        torch.equal(a, b) for a, b in zip(want.net.state_dict().values(), got.net.state_dict().values())
+    )
 
 
 # --- weights to start from ---------------------------------------------------------------------------------------------------------------
@@ -558,7 +630,11 @@ def pretrain_job(out, data, answer, only, at, sig, resume):
     trap(at, sig, only=only)
     said = "done"
     try:
-        pretrain(PretrainConfig(data, out, resume, channels=(8, 16, 24, 32), size=(32, 32), epochs=3, batch=4, workers=0, lr=0.01))
+        pretrain(
+            PretrainConfig(
+                data, out, resume, channels=(8, 16, 24, 32), size=(32, 32), epochs=3, batch=4, workers=0, lr=0.01
+            )
+        )
     except BaseException as e:
         said = type(e).__name__
     Path(answer).write_text(json.dumps(said))
@@ -572,7 +648,10 @@ def test_a_pretraining_is_broken_off(pictures, tmp_path):
     def go(name, only="", at=0, sig=signal.SIGKILL, resume=False):
         answer = tmp_path / f"{name}.answer"
         answer.unlink(missing_ok=True)
-        p = CONTEXT.Process(target=pretrain_job, args=(str(tmp_path / name), str(tmp_path / "classes"), str(answer), only, at, sig, resume))
+        p = CONTEXT.Process(
+            target=pretrain_job,
+            args=(str(tmp_path / name), str(tmp_path / "classes"), str(answer), only, at, sig, resume),
+        )
         p.start()
         p.join(120)
         return json.loads(answer.read_text()) if answer.exists() else "killed"
@@ -594,7 +673,13 @@ def test_a_pretraining_is_broken_off(pictures, tmp_path):
 
 # --- the whole job ----------------------------------------------------------------------------------------------------------------------
 
-PHASES = {"search": ("step", 2), "derive": ("winners", 1), "train": ("step", 7), "evaluate": ("evaluate", 5), "report": ("report", 1)}
+PHASES = {
+    "search": ("step", 2),
+    "derive": ("winners", 1),
+    "train": ("step", 7),
+    "evaluate": ("evaluate", 5),
+    "report": ("report", 1),
+}
 
 
 def demo_job(out, answer, only, at, sig, resume):
@@ -608,7 +693,11 @@ def demo_job(out, answer, only, at, sig, resume):
         setattr(msinet.quickstart, only, lambda *a: (os.kill(os.getpid(), sig), old(*a))[1])
     code = 0
     try:
-        main(f"demo --preset smoke --data {TINY['data']} --size 32 16 --epochs-search 2 --epochs-train 2 --out {out}".split() + ["--resume"] * resume)
+        main(
+            f"demo --preset smoke --data {TINY['data']} --size 32 16 --epochs-search 2 --epochs-train 2 "
+            f"--out {out}".split()
+            + ["--resume"] * resume
+        )
     except SystemExit as e:
         code = e.code
     except BaseException as e:
@@ -666,6 +755,8 @@ def test_the_readme_counts_what_is_tried():
         "pictures and numbers": 2 + 2 * len(NAMED),
     }
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reliability")[1].split("\n## ")[0]
-    rows = {m[1].strip(): (int(m[2]), int(m[3])) for m in re.finditer(r"^\| (.+?) \|.*\| (\d+) \| (\d+) \|$", table, re.M)}
+    rows = {
+        m[1].strip(): (int(m[2]), int(m[3])) for m in re.finditer(r"^\| (.+?) \|.*\| (\d+) \| (\d+) \|$", table, re.M)
+    }
     assert {k: v[0] for k, v in rows.items() if k != "all"} == tried
     assert rows["all"] == (sum(tried.values()),) * 2 and all(a == b for a, b in rows.values())

@@ -1,4 +1,5 @@
 "Every figure of a run, and of a visual notebook, as a file: its size, its letters, and that something is on it."
+
 import json
 import re
 import tempfile
@@ -29,7 +30,9 @@ def check(pdf):
     "One column or one page wide, letters inside, no date, and something on it."
     data = pdf.read_bytes()
     width, height = (float(v) / 72 for v in re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+)", data).groups())
-    assert min(abs(width - COL1), abs(width - COL2)) < 0.002 and 0.5 < height < 9.2, f"{pdf.name} is {width:.3f} by {height:.3f} inches"
+    assert min(abs(width - COL1), abs(width - COL2)) < 0.002 and 0.5 < height < 9.2, (
+        f"{pdf.name} is {width:.3f} by {height:.3f} inches"
+    )
     assert b"/FontFile2" in data and b"/Type3" not in data, f"{pdf.name}: letters must travel in the file"
     assert b"CreationDate" not in data
     pixels = np.asarray(Image.open(pdf.with_suffix(".png")).convert("L"))
@@ -62,10 +65,21 @@ def test_the_untrained_network_is_the_one_that_was_measured(run):
 def test_figures_from_the_shell(run, tmp_path, capsys):
     main(["figures", str(run), "--out", str(tmp_path)])
     pdfs = sorted(tmp_path.glob("*.pdf"))
-    assert {p.stem for p in pdfs} >= {"alphas", "alpha_maps", "genotype", "losses_search", "losses_training", "strips", "cmc", "embeddings", "activation", "answers", "cells"}
+    assert {p.stem for p in pdfs} >= {
+        "alphas",
+        "alpha_maps",
+        "genotype",
+        "losses_search",
+        "losses_training",
+        "strips",
+        "cmc",
+        "embeddings",
+        "activation",
+        "answers",
+        "cells",
+    }
     assert len(capsys.readouterr().out.splitlines()) == len(pdfs)
     assert {round(check(p), 2) for p in pdfs} == {round(COL1, 2), round(COL2, 2)}
-
 
 
 def test_a_search_alone_has_figures_too(tmp_path):
@@ -75,7 +89,10 @@ def test_a_search_alone_has_figures_too(tmp_path):
 
 @pytest.mark.parametrize("shape", [(64, 32), (96, 96), (32, 160)])
 def test_strips_fill_the_page_whatever_the_shape(shape):
-    rows = [(np.zeros((*shape, 3)), np.zeros((15, *shape, 3)), np.zeros(15), [True] * 15, t) for t in ("at the start", "trained")]
+    rows = [
+        (np.zeros((*shape, 3)), np.zeros((15, *shape, 3)), np.zeros(15), [True] * 15, t)
+        for t in ("at the start", "trained")
+    ]
     fig = overview("GGEGAGGNGAEA", np.zeros((12, 4)), rows)
     fig.draw_without_rendering()
     strips = [ax for ax in fig.axes if len(ax.images) == 16]
@@ -128,7 +145,10 @@ def test_a_figure_wider_than_the_page_is_refused(tmp_path):
 def test_a_run_without_identities_has_a_page_and_files(tmp_path, capsys):
     out = tmp_path / "run"
     main(["usl", "--preset", "smoke", "--out", str(out)])
-    assert str(out / "report.html") in capsys.readouterr().out and "How clusters formed" in (out / "report.html").read_text()
+    assert (
+        str(out / "report.html") in capsys.readouterr().out
+        and "How clusters formed" in (out / "report.html").read_text()
+    )
     main(["figures", str(out)])
     names = {Path(f).stem for f in capsys.readouterr().out.split()}
     assert {"clusters", "strips", "embeddings", "losses_clusters"} <= names

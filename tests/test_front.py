@@ -1,4 +1,5 @@
 "What a visitor sees first is true: badges, links, versions, workflows, the way into each notebook."
+
 import json
 import re
 import subprocess
@@ -17,21 +18,47 @@ INI.read(ROOT / "settings.ini", encoding="utf-8")
 CONFIG = INI["DEFAULT"]
 
 
-@pytest.mark.parametrize("kind,names", {"github-workflows": "workflows/*.yml", "github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml", "github-issue-config": "ISSUE_TEMPLATE/config.yml"}.items())
+@pytest.mark.parametrize(
+    "kind,names",
+    {
+        "github-workflows": "workflows/*.yml",
+        "github-issue-forms": "ISSUE_TEMPLATE/[!c]*.yml",
+        "github-issue-config": "ISSUE_TEMPLATE/config.yml",
+    }.items(),
+)
 def test_github_reads_our_files(kind, names):
     files = sorted((ROOT / ".github").glob(names))
     assert files
-    subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{kind}", *map(str, files)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{kind}", *map(str, files)],
+        check=True,
+        capture_output=True,
+    )
 
 
 def test_citation():
-    subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.citation-file-format", str(ROOT / "CITATION.cff")], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "check_jsonschema",
+            "--builtin-schema",
+            "vendor.citation-file-format",
+            str(ROOT / "CITATION.cff"),
+        ],
+        check=True,
+        capture_output=True,
+    )
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {CONFIG['version']}\n" in text and CONFIG["git_url"] in text
 
 
 def test_pythons_that_are_promised_are_tested():
-    tested = re.search(r"python: \[(.*)\]", (ROOT / ".github/workflows/test.yml").read_text())[1].replace("'", "").split(", ")
+    tested = (
+        re.search(r"python: \[(.*)\]", (ROOT / ".github/workflows/test.yml").read_text())[1]
+        .replace("'", "")
+        .split(", ")
+    )
     assert tested == ["3.10", "3.11", "3.12", "3.13"] and tested[0] == CONFIG["min_python"]
     assert f'requires-python = ">={tested[0]}"' in (ROOT / "pyproject.toml").read_text()
     badge = re.search(r"badge/python-(.*?)-", README)[1]
@@ -39,7 +66,9 @@ def test_pythons_that_are_promised_are_tested():
 
 
 def test_badges_say_what_is_so():
-    assert "badge/licence-Apache--2.0-" in README and (ROOT / "LICENSE").read_text().lstrip().startswith("Apache License")
+    assert "badge/licence-Apache--2.0-" in README and (ROOT / "LICENSE").read_text().lstrip().startswith(
+        "Apache License"
+    )
     named = set(re.findall(r"https://img\.shields\.io/badge/(\w+)-", README))
     assert named == {"python", "licence", "paper"}, "a badge that nothing checks"
 
@@ -64,8 +93,28 @@ def test_every_notebook_opens_in_colab():
 def test_colab_finds_title_link_and_cell_once():
     path = ROOT / "nbs" / "sub" / "x.ipynb"
     source = ["# x\n", "\n", "> a line\n", "\n", "Words.\n", "\n", "More."]
-    nb = dict(cells=[dict(cell_type="code", source=["#| default_exp x"]), dict(cell_type="markdown", source=source), dict(cell_type="code", source=["1"])])
-    assert title_alone(nb) and open_in_colab(nb, path, "me/kit") and not open_in_colab(nb, path, "me/kit") and not title_alone(nb)
-    assert ["".join(c["source"]) for c in nb["cells"]] == ["#| default_exp x", "# x\n\n> a line", link(path, "me/kit"), install("me/kit"), "Words.\n\nMore.", "1"]
+    nb = dict(
+        cells=[
+            dict(cell_type="code", source=["#| default_exp x"]),
+            dict(cell_type="markdown", source=source),
+            dict(cell_type="code", source=["1"]),
+        ]
+    )
+    assert (
+        title_alone(nb)
+        and open_in_colab(nb, path, "me/kit")
+        and not open_in_colab(nb, path, "me/kit")
+        and not title_alone(nb)
+    )
+    assert ["".join(c["source"]) for c in nb["cells"]] == [
+        "#| default_exp x",
+        "# x\n\n> a line",
+        link(path, "me/kit"),
+        install("me/kit"),
+        "Words.\n\nMore.",
+        "1",
+    ]
     assert link(path, "me/kit") == f"[Open in Colab]({COLAB}me/kit/blob/main/nbs/sub/x.ipynb)"
-    assert open_in_colab(nb, path, "you/kit") and len(nb["cells"]) == 6 and "me/kit" not in json.dumps(nb), "a fork's links are its own"
+    assert open_in_colab(nb, path, "you/kit") and len(nb["cells"]) == 6 and "me/kit" not in json.dumps(nb), (
+        "a fork's links are its own"
+    )

@@ -1,4 +1,5 @@
 "Whatever is in a file, a list, a name or a configuration: it works, or it is an `InputError` of one line. A thousand cases in one process."
+
 import io
 import json
 import pickle
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msinet.engine.checkpoint import (
-    check_same, from_official, load_hub, load_weights, newest, to_bytes, read_run_json, save_weights, add_checksum,
+    check_same,
+    from_official,
+    load_hub,
+    load_weights,
+    newest,
+    to_bytes,
+    read_run_json,
+    save_weights,
+    add_checksum,
     check_checksum,
 )
 from msinet.cli import parse_args
@@ -34,12 +43,20 @@ from msinet.training.train import TrainConfig, open_net, load_initial_weights
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.weights import from_osnet
 
-CASES = dict(names=120, lists=120, tables=60, genotypes=185, checkpoints=200, released=100, models=100, runs=100, words=15)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s), max_leaves=8)
+CASES = dict(
+    names=120, lists=120, tables=60, genotypes=185, checkpoints=200, released=100, models=100, runs=100, words=15
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda s: st.lists(s) | st.dictionaries(st.text(), s),
+    max_leaves=8,
+)
 
 
 def fuzz(n):
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def fine(f, *args):
@@ -69,7 +86,10 @@ def test_names(name):
 
 
 @fuzz(CASES["lists"])
-@given(st.lists(st.text() | st.tuples(st.text(), st.integers()).map(lambda t: f"{t[0]} {t[1]}")) | st.binary().map(lambda b: [b.decode("latin1")]))
+@given(
+    st.lists(st.text() | st.tuples(st.text(), st.integers()).map(lambda t: f"{t[0]} {t[1]}"))
+    | st.binary().map(lambda b: [b.decode("latin1")])
+)
 def test_lists(tmp_path_factory, lines):
     file = tmp_path_factory.getbasetemp() / "list.txt"
     file.write_text("\n".join(lines), encoding="utf-8", errors="replace")
@@ -78,7 +98,15 @@ def test_lists(tmp_path_factory, lines):
 
 
 @fuzz(CASES["tables"])
-@given(st.lists(st.tuples(st.sampled_from(["0/0.png", "1/1.png", "../x.png", "/etc/hosts", ""]) | st.text(), st.text(), st.text()), max_size=4), st.sampled_from(["path,pid,cam", "path,pid,split", "pid,path,x", ""]))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["0/0.png", "1/1.png", "../x.png", "/etc/hosts", ""]) | st.text(), st.text(), st.text()
+        ),
+        max_size=4,
+    ),
+    st.sampled_from(["path,pid,cam", "path,pid,split", "pid,path,x", ""]),
+)
 def test_tables(own, rows, head):
     (own / "table.csv").write_text("\n".join([head, *(",".join(r) for r in rows)]), encoding="utf-8", errors="replace")
     data = fine(folder, own / "table.csv")
@@ -96,14 +124,21 @@ def own(tmp_path_factory):
 
 
 @fuzz(CASES["genotypes"])
-@given(st.text() | st.text("NEGA", min_size=10, max_size=13) | st.integers() | st.lists(st.sampled_from("NEGA"), min_size=12, max_size=12))
+@given(
+    st.text()
+    | st.text("NEGA", min_size=10, max_size=13)
+    | st.integers()
+    | st.lists(st.sampled_from("NEGA"), min_size=12, max_size=12)
+)
 def test_genotypes(word):
     net = fine(derived, word, (4, 16, 16, 16))
     assert net is None or len(word) == 12
 
 
 @fuzz(CASES["checkpoints"])
-@given(st.binary(max_size=300) | st.tuples(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 3)), st.booleans())
+@given(
+    st.binary(max_size=300) | st.tuples(st.integers(0, 10**6), st.integers(0, 255), st.integers(0, 3)), st.booleans()
+)
 def test_checkpoints(tmp_path_factory, what, again):
     "Bytes of any kind; a whole file with a byte changed, cut, doubled; pickles: read right, or refused."
     path = tmp_path_factory.getbasetemp() / "any.pt"
@@ -145,7 +180,23 @@ SMALL = ReIDNet(derived("G" * 12, (4, 16, 16, 16)), FBLNeck((16, 16, 16), 2))
 
 
 @fuzz(CASES["released"])
-@given(JSON | st.dictionaries(st.sampled_from(["conv1.conv.weight", "cells.0.conv1a.conv.weight", "cells.9.x", "fc.weight", "module.head.bias", "state_dict", "conv2.0.conv1.conv.weight"]), JSON))
+@given(
+    JSON
+    | st.dictionaries(
+        st.sampled_from(
+            [
+                "conv1.conv.weight",
+                "cells.0.conv1a.conv.weight",
+                "cells.9.x",
+                "fc.weight",
+                "module.head.bias",
+                "state_dict",
+                "conv2.0.conv1.conv.weight",
+            ]
+        ),
+        JSON,
+    )
+)
 def test_released_weights(tmp_path_factory, sd):
     fine(from_official, sd), fine(from_osnet, sd)
     path = tmp_path_factory.getbasetemp() / "released.pth"
@@ -156,8 +207,22 @@ def test_released_weights(tmp_path_factory, sd):
 
 
 @fuzz(CASES["models"])
-@given(JSON | st.fixed_dictionaries(dict(genotype=st.sampled_from(["G" * 12, "X", 3, None]), channels=st.lists(st.integers(-1, 40), max_size=5) | JSON, rho=st.integers(-1, 4) | JSON), optional=dict(
-    backbone=st.sampled_from(["msinet", "osnet", "no", 3]), fuse=st.sampled_from([*FUSES, "x", []]), size=st.lists(st.integers(0, 64), max_size=3), n_ids=st.integers(-2, 3) | st.text())))
+@given(
+    JSON
+    | st.fixed_dictionaries(
+        dict(
+            genotype=st.sampled_from(["G" * 12, "X", 3, None]),
+            channels=st.lists(st.integers(-1, 40), max_size=5) | JSON,
+            rho=st.integers(-1, 4) | JSON,
+        ),
+        optional=dict(
+            backbone=st.sampled_from(["msinet", "osnet", "no", 3]),
+            fuse=st.sampled_from([*FUSES, "x", []]),
+            size=st.lists(st.integers(0, 64), max_size=3),
+            n_ids=st.integers(-2, 3) | st.text(),
+        ),
+    )
+)
 def test_models(tmp_path_factory, about):
     "What a file of weights or a model's folder says about itself may be anything."
     dir = tmp_path_factory.getbasetemp() / "model"
@@ -168,7 +233,12 @@ def test_models(tmp_path_factory, about):
 
 
 @fuzz(CASES["runs"])
-@given(JSON | st.fixed_dictionaries(dict(search=JSON)) | st.fixed_dictionaries(dict(train=st.dictionaries(st.sampled_from(["rho", "lr", "epochs", "data"]), JSON))), st.binary(max_size=60))
+@given(
+    JSON
+    | st.fixed_dictionaries(dict(search=JSON))
+    | st.fixed_dictionaries(dict(train=st.dictionaries(st.sampled_from(["rho", "lr", "epochs", "data"]), JSON))),
+    st.binary(max_size=60),
+)
 def test_runs(tmp_path_factory, about, junk):
     "A run's folder with any configuration, history and lock."
     dir = tmp_path_factory.getbasetemp() / "run"
@@ -187,7 +257,31 @@ def test_runs(tmp_path_factory, about, junk):
 
 
 @fuzz(CASES["words"])
-@given(st.lists(st.sampled_from(["search", "train", "demo", "data", "check", "--resume", "--out", "--preset", "smoke", "=", "--lr", "x", "-1", "--size", "8"]) | st.text(max_size=8), max_size=6))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "search",
+                "train",
+                "demo",
+                "data",
+                "check",
+                "--resume",
+                "--out",
+                "--preset",
+                "smoke",
+                "=",
+                "--lr",
+                "x",
+                "-1",
+                "--size",
+                "8",
+            ]
+        )
+        | st.text(max_size=8),
+        max_size=6,
+    )
+)
 def test_words(words):
     "A command line of any words: parsed, refused with a usage line, or an `InputError`."
     import contextlib
@@ -200,7 +294,15 @@ def test_words(words):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
-@pytest.mark.parametrize("lie", [dict(channels=[64, 10**6, 10**6, 10**6]), dict(rho=10**7), dict(n_ids=10**9), dict(backbone="vit_b", size=[10**5, 10**5])])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        dict(channels=[64, 10**6, 10**6, 10**6]),
+        dict(rho=10**7),
+        dict(n_ids=10**9),
+        dict(backbone="vit_b", size=[10**5, 10**5]),
+    ],
+)
 def test_a_file_cannot_ask_for_more_memory_than_it_brings(lie, tmp_path):
     "What a model's folder says about itself is compared with its weights before anything is built."
     import resource
@@ -209,9 +311,14 @@ def test_a_file_cannot_ask_for_more_memory_than_it_brings(lie, tmp_path):
     save_weights(SMALL, tmp_path / "model.safetensors", about)
     (tmp_path / "config.json").write_text(json.dumps(about))
     start, limits = time.perf_counter(), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**29, limits[1]))
+    resource.setrlimit(
+        resource.RLIMIT_AS,
+        (int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 2**29, limits[1]),
+    )
     try:
-        for f in (load_model, HubNet.from_pretrained) if "n_ids" in lie else (load_model, HubNet.from_pretrained, open_net):
+        for f in (
+            (load_model, HubNet.from_pretrained) if "n_ids" in lie else (load_model, HubNet.from_pretrained, open_net)
+        ):
             with pytest.raises(InputError, match="differ|too few"):
                 f(str(tmp_path))
     finally:

@@ -1,4 +1,5 @@
 "Interactions, cells and names against numbers of the released implementation (float64, see golden/README.md)."
+
 import json
 import sys
 from pathlib import Path
@@ -40,9 +41,19 @@ def rename(key):
 
 @pytest.mark.parametrize("op", LETTER)
 def test_interactions(op):
-    g = {k.split(".", 1)[1]: torch.from_numpy(v) for k, v in np.load(HERE / "golden/a_ops.npz").items() if k.startswith(op + ".")}
+    g = {
+        k.split(".", 1)[1]: torch.from_numpy(v)
+        for k, v in np.load(HERE / "golden/a_ops.npz").items()
+        if k.startswith(op + ".")
+    }
     m = OPS[LETTER[op]](32).double()
-    names = {"fc1.weight": "mlp.0.weight", "fc1.bias": "mlp.0.bias", "fc2.weight": "mlp.2.weight", "fc2.bias": "mlp.2.bias", "gamma": "gamma"}
+    names = {
+        "fc1.weight": "mlp.0.weight",
+        "fc1.bias": "mlp.0.bias",
+        "fc2.weight": "mlp.2.weight",
+        "fc2.bias": "mlp.2.bias",
+        "gamma": "gamma",
+    }
     params = {names[k[6:]]: v for k, v in g.items() if k.startswith("param.")}
     m.load_state_dict(params, strict=True)
     x1, x2 = g["xa"].clone().requires_grad_(), g["xb"].clone().requires_grad_()
@@ -60,12 +71,25 @@ def test_interactions(op):
 
 @needs_shared
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("name,c_in,c_out,im1,im2", [("A", 48, 128, ChannelGate, CrossAttention), ("B", 128, 128, Exchange, Keep), ("C", 128, 128, CrossAttention, ChannelGate)])
+@pytest.mark.parametrize(
+    "name,c_in,c_out,im1,im2",
+    [
+        ("A", 48, 128, ChannelGate, CrossAttention),
+        ("B", 128, 128, Exchange, Keep),
+        ("C", 128, 128, CrossAttention, ChannelGate),
+    ],
+)
 def test_cells(name, c_in, c_out, im1, im2, mode):
     z = np.load(SHARED / "golden/b_cells.npz")
-    g = {k[len(f"{name}.{mode}.") :]: torch.from_numpy(np.asarray(z[k])) for k in z.files if k.startswith(f"{name}.{mode}.")}
+    g = {
+        k[len(f"{name}.{mode}.") :]: torch.from_numpy(np.asarray(z[k]))
+        for k in z.files
+        if k.startswith(f"{name}.{mode}.")
+    }
     cell = Cell(c_in, c_out, im1, im2).double()
-    released = [k[len("grad_param.") :] for k in g if k.startswith("grad_param.")] + [k[len("after.") :] for k in g if k.startswith("after.")]
+    released = [k[len("grad_param.") :] for k in g if k.startswith("grad_param.")] + [
+        k[len("after.") :] for k in g if k.startswith("after.")
+    ]
     sd = cell.state_dict()
     given = {}
     for k in released:
@@ -76,7 +100,9 @@ def test_cells(name, c_in, c_out, im1, im2, mode):
         for k in sd:
             if k.endswith(("running_mean", "running_var")) and k not in given:
                 bn = k.rsplit(".", 1)[0]
-                given[k] = torch.as_tensor(recipe.param(back[f"{bn}.weight"].rsplit(".", 1)[0] + "." + k.rsplit(".", 1)[1], tuple(sd[k].shape)))
+                given[k] = torch.as_tensor(
+                    recipe.param(back[f"{bn}.weight"].rsplit(".", 1)[0] + "." + k.rsplit(".", 1)[1], tuple(sd[k].shape))
+                )
     cell.load_state_dict({**counters, **given}, strict=True)
     cell.train(mode == "train")
     x = g["x"].clone().requires_grad_()

@@ -1,4 +1,5 @@
 "Open the kit in a real JupyterLab in a headless browser and run the first page, as a newcomer would."
+
 import json
 import os
 import secrets
@@ -49,7 +50,15 @@ def free_port():
 
 
 def environment(tmp):
-    dirs = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="run", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="ws", IPYTHONDIR="ipython", MPLCONFIGDIR="mpl")
+    dirs = dict(
+        JUPYTER_CONFIG_DIR="config",
+        JUPYTER_DATA_DIR="data",
+        JUPYTER_RUNTIME_DIR="run",
+        JUPYTERLAB_SETTINGS_DIR="settings",
+        JUPYTERLAB_WORKSPACES_DIR="ws",
+        IPYTHONDIR="ipython",
+        MPLCONFIGDIR="mpl",
+    )
     env = dict(os.environ, **{k: str(tmp / v) for k, v in dirs.items()})
     env.pop("IN_TEST", None)
     return env
@@ -75,7 +84,9 @@ def lab(notebooks):
         yield url, token
     finally:
         try:
-            urllib.request.urlopen(urllib.request.Request(f"{url}/api/shutdown?token={token}", method="POST"), timeout=5)
+            urllib.request.urlopen(
+                urllib.request.Request(f"{url}/api/shutdown?token={token}", method="POST"), timeout=5
+            )
         except OSError:
             server.terminate()
         try:
@@ -110,11 +121,13 @@ def open_and_run(lab, page, name):
 @pytest.fixture
 def shot(page, tmp_path):
     "Called with a name, leaves a picture of the page; MSINET_SHOTS names a folder to keep them."
+
     def take(name):
         path = Path(os.environ.get("MSINET_SHOTS", tmp_path)) / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=path)
         assert path.stat().st_size > 10_000
+
     return take
 
 
@@ -134,7 +147,9 @@ def move(page, name, key="End"):
     handle.focus()
     start = time.perf_counter()
     page.keyboard.press(key)
-    page.wait_for_function("([e, before]) => e.getAttribute('src') !== before && e.complete", arg=[picture.element_handle(), before])
+    page.wait_for_function(
+        "([e, before]) => e.getAttribute('src') !== before && e.complete", arg=[picture.element_handle(), before]
+    )
     return time.perf_counter() - start
 
 
@@ -146,8 +161,27 @@ def test_augmentation_sliders_move(lab, page, shot):
     assert sorted(seconds)[len(seconds) // 2] < 2, seconds
 
 
-PANELS = ["interaction_lab", "alpha_player", "live_search", "cell_browser", "activation_lens", "retrieval_browser", "sam_explorer", "embedding_map", "augment_lab"]
-SLIDERS = dict(interaction_lab="picture", alpha_player="epoch", cell_browser="cell", activation_lens="query", retrieval_browser="query", sam_explorer="place", embedding_map="point", augment_lab="seed")
+PANELS = [
+    "interaction_lab",
+    "alpha_player",
+    "live_search",
+    "cell_browser",
+    "activation_lens",
+    "retrieval_browser",
+    "sam_explorer",
+    "embedding_map",
+    "augment_lab",
+]
+SLIDERS = dict(
+    interaction_lab="picture",
+    alpha_player="epoch",
+    cell_browser="cell",
+    activation_lens="query",
+    retrieval_browser="query",
+    sam_explorer="place",
+    embedding_map="point",
+    augment_lab="seed",
+)
 CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=-1)
 EXECUTE = """async code => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, f = k.requestExecute({code, store_history: false}); let out = '';
   f.onIOPub = m => { out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') }; await f.done; return out }"""
@@ -157,6 +191,7 @@ CHANGED = "([e, before]) => e.getAttribute('src') !== before && e.complete"
 
 class TourPanel:
     "One panel of the tour, in whatever page it is."
+
     def __init__(self, page, name):
         self.page, self.panel = page, page.locator(".widget-vbox").nth(PANELS.index(name))
         self.image = self.panel.locator("img").first
@@ -169,7 +204,11 @@ class TourPanel:
         return time.perf_counter() - start
 
     def slide(self, name, keys=("ArrowLeft", "ArrowRight", "ArrowLeft", "ArrowRight")):
-        handle = self.panel.locator(".widget-inline-hbox", has=self.page.get_by_text(name, exact=True)).locator(".noUi-handle").first
+        handle = (
+            self.panel.locator(".widget-inline-hbox", has=self.page.get_by_text(name, exact=True))
+            .locator(".noUi-handle")
+            .first
+        )
         handle.scroll_into_view_if_needed()
         handle.focus()
         if handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemin"):
@@ -200,7 +239,12 @@ def tour(lab, page):
 def test_tour_answers_to_sliders_and_clicks(tour):
     seconds = {name: TourPanel(tour, name).slide(label) for name, label in SLIDERS.items()}
     clicks = {name: TourPanel(tour, name).spot(i) for name, i in CLICKS.items()}
-    print("seconds to the new picture:", {k: round(v, 2) for k, v in seconds.items()}, "clicks:", {k: round(v, 2) for k, v in clicks.items()})
+    print(
+        "seconds to the new picture:",
+        {k: round(v, 2) for k, v in seconds.items()},
+        "clicks:",
+        {k: round(v, 2) for k, v in clicks.items()},
+    )
     for name in PANELS:
         panel = TourPanel(tour, name).panel
         assert "Error" not in panel.inner_text(), name
@@ -219,11 +263,20 @@ def test_search_is_started_paused_stepped_stopped_and_resumed(lab, tour, shot):
     iteration = live.panel.locator(".widget-label", has_text="iteration").inner_text()
     live.timed(lambda: live.press("step"))
     live.says("paused")
-    tour.wait_for_function("([e, was]) => e.innerText !== was", arg=[live.panel.locator(".widget-label", has_text="iteration").element_handle(), iteration])
+    tour.wait_for_function(
+        "([e, was]) => e.innerText !== was",
+        arg=[live.panel.locator(".widget-label", has_text="iteration").element_handle(), iteration],
+    )
     shot("live_paused")
     live.press("stop")
     live.says("stopped")
-    assert tour.evaluate(EXECUTE, "import threading; print(any('search' in t.name for t in threading.enumerate()), live.pulse.answered)").strip() == "False True"
+    assert (
+        tour.evaluate(
+            EXECUTE,
+            "import threading; print(any('search' in t.name for t in threading.enumerate()), live.pulse.answered)",
+        ).strip()
+        == "False True"
+    )
     tour.evaluate(EXECUTE, "live.pulse.every, live.pulse.patience, live.pulse.silent = .3, 5, 0")
     live.press("go on")
     live.says("running")
@@ -241,7 +294,9 @@ def test_tour_as_a_web_page(notebooks, page, shot):
     port = free_port()
     command = f"-m voila {notebooks / 'nbs' / '40a_tour.ipynb'} --no-browser --Voila.ip=127.0.0.1 --port={port} --port_retries=0 --theme=light"
     with open(notebooks / "voila.log", "w") as log:
-        server = subprocess.Popen([sys.executable, *command.split()], env=environment(notebooks), stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            [sys.executable, *command.split()], env=environment(notebooks), stdout=log, stderr=subprocess.STDOUT
+        )
     try:
         for _ in range(300):
             try:
@@ -250,7 +305,9 @@ def test_tour_as_a_web_page(notebooks, page, shot):
             except OSError:
                 assert server.poll() is None, (notebooks / "voila.log").read_text()[-2000:]
                 time.sleep(0.2)
-        page.route(lambda url: not url.startswith(("http://127.0.0.1", "data:", "blob:")), lambda route: route.abort())  # a classroom without a network
+        page.route(
+            lambda url: not url.startswith(("http://127.0.0.1", "data:", "blob:")), lambda route: route.abort()
+        )  # a classroom without a network
         page.goto(f"http://127.0.0.1:{port}/", wait_until="domcontentloaded")
         page.wait_for_function(f"() => document.querySelectorAll('.widget-vbox img').length === {len(PANELS)}")
         page.wait_for_function(ICONS)

@@ -1,4 +1,5 @@
 "Identity and triplet loss against the released numbers, and the batches a user may bring."
+
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 from msinet.core import InputError
 from msinet.losses import check_labels, distances, hardest, id_loss, triplet, unit
 
-G = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent/'golden'/'d_losses.npz').items()}
+G = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / 'golden' / 'd_losses.npz').items()}
 
 
 def with_grad(loss, x, *a, **kw):
@@ -25,7 +26,7 @@ def test_triplet_golden(name, normalise):
     f, y = G['triplet.feats'], G['triplet.labels']
     loss, grad = with_grad(triplet, f, y, float(G['triplet.margin']), normalise)
     assert_close(loss, G[f'{name}.loss'], rtol=1e-7, atol=0)
-    assert_close(grad, G[f'{name}.grad'], rtol=0, atol=1e-6*G[f'{name}.grad'].norm().item())
+    assert_close(grad, G[f'{name}.grad'], rtol=0, atol=1e-6 * G[f'{name}.grad'].norm().item())
     d_p, d_n = hardest(distances(unit(f) if normalise else f), y)
     assert_close((d_n > d_p).float().mean(), G[f'{name}.precision'])
 
@@ -33,7 +34,7 @@ def test_triplet_golden(name, normalise):
 def test_id_golden():
     loss, grad = with_grad(id_loss, G['ce.logits'], G['ce.labels'], float(G['ce.epsilon']))
     assert_close(loss, G['ce.loss'], rtol=1e-7, atol=0)
-    assert_close(grad, G['ce.grad'], rtol=0, atol=1e-6*G['ce.grad'].norm().item())
+    assert_close(grad, G['ce.grad'], rtol=0, atol=1e-6 * G['ce.grad'].norm().item())
 
 
 def test_float32_follows_float64():
@@ -50,20 +51,21 @@ def test_plain_identity_loss_is_the_default_without_smoothing():
 
 
 @pytest.mark.parametrize('y', [[0, 0, 0, 1], [0, 1, 2, 3], [7, 7, -3, 7, 100, -3]], ids=str)
-@pytest.mark.parametrize('m', [0., .3, 3.])
+@pytest.mark.parametrize('m', [0.0, 0.3, 3.0])
 def test_triplet_any_mix_of_labels(y, m):
     f, y = torch.randn(len(y), 5, dtype=torch.double, generator=torch.Generator().manual_seed(len(y))), torch.tensor(y)
     total = 0
     for a in range(len(y)):
         d = (F.normalize(f[a], dim=0) - F.normalize(f)).norm(dim=1)
         total += (d[y == y[a]].max() - d[y != y[a]].min() + m).clamp(min=0)
-    assert_close(triplet(f, y, m), total/len(y), atol=1e-6, rtol=0) # an anchor alone is at 1e-6 from itself
-    if len(y.unique()) < len(y): assert gradcheck(lambda f: triplet(f, y, m), f.requires_grad_())
+    assert_close(triplet(f, y, m), total / len(y), atol=1e-6, rtol=0)  # an anchor alone is at 1e-6 from itself
+    if len(y.unique()) < len(y):
+        assert gradcheck(lambda f: triplet(f, y, m), f.requires_grad_())
 
 
 def test_twins_and_zeros_have_a_finite_gradient():
     f = torch.randn(6, 4)
-    f[1], f[3], f[4] = f[0], 0, f[5] # a copy, a dead feature, a copy with another label
+    f[1], f[3], f[4] = f[0], 0, f[5]  # a copy, a dead feature, a copy with another label
     for normalise in (True, False):
         loss, grad = with_grad(triplet, f, torch.tensor([0, 0, 1, 1, 2, 3]), normalise=normalise)
         assert loss.isfinite() and grad.isfinite().all() and grad.abs().max() < 10
@@ -71,15 +73,17 @@ def test_twins_and_zeros_have_a_finite_gradient():
 
 def test_one_identity_has_no_negative():
     for y in ([4, 4, 4], [0]):
-        with pytest.raises(InputError, match='one identity') as e: triplet(torch.randn(len(y), 3), torch.tensor(y))
+        with pytest.raises(InputError, match='one identity') as e:
+            triplet(torch.randn(len(y), 3), torch.tensor(y))
         assert '\n' not in str(e.value)
-    d_p, d_n = hardest(distances(torch.randn(3, 2, requires_grad=True)), torch.zeros(3)) # what a GPU does instead
-    assert (d_p - d_n + .3).relu().mean() == 0
+    d_p, d_n = hardest(distances(torch.randn(3, 2, requires_grad=True)), torch.zeros(3))  # what a GPU does instead
+    assert (d_p - d_n + 0.3).relu().mean() == 0
 
 
 @pytest.mark.parametrize('bad', [[0, 5], [-1, 2], [1501, 0]], ids=str)
 def test_labels_out_of_range(bad):
-    with pytest.raises(InputError, match='expected 0 to 4'): id_loss(torch.randn(2, 5), torch.tensor(bad))
+    with pytest.raises(InputError, match='expected 0 to 4'):
+        id_loss(torch.randn(2, 5), torch.tensor(bad))
 
 
 def test_check_labels_passes_what_is_right():

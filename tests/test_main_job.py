@@ -1,4 +1,5 @@
 "The main job as a user meets it: from the command line, with mistakes, killed and resumed."
+
 import json
 import os
 import subprocess
@@ -42,7 +43,9 @@ def pictures(tmp_path_factory):
     for pid in range(6):
         (root / "own" / f"{pid:03d}").mkdir(parents=True)
         for k in range(4):
-            Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(root / "own" / f"{pid:03d}" / f"{k}.png")
+            Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(
+                root / "own" / f"{pid:03d}" / f"{k}.png"
+            )
     (root / "empty").mkdir()
     return root
 
@@ -76,7 +79,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, pictures, tmp_path, caps
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path):
-    p = subprocess.run([Path(sys.executable).parent / "msinet", "demo", "--data", "X=1", "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path)
+    p = subprocess.run(
+        [Path(sys.executable).parent / "msinet", "demo", "--data", "X=1", "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert p.returncode == 2 and p.stderr.count("\n") == 1 and p.stdout == ""
 
 
@@ -142,7 +150,9 @@ def test_killed_and_resumed_is_the_same_run(kind, tmp_path, monkeypatch):
 def test_the_cache_changes_nothing_but_time(kept, tmp_path):
     "Decoded once or whenever drawn: the same losses, weights and metrics, bit for bit."
     cfg = replace(TRAIN["smoke"], random_erasing=0.5, jitter=True)
-    once = train(replace(cfg, out=str(tmp_path / "once"), cache_dir=str(tmp_path / "cache") if kept == "on disk" else ""))
+    once = train(
+        replace(cfg, out=str(tmp_path / "once"), cache_dir=str(tmp_path / "cache") if kept == "on disk" else "")
+    )
     anew = train(replace(cfg, out=str(tmp_path / "anew"), cache=False))
     losses = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (once, anew)]
     assert losses[0] == losses[1] and once.metrics == anew.metrics
@@ -168,11 +178,17 @@ def test_reading_back(tmp_path):
         assert torch.equal(net.embed(x), trained.net.embed(x))
     report(tmp_path / "run")
     # the same weights are a start for other identities: everything but the classifiers is taken in
-    again = train(replace(cfg, out=str(tmp_path / "again"), weights=str(tmp_path / "run/model.safetensors"), lr=0.0, wd=0.0))
+    again = train(
+        replace(cfg, out=str(tmp_path / "again"), weights=str(tmp_path / "run/model.safetensors"), lr=0.0, wd=0.0)
+    )
     own, new = trained.net.state_dict(), again.net.state_dict()
     assert all(torch.equal(own[k], new[k]) for k in own if "running" not in k and "num_batches" not in k)
     with pytest.raises(InputError, match="does not fit"):
-        train(replace(cfg, out=str(tmp_path / "other"), weights=str(tmp_path / "run/model.safetensors"), genotype="A" * 12))
+        train(
+            replace(
+                cfg, out=str(tmp_path / "other"), weights=str(tmp_path / "run/model.safetensors"), genotype="A" * 12
+            )
+        )
 
 
 def test_rates_are_the_released_ones():
@@ -182,4 +198,6 @@ def test_rates_are_the_released_ones():
     np.testing.assert_allclose([lr_at(e, 0.025) for e in range(350)], h["search_weights_350"], rtol=1e-9)
     np.testing.assert_allclose([lr_at(e, 0.065) for e in range(250)], h["cross_domain_250"], rtol=1e-9)
     released = SEARCH["released"]
-    np.testing.assert_allclose([lr_at(e, released.lr_alpha, 0, released.milestones_alpha) for e in range(350)], h["alpha_350"], rtol=1e-9)
+    np.testing.assert_allclose(
+        [lr_at(e, released.lr_alpha, 0, released.milestones_alpha) for e in range(350)], h["alpha_350"], rtol=1e-9
+    )

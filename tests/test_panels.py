@@ -1,4 +1,5 @@
 "Comparisons on one scale, certainty of a search, and reasons on a map."
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_texts_must_match_rows():
 def test_settled_by_a_loop():
     h = torch.randn(20, 12, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
     best = h.argmax(-1).T.tolist()
-    slow = [next(e for e in range(1, 21) if len(set(b[e - 1:])) == 1) for b in best]
+    slow = [next(e for e in range(1, 21) if len(set(b[e - 1 :])) == 1) for b in best]
     assert settled(h).tolist() == slow
 
 

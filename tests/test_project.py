@@ -1,4 +1,5 @@
 "What holds for the project as a whole: notebooks and library agree, floors hold, notebooks are fit to be read."
+
 import ast
 import json
 import re
@@ -39,8 +40,16 @@ def test_export_and_clean_leave_no_difference(tmp_path):
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([Path(sys.executable).parent / command], cwd=tmp_path, check=True, capture_output=True)
     for kind, suffix in (("msinet", ".py"), ("nbs", ".ipynb")):
-        ours = {p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in sorted((ROOT / kind).rglob(f"*{suffix}")) if ".ipynb_checkpoints" not in p.parts}
-        again = {p.relative_to(tmp_path): p.read_text(encoding="utf-8") for p in sorted((tmp_path / kind).rglob(f"*{suffix}")) if ".ipynb_checkpoints" not in p.parts}
+        ours = {
+            p.relative_to(ROOT): p.read_text(encoding="utf-8")
+            for p in sorted((ROOT / kind).rglob(f"*{suffix}"))
+            if ".ipynb_checkpoints" not in p.parts
+        }
+        again = {
+            p.relative_to(tmp_path): p.read_text(encoding="utf-8")
+            for p in sorted((tmp_path / kind).rglob(f"*{suffix}"))
+            if ".ipynb_checkpoints" not in p.parts
+        }
         assert ours.keys() == again.keys()
         differ = [str(k) for k in ours if ours[k] != again[k]]
         assert not differ, f"run nbdev_export and nbdev_clean: {differ}"
@@ -75,7 +84,9 @@ def test_notebook_is_fit_to_read(path):
     for c in nb["cells"]:
         outs = c.get("outputs", [])
         assert not any(o["output_type"] == "error" for o in outs)
-        assert not any("widget-view" in kind for o in outs for kind in o.get("data", {})), "a stored page has no kernel: run make export"
+        assert not any("widget-view" in kind for o in outs for kind in o.get("data", {})), (
+            "a stored page has no kernel: run make export"
+        )
         plain = json.dumps([o.get("text", o.get("data", {}).get("text/plain", "")) for o in outs])
         assert not re.search(r"/(home|tmp|root|Users)/|[A-Z]:\\\\Users", plain), plain[:200]
         assert "#| export" not in source(c) or c["cell_type"] == "code"
@@ -88,4 +99,9 @@ def test_a_picture_has_words_for_those_who_cannot_see_it(path):
         shown = any(kind.startswith("image/") for o in c.get("outputs", []) for kind in o.get("data", {}))
         said = re.findall(r"^#\| *fig-alt: *(.*)$", source(c), re.M) if c["cell_type"] == "code" else []
         assert shown <= len(said) <= 1, f"cell {n}: one line #| fig-alt: … is expected on top"
-        assert all(15 <= len(s) <= 140 and not set(s) & set(":\"") and re.match(r"(#\|.*\n)*", source(c))[0].count("fig-alt") == 1 for s in said), f"cell {n}: {said}"
+        assert all(
+            15 <= len(s) <= 140
+            and not set(s) & set(":\"")
+            and re.match(r"(#\|.*\n)*", source(c))[0].count("fig-alt") == 1
+            for s in said
+        ), f"cell {n}: {said}"

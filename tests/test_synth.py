@@ -1,4 +1,5 @@
 "The rendered set: the same for everybody, exact masks, and readable as a published set."
+
 import os
 import subprocess
 import sys
@@ -15,21 +16,38 @@ from msinet.core import InputError
 from msinet.rendering.tracer import View, cast
 from msinet.rendering.scene import KINDS, camera, keyed
 from msinet.rendering.world import (
-    LEVELS, Dials, Shot, World, get_data, identity, is_rendered, lookalikes, mask, parse_path, render,
-    site, snap, stage, synth, write_layout,
+    LEVELS,
+    Dials,
+    Shot,
+    World,
+    get_data,
+    identity,
+    is_rendered,
+    lookalikes,
+    mask,
+    parse_path,
+    render,
+    site,
+    snap,
+    stage,
+    synth,
+    write_layout,
 )
 from msinet.rendering.vehicles import BODIES, footprint, mark_apart, marks_of
 
 SMALL = dict(n_ids=4, n_test=3, cams=3, visits=3, height=32)
 
 
-def crc(a): return zlib.crc32(np.ascontiguousarray(a).tobytes())
+def crc(a):
+    return zlib.crc32(np.ascontiguousarray(a).tobytes())
 
 
-def small(**kw): return synth(**{**SMALL, **kw})
+def small(**kw):
+    return synth(**{**SMALL, **kw})
 
 
-def pictures(data): return data.train+data.query+data.gallery
+def pictures(data):
+    return data.train + data.query + data.gallery
 
 
 # ---------------------------------------------------------------- the same for everybody
@@ -37,7 +55,8 @@ def pictures(data): return data.train+data.query+data.gallery
 def test_order_of_drawing_does_not_matter(kind):
     paths = [i.path for i in pictures(small(kind=kind))][::3]
     forward = {p: crc(render(p)) for p in paths}
-    for cache in (site, identity): cache.cache_clear()
+    for cache in (site, identity):
+        cache.cache_clear()
     assert {p: crc(render(p)) for p in reversed(paths)} == forward
 
 
@@ -45,7 +64,13 @@ def test_order_of_drawing_does_not_matter(kind):
 def test_another_process_draws_the_same(kind):
     paths = [i.path for i in pictures(small(kind=kind))][::9]
     code = f"import zlib; from msinet.synth import render; print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])"
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONHASHSEED': '7'}, check=True)
+    out = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONHASHSEED': '7'},
+        check=True,
+    )
     assert out.stdout.strip() == str([crc(render(p)) for p in paths])
 
 
@@ -55,29 +80,37 @@ def test_more_people_and_cameras_change_nothing():
         old, new = set(getattr(few, name)), set(getattr(more, name))
         pids = {i.pid for i in old}
         assert pids < {i.pid for i in new}
-        assert {i for i in new if i.pid in pids and i.cam <= 5} <= old # visits only move to cameras that are new
+        assert {i for i in new if i.pid in pids and i.cam <= 5} <= old  # visits only move to cameras that are new
     assert {i for i in synth(n_ids=9, cams=5, visits=3).train if i.pid < 12} == set(few.train)
 
 
 def test_geometry_is_golden():
     "Masks and label maps come out as they always did; when a change is wanted, raise `DRAWING` and renew these numbers."
     world = World('person', 'B', 3, 64, LEVELS['hard'])
-    masks = [np.round(255*stage(Shot(world, s, n, n%6+1, n%3))[1]).astype(np.uint8) for s in ('train', 'test') for n in range(1, 9)]
+    masks = [
+        np.round(255 * stage(Shot(world, s, n, n % 6 + 1, n % 3))[1]).astype(np.uint8)
+        for s in ('train', 'test')
+        for n in range(1, 9)
+    ]
     labels = []
     for n in range(1, 9):
-        shapes = ACTORS['person'].shapes(identity(world, 'train', n), Pose(n, .4, .1, .2))
-        labels.append(cast(shapes, View((64, 32), n, .3, 54, o=(0, 0, .5)))[1].astype(np.uint8))
+        shapes = ACTORS['person'].shapes(identity(world, 'train', n), Pose(n, 0.4, 0.1, 0.2))
+        labels.append(cast(shapes, View((64, 32), n, 0.3, 54, o=(0, 0, 0.5)))[1].astype(np.uint8))
     assert module.DRAWING == 1
     assert (crc(np.stack(masks)), crc(np.stack(labels))) == (2571401367, 2204235751)
 
 
 def test_geometry_of_vehicles_is_golden():
     world = World('vehicle', 'A', 3, 64, LEVELS['hard'])
-    masks = [np.round(255*stage(Shot(world, s, n, n%6+1, n%3))[1]).astype(np.uint8) for s in ('train', 'test') for n in range(1, 13)]
+    masks = [
+        np.round(255 * stage(Shot(world, s, n, n % 6 + 1, n % 3))[1]).astype(np.uint8)
+        for s in ('train', 'test')
+        for n in range(1, 13)
+    ]
     labels = []
     for n in range(1, 13):
         shapes = KINDS['vehicle'].shapes(identity(world, 'train', n), Pose())
-        labels.append(cast(shapes, View((64, 64), n, .3, 11, o=(0, 0, .8)))[1].astype(np.uint8))
+        labels.append(cast(shapes, View((64, 64), n, 0.3, 11, o=(0, 0, 0.8)))[1].astype(np.uint8))
     assert (crc(np.stack(masks)), crc(np.stack(labels))) == (619641726, 2303821163)
 
 
@@ -92,21 +125,24 @@ def test_chance_has_names():
 # ---------------------------------------------------------------- the set
 def test_a_set_is_a_reid_set():
     data = synth(n_ids=5, n_test=4, cams=6, visits=4, frames=3, test_frames=2)
-    assert (len(data.train), len(data.query), len(data.gallery)) == (5*4*3, 4*4, 4*4)
+    assert (len(data.train), len(data.query), len(data.gallery)) == (5 * 4 * 3, 4 * 4, 4 * 4)
     train, test = {i.pid for i in data.train}, {i.pid for i in data.query}
     assert min(train) == 1 and not train & test and test == {i.pid for i in data.gallery}
-    assert {i.cam for i in pictures(data)} <= set(range(1, 7)) and len({i.path for i in pictures(data)}) == len(pictures(data))
+    assert {i.cam for i in pictures(data)} <= set(range(1, 7)) and len({i.path for i in pictures(data)}) == len(
+        pictures(data)
+    )
     for i in pictures(data):
         shot = parse_path(i.path)
         assert is_rendered(i.path) and (shot.number, shot.cam, shot.path) == (i.pid, i.cam, i.path)
-    for q in data.query: assert any(g.pid == q.pid and g.cam != q.cam for g in data.gallery)
+    for q in data.query:
+        assert any(g.pid == q.pid and g.cam != q.cam for g in data.gallery)
 
 
 def test_pictures_and_masks():
     for i in pictures(small(height=48))[::7]:
         x, m = render(i.path), mask(i)
         assert x.shape == (48, 24, 3) and x.dtype == np.uint8 and x.std() > 5
-        assert m.shape == (48, 24) and m.dtype == np.float32 and 0 <= m.min() and m.max() <= 1 and .05 < m.mean() < .6
+        assert m.shape == (48, 24) and m.dtype == np.float32 and 0 <= m.min() and m.max() <= 1 and 0.05 < m.mean() < 0.6
         np.testing.assert_array_equal(m, mask(i.path))
 
 
@@ -116,10 +152,10 @@ def test_masks_are_exact(level, kind):
     "Without the person or vehicle, what is outside the mask stays as it is, and what is inside changes."
     world = World(kind, 'A', 1, 64, LEVELS[level])
     for n in range(1, 13):
-        shot = Shot(world, 'test', n, n%6+1, 0)
+        shot = Shot(world, 'test', n, n % 6 + 1, 0)
         (image, m), (empty, none) = stage(shot), stage(shot, actor=False)
-        changed = np.abs(image-empty).max(-1) > 0
-        assert not none.any() and not changed[m == 0].any() and changed[m > 0].mean() > .98
+        changed = np.abs(image - empty).max(-1) > 0
+        assert not none.any() and not changed[m == 0].any() and changed[m > 0].mean() > 0.98
 
 
 def test_lookalikes_share_what_is_large():
@@ -138,8 +174,8 @@ def test_vehicles_are_square_seen_whole_and_from_where_the_domain_says():
         assert all(low <= np.rad2deg(c.elevation) <= high for c in cams)
         for i in pictures(small(kind='vehicle', domain=d, height=48))[::5]:
             x, m = render(i.path), mask(i)
-            assert x.shape == (48, 48, 3) and m.shape == (48, 48) and m.mean() > .08
-    for shot in (parse_path(i.path) for i in small(kind='vehicle', domain='B', level=Dials(camera_strength=0.)).train):
+            assert x.shape == (48, 48, 3) and m.shape == (48, 48) and m.mean() > 0.08
+    for shot in (parse_path(i.path) for i in small(kind='vehicle', domain='B', level=Dials(camera_strength=0.0)).train):
         m = stage(shot)[1]
         assert (m > 0).any(1).sum() < 32 and (m > 0).any(0).sum() <= 32
 
@@ -160,23 +196,43 @@ def test_marks_suit_the_body_and_shadows_are_ellipses():
         v = replace(car, body=body)
         assert len(marks_of(v)[1]) >= KINDS['vehicle'].n_cues
         assert mark_apart(v, keyed(1), 8) != v
-        for a in np.linspace(0, 6, 7): # the sheared ellipse holds the ends of the half axes: x = p·forward, q·left
+        for a in np.linspace(0, 6, 7):  # the sheared ellipse holds the ends of the half axes: x = p·forward, q·left
             across, away, shift = footprint(v, a)
-            for half, (x, y) in ((.58*BODIES[body].long, (np.sin(a), np.cos(a))), (.6*BODIES[body].wide, (np.cos(a), -np.sin(a)))):
-                np.testing.assert_allclose(((half*x-shift*half*y)/across)**2+(half*y/away)**2, 1)
+            for half, (x, y) in (
+                (0.58 * BODIES[body].long, (np.sin(a), np.cos(a))),
+                (0.6 * BODIES[body].wide, (np.cos(a), -np.sin(a))),
+            ):
+                np.testing.assert_allclose(((half * x - shift * half * y) / across) ** 2 + (half * y / away) ** 2, 1)
 
 
-@pytest.mark.parametrize('wrong', [dict(kind='horse'), dict(kind='vehicle', level=Dials(n_fine=9)), dict(domain='C'), dict(level='simple'), dict(visits=7), dict(visits=1), dict(height=33),
-                                   dict(n_ids=0, n_test=0), dict(test_frames=1), dict(seed=-1), dict(level=Dials(n_fine=9)), dict(level=Dials(bg_bias=2.))])
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        dict(kind='horse'),
+        dict(kind='vehicle', level=Dials(n_fine=9)),
+        dict(domain='C'),
+        dict(level='simple'),
+        dict(visits=7),
+        dict(visits=1),
+        dict(height=33),
+        dict(n_ids=0, n_test=0),
+        dict(test_frames=1),
+        dict(seed=-1),
+        dict(level=Dials(n_fine=9)),
+        dict(level=Dials(bg_bias=2.0)),
+    ],
+)
 def test_mistakes_are_told_in_one_line(wrong):
-    with pytest.raises(InputError) as e: synth(**wrong)
+    with pytest.raises(InputError) as e:
+        synth(**wrong)
     assert '\n' not in str(e.value) and 'expected' in str(e.value)
 
 
 def test_names_of_nothing(tmp_path):
     for f in (parse_path, render, mask):
         for path in ('synth:person', 'synth:person,A,0:train/1/c1/f0', f'{tmp_path}/none.jpg'):
-            with pytest.raises(InputError, match='expected'): f(path)
+            with pytest.raises(InputError, match='expected'):
+                f(path)
 
 
 # ---------------------------------------------------------------- on disk
@@ -198,23 +254,31 @@ def test_market_layout_comes_back(tmp_path):
     files = {(i.pid, i.cam, int(Path(i.path).name.split('_')[2])): i for i in pictures(back)}
     for i in pictures(data):
         disk = files[i.pid, i.cam, parse_path(i.path).frame]
-        assert np.abs(render(disk.path).astype(int)-render(i.path)).mean() < 4
-        np.testing.assert_allclose(mask(disk), mask(i), atol=.51/255)
+        assert np.abs(render(disk.path).astype(int) - render(i.path)).mean() < 4
+        np.testing.assert_allclose(mask(disk), mask(i), atol=0.51 / 255)
     assert lookalikes(back) == lookalikes(data)
 
 
-@pytest.mark.parametrize('layout,kind', [('MS', 'person'), ('VR', 'person'), ('VID', 'person'), ('MS', 'vehicle'), ('VR', 'vehicle'), ('VID', 'vehicle')])
+@pytest.mark.parametrize(
+    'layout,kind',
+    [('MS', 'person'), ('VR', 'person'), ('VID', 'person'), ('MS', 'vehicle'), ('VR', 'vehicle'), ('VID', 'vehicle')],
+)
 def test_other_layouts_come_back(layout, kind, tmp_path):
     data = small(kind=kind)
     write_layout(data, tmp_path, layout, procs=1)
     back = loaders()[layout](tmp_path)
-    count = lambda d, *names: sorted(np.unique([i.pid for n in names for i in getattr(d, n)], return_counts=True)[1].tolist())
+    count = lambda d, *names: sorted(
+        np.unique([i.pid for n in names for i in getattr(d, n)], return_counts=True)[1].tolist()
+    )
     groups = lambda d: {lookalikes(d)[i.pid] for i in d.query}
     assert count(back, 'train') == count(data, 'train') and groups(back) == groups(data) == {1, 3}
     assert len({i.pid for i in back.query}) == 3 and {i.pid for i in back.query} == {i.pid for i in back.gallery}
-    if layout == 'VR': assert count(back, 'gallery') == count(data, 'query', 'gallery')
-    if layout == 'VID': assert len(back.query)+len(back.gallery) == len(data.query)+len(data.gallery)
-    if layout != 'VID': assert sorted(i.cam for i in back.query) == sorted(i.cam for i in data.query)
+    if layout == 'VR':
+        assert count(back, 'gallery') == count(data, 'query', 'gallery')
+    if layout == 'VID':
+        assert len(back.query) + len(back.gallery) == len(data.query) + len(data.gallery)
+    if layout != 'VID':
+        assert sorted(i.cam for i in back.query) == sorted(i.cam for i in data.query)
     assert all(mask(i).shape == ((32, 16) if kind == 'person' else (32, 32)) for i in pictures(back))
 
 
@@ -223,28 +287,33 @@ def test_vehicles_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv('MSINET_CACHE', str(tmp_path))
     data = get_data('synth:kind=vehicle,domain=B,n_ids=3,n_test=2,cams=3,visits=2', (32, 32))
     assert len({i.pid for i in data.train}) == 3 and {i.pid for i in data.query} == {2, 4}
-    assert render(data.train[0].path).shape == (32, 32, 3) and mask(data.train[0]).max() > .9
+    assert render(data.train[0].path).shape == (32, 32, 3) and mask(data.train[0]).max() > 0.9
     assert sum(i.pid == 0 for i in data.gallery) == 6
 
 
 def test_a_set_is_written_once_and_whole(tmp_path, monkeypatch):
     data = small(n_ids=2, n_test=2)
     there = write_layout(data, tmp_path, procs=1)
-    monkeypatch.setattr(module, 'save_shot', lambda job: 1/0)
-    assert write_layout(data, tmp_path, procs=1) == there # not drawn again
-    with pytest.raises(InputError, match='another set'): write_layout(small(n_ids=2, n_test=2, seed=5), tmp_path)
+    monkeypatch.setattr(module, 'save_shot', lambda job: 1 / 0)
+    assert write_layout(data, tmp_path, procs=1) == there  # not drawn again
+    with pytest.raises(InputError, match='another set'):
+        write_layout(small(n_ids=2, n_test=2, seed=5), tmp_path)
     next(there.rglob('0001*.jpg')).unlink()
-    with pytest.raises(InputError, match='lacks 1 pictures'): write_layout(data, tmp_path)
-    with pytest.raises(ZeroDivisionError): write_layout(data, tmp_path/'new', procs=1)
-    assert not list((tmp_path/'new').iterdir())
+    with pytest.raises(InputError, match='lacks 1 pictures'):
+        write_layout(data, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        write_layout(data, tmp_path / 'new', procs=1)
+    assert not list((tmp_path / 'new').iterdir())
 
 
 def test_another_process_may_be_faster(tmp_path, monkeypatch):
     data, draw = small(n_ids=2, n_test=2), module.draw_into
+
     def slow(*args):
         monkeypatch.setattr(module, 'draw_into', draw)
-        write_layout(data, tmp_path, procs=1) # meanwhile
+        write_layout(data, tmp_path, procs=1)  # meanwhile
         draw(*args)
+
     monkeypatch.setattr(module, 'draw_into', slow)
     monkeypatch.setattr(module.os, 'getpid', iter(range(1, 9)).__next__)
     there = write_layout(data, tmp_path, procs=1)
@@ -252,12 +321,16 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written(tmp_path):
-    with pytest.raises(InputError, match='expected one of M'): write_layout(small(), tmp_path, 'X')
-    with pytest.raises(InputError, match='at most 6'): write_layout(synth(n_ids=6, cams=9), tmp_path)
-    real = tmp_path/'Market-1501-v15.09.15'
+    with pytest.raises(InputError, match='expected one of M'):
+        write_layout(small(), tmp_path, 'X')
+    with pytest.raises(InputError, match='at most 6'):
+        write_layout(synth(n_ids=6, cams=9), tmp_path)
+    real = tmp_path / 'Market-1501-v15.09.15'
     real.mkdir()
-    (real/'keep.txt').write_text('mine')
-    with pytest.raises(InputError, match='another set'): write_layout(small(), tmp_path)
-    assert (real/'keep.txt').read_text() == 'mine'
-    (tmp_path/'file').write_text('')
-    with pytest.raises(InputError, match='cannot be written'): write_layout(small(), tmp_path/'file')
+    (real / 'keep.txt').write_text('mine')
+    with pytest.raises(InputError, match='another set'):
+        write_layout(small(), tmp_path)
+    assert (real / 'keep.txt').read_text() == 'mine'
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match='cannot be written'):
+        write_layout(small(), tmp_path / 'file')

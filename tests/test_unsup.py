@@ -1,4 +1,5 @@
 "Unsupervised and domain-adaptive runs: resumed bit for bit, through every fault, from the command line."
+
 import json
 import warnings
 from dataclasses import replace
@@ -12,7 +13,15 @@ from sklearn.metrics import adjusted_rand_score
 import msinet.unsup.train as unsup
 from msinet.data.loaders import PKSampler
 from msinet.unsup.clusters import (
-    Clusters, dbscan, find_clusters, fits, outliers_as_classes, pseudo_labels, purity, rand_index, reliable,
+    Clusters,
+    dbscan,
+    find_clusters,
+    fits,
+    outliers_as_classes,
+    pseudo_labels,
+    purity,
+    rand_index,
+    reliable,
 )
 from msinet.unsup.memories import ClusterMemory, InstanceMemory
 from msinet.core import InputError
@@ -45,10 +54,15 @@ def go(kind, cfg, sets, cbs=()):
 
 class Stop(Callback):
     "Ends a run after so many epochs, as a power cut would."
+
     order = 200
-    def __init__(self, n): self.n = n
+
+    def __init__(self, n):
+        self.n = n
+
     def after_epoch(self, learn):
-        if learn.epoch == self.n: raise KeyboardInterrupt
+        if learn.epoch == self.n:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("method,kind", ARMS)
@@ -57,9 +71,11 @@ def test_resume_is_bit_exact(method, kind, sets, tmp_path):
     cfg = replace(SMOKE, method=method, epochs=3)
     whole = go(kind, replace(cfg, out=str(tmp_path / "whole")), sets)
     cut = replace(cfg, out=str(tmp_path / "cut"))
-    with pytest.raises(KeyboardInterrupt): go(kind, cut, sets, [Stop(1)])
+    with pytest.raises(KeyboardInterrupt):
+        go(kind, cut, sets, [Stop(1)])
     again = go(kind, replace(cut, resume=True), sets)
-    for k, v in whole.net.state_dict().items(): assert torch.equal(v, again.net.state_dict()[k]), k
+    for k, v in whole.net.state_dict().items():
+        assert torch.equal(v, again.net.state_dict()[k]), k
     drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert drop(whole.history) == drop(again.history)
     for name in ("pseudo.npy", "watched.npy"):
@@ -70,13 +86,23 @@ def test_resume_is_bit_exact(method, kind, sets, tmp_path):
     one, two = (torch.load(r / f"{kind}.pt", weights_only=True)["parts"]["step"] for r in (whole.run, again.run))
     assert torch.equal(one["memory"]["c"], two["memory"]["c"]) and torch.equal(one["memory"]["y"], two["memory"]["y"])
     assert set(one.get("extra", {})) == set(two.get("extra", {}))
-    for k in one.get("extra", {}): assert torch.equal(one["extra"][k], two["extra"][k]), k
+    for k in one.get("extra", {}):
+        assert torch.equal(one["extra"][k], two["extra"][k]), k
 
 
 def test_a_run_folder_is_complete(sets, tmp_path):
     done = go("uda", replace(SMOKE, method="idm", out=str(tmp_path / "run"), eval_every=1), sets)
     files = {p.name for p in done.run.iterdir()}
-    assert {"config.json", "environment.json", "history.jsonl", "metrics.json", "model.safetensors", "pseudo.npy", "watched.npy", "uda.pt"} <= files
+    assert {
+        "config.json",
+        "environment.json",
+        "history.jsonl",
+        "metrics.json",
+        "model.safetensors",
+        "pseudo.npy",
+        "watched.npy",
+        "uda.pt",
+    } <= files
     m = json.loads((done.run / "metrics.json").read_text())
     assert {"before", "after", "best", "pixels"} <= set(m) and all(0 <= m[k][n] <= 1 for k in m for n in ("mAP", "R1"))
     assert m["best"]["mAP"] >= max(r["mAP"] for r in done.history) - 1e-9
@@ -100,19 +126,29 @@ def test_no_fault_of_the_clustering_ends_a_run(fault, method, kind, sets, tmp_pa
     monkeypatch.setattr("msinet.unsup.clusters.dbscan", None)
     monkeypatch.setattr("msinet.unsup.clusters.pseudo_labels", lambda f, *a, **k: FAULTS[fault](f))
     done = go(kind, replace(SMOKE, method=method, K=4, batch=8, out=str(tmp_path / "run")), sets)
-    assert len(done.history) == 2 and all(np.isfinite(v) for r in done.history for v in r.values() if isinstance(v, float))
+    assert len(done.history) == 2 and all(
+        np.isfinite(v) for r in done.history for v in r.values() if isinstance(v, float)
+    )
     notes = [r.get("note", "") for r in done.history]
-    if fault == "no cluster": assert notes == ["few clusters: each alone", "few clusters: kept"]
-    if fault == "one giant cluster": assert notes == ["giant cluster: each alone", "giant cluster: kept"]
-    if fault == "clusters smaller than K": assert notes == ["", ""]
+    if fault == "no cluster":
+        assert notes == ["few clusters: each alone", "few clusters: kept"]
+    if fault == "one giant cluster":
+        assert notes == ["giant cluster: each alone", "giant cluster: kept"]
+    if fault == "clusters smaller than K":
+        assert notes == ["", ""]
 
 
 class Poison(Callback):
     "From an epoch on, the network gives NaN for a while."
+
     order = -60
-    def __init__(self, at, whole=True): self.at, self.whole = at, whole
+
+    def __init__(self, at, whole=True):
+        self.at, self.whole = at, whole
+
     def before_epoch(self, learn):
-        if learn.epoch != self.at: return
+        if learn.epoch != self.at:
+            return
         net = learn.step.net
         bn = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)][-1]
         bn.running_mean.fill_(torch.nan)
@@ -122,7 +158,13 @@ class Poison(Callback):
 def test_a_network_that_gives_nan_goes_back(method, kind, sets, tmp_path):
     "Statistics are NaN before epoch 2: weights of the last good clustering return, labels stay, the run ends well."
     poison = Poison(1)
-    if kind == "uda": poison.before_epoch = lambda learn: learn.epoch == 1 and [m.running_mean.fill_(torch.nan) for m in learn.step.net.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    if kind == "uda":
+        poison.before_epoch = lambda learn: (
+            learn.epoch == 1
+            and [
+                m.running_mean.fill_(torch.nan) for m in learn.step.net.modules() if isinstance(m, torch.nn.BatchNorm1d)
+            ]
+        )
     done = go(kind, replace(SMOKE, method=method, epochs=3, out=str(tmp_path / "run")), sets, [poison])
     assert [r.get("note", "") for r in done.history] == ["", "not finite: kept", ""]
     assert all(v.isfinite().all() for v in done.net.state_dict().values())
@@ -132,9 +174,11 @@ def test_a_network_that_gives_nan_goes_back(method, kind, sets, tmp_path):
 
 def test_steps_that_are_not_finite_are_skipped_and_told(sets, tmp_path, monkeypatch):
     first, calls = unsup.embedding, [0]
+
     def sometimes(net, x):
         calls[0] += 1
-        return first(net, x) * (torch.nan if 3 <= calls[0] <= 4 else 1.)
+        return first(net, x) * (torch.nan if 3 <= calls[0] <= 4 else 1.0)
+
     monkeypatch.setattr(unsup, "embedding", sometimes)
     done = go("usl", replace(SMOKE, method="gs", epochs=3, out=str(tmp_path / "run")), sets)
     assert [r["skipped"] for r in done.history] == [0, 1, 0] and "100% of the steps skipped" in done.history[1]["note"]
@@ -148,12 +192,14 @@ def test_nan_from_the_start_is_a_mistake(sets, tmp_path):
 
 def test_labels_are_those_of_the_dense_form():
     g = torch.Generator().manual_seed(0)
-    f = unit(torch.randn(12, 16, generator=g).repeat_interleave(8, 0) + .25 * torch.randn(96, 16, generator=g))
-    for eps in (.3, .5, .7):
-        want = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(jaccard(f, 10, 4).double().numpy().clip(0))
+    f = unit(torch.randn(12, 16, generator=g).repeat_interleave(8, 0) + 0.25 * torch.randn(96, 16, generator=g))
+    for eps in (0.3, 0.5, 0.7):
+        want = DBSCAN(eps=eps, min_samples=4, metric="precomputed").fit_predict(
+            jaccard(f, 10, 4).double().numpy().clip(0)
+        )
         got = pseudo_labels(f, eps, 10, 4)
         assert adjusted_rand_score(want, got) == 1 and ((want < 0) == (got < 0).numpy()).all()
-        assert torch.equal(dbscan(jaccard_sparse(f, 10, 4, .8), eps), got)  # a wider graph changes nothing
+        assert torch.equal(dbscan(jaccard_sparse(f, 10, 4, 0.8), eps), got)  # a wider graph changes nothing
 
 
 def test_measures_agree_with_others():
@@ -164,7 +210,11 @@ def test_measures_agree_with_others():
         assert rand_index(torch.from_numpy(y), torch.from_numpy(t)) == pytest.approx(adjusted_rand_score(t, own))
         majority = sum(np.bincount(t[y == k]).max() for k in set(y) - {-1})
         assert purity(torch.from_numpy(y), torch.from_numpy(t)) == pytest.approx(majority / (y >= 0).sum())
-    assert fits(torch.tensor([-1, -1])) == 1 and fits(torch.tensor([0, 0, 0, 1])) == -1 and fits(torch.tensor([0, 0, 1, 1])) == 0
+    assert (
+        fits(torch.tensor([-1, -1])) == 1
+        and fits(torch.tensor([0, 0, 0, 1])) == -1
+        and fits(torch.tensor([0, 0, 1, 1])) == 0
+    )
 
 
 def test_reliability_needs_a_limit_once():
@@ -173,15 +223,17 @@ def test_reliability_needs_a_limit_once():
     loose[:8] = 0  # clusters 0 and 1 merge
     first, limit = reliable(y, loose, y)
     assert limit == 0.5 and (first >= 0).all()  # nine of ten clusters must pass, so the two that merge set the limit
-    assert (reliable(y, loose, y, .6)[0][:8] == -1).all()
-    found = find_clusters(unit(torch.randn(6, 8).repeat_interleave(6, 0) + .1 * torch.randn(36, 8)), .4, 5, 2, margin=.02)
+    assert (reliable(y, loose, y, 0.6)[0][:8] == -1).all()
+    found = find_clusters(
+        unit(torch.randn(6, 8).repeat_interleave(6, 0) + 0.1 * torch.randn(36, 8)), 0.4, 5, 2, margin=0.02
+    )
     assert isinstance(found, Clusters) and found.limit is not None
 
 
 @pytest.mark.parametrize("draw", [pk_draw, camera_draw, group_draw])
 def test_batches_hold_what_may_be_drawn(draw):
     rng = np.random.default_rng(0)
-    labels = np.where(rng.random(60) < .3, -1, rng.integers(0, 9, 60))
+    labels = np.where(rng.random(60) < 0.3, -1, rng.integers(0, 9, 60))
     s = ClusterSampler(60, draw, 4, 4, iters=9, cams=list(rng.integers(0, 3, 60)))
     s.labels = labels
     batches = list(s)
@@ -218,6 +270,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(name, tmp_path, capsys):
     from msinet.cli import main
+
     words, found, expected = MISTAKES[name]
     with pytest.raises(SystemExit) as e:
         main([*words.split(), "--out", str(tmp_path / "run")])
@@ -229,6 +282,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(name, tmp_path, capsys):
 @pytest.mark.parametrize("words", ["usl --method hdcrl", "uda --method idm"])
 def test_command_line(words, tmp_path, capsys):
     from msinet.cli import main
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         main([*words.split(), "--preset", "smoke", "--epochs", "1", "--iters", "1", "--out", str(tmp_path / "run")])
@@ -238,11 +292,25 @@ def test_command_line(words, tmp_path, capsys):
 
 def test_published_values_are_taken_where_nothing_is_said():
     from msinet.cli import parse_args
+
     cfg = resolve_defaults(parse_args("usl --preset full --method cc --data M=x".split()), "usl")
-    assert (cfg.batch, cfg.K, cfg.epochs, cfg.iters, cfg.beta, cfg.eps, cfg.lr, cfg.k1, cfg.k2) == (256, 16, 50, 200, .1, .6, 3.5e-4, 30, 6)
-    cfg = resolve_defaults(parse_args("uda --preset full --method idm --data MS=x --source M=y --eps 0.5".split()), "uda")
-    assert (cfg.batch, cfg.epochs, cfg.iters, cfg.eps, cfg.milestones) == (64, 50, 400, .5, (20, 40))
+    assert (cfg.batch, cfg.K, cfg.epochs, cfg.iters, cfg.beta, cfg.eps, cfg.lr, cfg.k1, cfg.k2) == (
+        256,
+        16,
+        50,
+        200,
+        0.1,
+        0.6,
+        3.5e-4,
+        30,
+        6,
+    )
+    cfg = resolve_defaults(
+        parse_args("uda --preset full --method idm --data MS=x --source M=y --eps 0.5".split()), "uda"
+    )
+    assert (cfg.batch, cfg.epochs, cfg.iters, cfg.eps, cfg.milestones) == (64, 50, 400, 0.5, (20, 40))
     assert resolve_defaults(parse_args("usl --preset released --method hdcrl --data M=x".split()), "usl").distil == 0
 
 
-def test_recluster_is_public(): assert issubclass(Recluster, Callback)
+def test_recluster_is_public():
+    assert issubclass(Recluster, Callback)

@@ -1,4 +1,5 @@
 "What the pictures promise: same bytes twice, fonts inside, colours with one meaning, mistakes named in one line."
+
 import base64
 
 import matplotlib
@@ -32,7 +33,9 @@ def pictures(k):
 
 
 def test_save_repeats_and_embeds_fonts(tmp_path):
-    def draw(): return vis.draw_genotype(TABLE1, alpha=alpha()[-1])
+    def draw():
+        return vis.draw_genotype(TABLE1, alpha=alpha()[-1])
+
     (a, png), (b, png2) = vis.save(draw(), "a", tmp_path / "new"), vis.save(draw(), "b", tmp_path / "new")
     pdf = a.read_bytes()
     assert pdf == b.read_bytes() and png.read_bytes() == png2.read_bytes()
@@ -94,12 +97,16 @@ def test_strips_keep_proportions():
     ims = [np.zeros((h, w, 3), np.uint8) for h, w in ((20, 60), (60, 24), (30, 30))]
     ax = vis.strip(ims[0], ims, [0.1, 0.2, 0.3], [True, False, True])
     boxes = [p.get_bbox() for p in ax.patches]
-    np.testing.assert_allclose([b.height/b.width for b in boxes], [1/3, 1/3, 2.5, 1])
-    assert all(b.y0 == 0 and b.width <= 1 + 1e-9 and b.height <= 2/3 + 1e-9 for b in boxes)  # the middle one of four: 1/3, 1/3, 1, 2.5
+    np.testing.assert_allclose([b.height / b.width for b in boxes], [1 / 3, 1 / 3, 2.5, 1])
+    assert all(
+        b.y0 == 0 and b.width <= 1 + 1e-9 and b.height <= 2 / 3 + 1e-9 for b in boxes
+    )  # the middle one of four: 1/3, 1/3, 1, 2.5
     assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
-    fig = vis.strips([(ims[0], [ims[0]]*15, np.arange(15)/15, [True]*15, "a network with a long name") for _ in range(3)])
+    fig = vis.strips(
+        [(ims[0], [ims[0]] * 15, np.arange(15) / 15, [True] * 15, "a network with a long name") for _ in range(3)]
+    )
     fig.draw_without_rendering()
-    assert fig.axes[0].get_position().width*fig.get_figwidth() > .9*vis.COL2  # titles take no width
+    assert fig.axes[0].get_position().width * fig.get_figwidth() > 0.9 * vis.COL2  # titles take no width
     names = [t.get_window_extent() for a in fig.axes for t in a.texts if t.get_text().startswith("a net")]
     assert len(names) == 3 and not any(a.overlaps(b) for a, b in zip(names, names[1:]))
 
@@ -134,7 +141,9 @@ def test_gap_draws_the_means():
     d = {"one": np.arange(20.0).reshape(2, 10), "two": [3.0, 5.0]}
     ax = vis.gap(d)
     assert [e[0].get_ydata()[0] for e in ax.containers] == [9.5, 4.0]
-    half = [np.ptp(e[2][0].get_segments()[0][:, 1]) / 2 for e in ax.containers]  # means of a query each: 4.5 and 14.5; 3 and 5
+    half = [
+        np.ptp(e[2][0].get_segments()[0][:, 1]) / 2 for e in ax.containers
+    ]  # means of a query each: 4.5 and 14.5; 3 and 5
     np.testing.assert_allclose(half, 1.96 * np.array([5.0, 1.0]) / 2**0.5)
 
 
@@ -153,17 +162,32 @@ def test_drawing_into_given_axes_and_figures():
 
 T = torch.rand
 MISTAKES = dict(
-    alphas=lambda: vis.plot_alphas(T(5, 11, 4)), no_epochs=lambda: vis.plot_alphas(T(0, 12, 4)),
-    genotype_short=lambda: vis.draw_genotype("GGEG"), genotype_letter=lambda: vis.draw_genotype("X" * 12),
-    genotype_alpha=lambda: vis.draw_genotype(TABLE1, alpha=T(4, 12)), activation=lambda: vis.activation(T(3, 4, 4)),
-    denormalise=lambda: vis.denormalise(T(4, 4)), rgb_grey=lambda: vis.rgb(T(4, 5)), rgb_range=lambda: vis.rgb(3 * T(3, 4, 5) - 1),
-    overlay_count=lambda: vis.overlay(T(2, 3, 8, 4), T(3, 4, 2)), overlay_shape=lambda: vis.overlay(T(3, 8, 4), T(1, 4, 2)),
-    no_pictures=lambda: vis.show_images([]), titles=lambda: vis.show_images(T(2, 3, 8, 4), titles=["a"]),
-    colours=lambda: vis.show_images(T(2, 3, 8, 4), colors=["k"]), grid=lambda: vis.feature_grid(T(1, 2, 4, 4)),
-    rows=lambda: vis.feature_rows([T(2, 4, 4)], ["a", "b"]), no_rows=lambda: vis.feature_rows([], []),
-    distances=lambda: vis.strip(T(3, 8, 4), T(2, 3, 8, 4), [0.1], [True, True]), right=lambda: vis.strip(T(3, 8, 4), T(2, 3, 8, 4), [0.1, 0.2], [True]),
-    no_strips=lambda: vis.strips([]), gap=lambda: vis.gap({"a": T(2, 3, 4)}), no_gap=lambda: vis.gap({}), curve=lambda: vis.curve({"a": T(2, 3)}),
-    cmc_percent=lambda: vis.cmc_plot({"a": [50, 60]}), cmc_falls=lambda: vis.cmc_plot({"a": [0.5, 0.4]}))
+    alphas=lambda: vis.plot_alphas(T(5, 11, 4)),
+    no_epochs=lambda: vis.plot_alphas(T(0, 12, 4)),
+    genotype_short=lambda: vis.draw_genotype("GGEG"),
+    genotype_letter=lambda: vis.draw_genotype("X" * 12),
+    genotype_alpha=lambda: vis.draw_genotype(TABLE1, alpha=T(4, 12)),
+    activation=lambda: vis.activation(T(3, 4, 4)),
+    denormalise=lambda: vis.denormalise(T(4, 4)),
+    rgb_grey=lambda: vis.rgb(T(4, 5)),
+    rgb_range=lambda: vis.rgb(3 * T(3, 4, 5) - 1),
+    overlay_count=lambda: vis.overlay(T(2, 3, 8, 4), T(3, 4, 2)),
+    overlay_shape=lambda: vis.overlay(T(3, 8, 4), T(1, 4, 2)),
+    no_pictures=lambda: vis.show_images([]),
+    titles=lambda: vis.show_images(T(2, 3, 8, 4), titles=["a"]),
+    colours=lambda: vis.show_images(T(2, 3, 8, 4), colors=["k"]),
+    grid=lambda: vis.feature_grid(T(1, 2, 4, 4)),
+    rows=lambda: vis.feature_rows([T(2, 4, 4)], ["a", "b"]),
+    no_rows=lambda: vis.feature_rows([], []),
+    distances=lambda: vis.strip(T(3, 8, 4), T(2, 3, 8, 4), [0.1], [True, True]),
+    right=lambda: vis.strip(T(3, 8, 4), T(2, 3, 8, 4), [0.1, 0.2], [True]),
+    no_strips=lambda: vis.strips([]),
+    gap=lambda: vis.gap({"a": T(2, 3, 4)}),
+    no_gap=lambda: vis.gap({}),
+    curve=lambda: vis.curve({"a": T(2, 3)}),
+    cmc_percent=lambda: vis.cmc_plot({"a": [50, 60]}),
+    cmc_falls=lambda: vis.cmc_plot({"a": [0.5, 0.4]}),
+)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

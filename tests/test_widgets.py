@@ -1,4 +1,5 @@
 "Panels: what holds for all of them, without a browser."
+
 import base64
 import json
 import threading
@@ -45,15 +46,23 @@ def test_an_error_is_shown_and_goes_away(panel):
 
 
 def test_an_error_is_text_not_markup():
-    def draw(n): raise ValueError("<img src=x onerror=alert(1)>")
+    def draw(n):
+        raise ValueError("<img src=x onerror=alert(1)>")
+
     p = Panel(draw, dict(n=slider("n", 1, 0, 9)))
     assert "<img" not in p.said.value and "&lt;img" in p.said.value
 
 
 def test_a_stored_page_keeps_the_picture_alone(panel):
     bundle = panel._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == panel.picture.value and VIEW in bundle and bundle["text/plain"] == "n 2"
-    nb = dict(cells=[dict(outputs=[dict(data=json.loads(json.dumps(bundle)))]), dict(outputs=[dict(data={VIEW: {}})]), dict()])
+    assert (
+        base64.b64decode(bundle["image/png"]) == panel.picture.value
+        and VIEW in bundle
+        and bundle["text/plain"] == "n 2"
+    )
+    nb = dict(
+        cells=[dict(outputs=[dict(data=json.loads(json.dumps(bundle)))]), dict(outputs=[dict(data={VIEW: {}})]), dict()]
+    )
     assert tidy(nb) and list(nb["cells"][0]["outputs"][0]["data"]) == ["image/png", "text/plain"]
     assert nb["cells"][1]["outputs"] == [] and not tidy(nb), "a view without a picture goes, and nothing else changes"
 
@@ -71,8 +80,12 @@ def test_augment_lab(shape):
 
 def test_a_click_sets_controls_and_draws_once():
     drawn = []
-    p = Panel(lambda a, b: drawn.append((a, b)) or bar(a + b), dict(a=slider("a", 1, 0, 9), b=slider("b", 1, 0, 9)),
-              spots=lambda a, b: [((0, 0, 0.5, 1), "left"), ((0.5, 0, 0.5, 1), "right")], click=lambda i, a, b: dict(a=i + 3, b=i + 5))
+    p = Panel(
+        lambda a, b: drawn.append((a, b)) or bar(a + b),
+        dict(a=slider("a", 1, 0, 9), b=slider("b", 1, 0, 9)),
+        spots=lambda a, b: [((0, 0, 0.5, 1), "left"), ((0.5, 0, 0.5, 1), "right")],
+        click=lambda i, a, b: dict(a=i + 3, b=i + 5),
+    )
     p.stage.places.children[1].click()
     assert drawn == [(1, 1), (4, 6)] and p.values() == dict(a=4, b=6)
     p.click = lambda i, a, b: 1 / 0
@@ -82,7 +95,11 @@ def test_a_click_sets_controls_and_draws_once():
 
 def test_an_error_closes_its_own_figure_alone():
     mine = plt.figure()
-    def draw(n): plt.figure(); raise ValueError("no")
+
+    def draw(n):
+        plt.figure()
+        raise ValueError("no")
+
     Panel(draw, dict(n=slider("n", 1, 0, 9)))
     assert plt.get_fignums() == [mine.number]
     plt.close(mine)
@@ -103,7 +120,14 @@ def test_a_letter_is_turned_by_a_click():
         assert p.error is None and p.values()["word"] == "N" * 11 + letter
 
 
-TINY = replace(SEARCH["smoke"], data="synth:n_ids=8,n_test=2,cams=3,visits=2,frames=2", size=(32, 16), batch=4, evaluate=False, threads=1)
+TINY = replace(
+    SEARCH["smoke"],
+    data="synth:n_ids=8,n_test=2,cams=3,visits=2,frames=2",
+    size=(32, 16),
+    batch=4,
+    evaluate=False,
+    threads=1,
+)
 
 
 def searching():
@@ -155,10 +179,16 @@ def test_closing_the_panel_ends_its_thread_and_errors_are_shown(tmp_path):
 def test_alpha_between_epochs_is_thinned_evenly_and_survives_a_stop(tmp_path):
     class Batches:
         done = 0
-        def __len__(self): return 7
-        def state_dict(self): return dict(done=self.done)
+
+        def __len__(self):
+            return 7
+
+        def state_dict(self):
+            return dict(done=self.done)
+
     net = supernet((8, 8, 8, 8))
     learn = SimpleNamespace(net=net, dl=Batches(), epochs=2, row={})
+
     def go(history, iterations):
         history.before_fit(learn)
         history.before_epoch(learn)
@@ -172,12 +202,15 @@ def test_alpha_between_epochs_is_thinned_evenly_and_survives_a_stop(tmp_path):
             history.after_epoch(learn)
             learn.dl.done = 0
         return history
+
     first = go(AlphaHistory(tmp_path / "alphas.npy", most=6), 4)
     second = AlphaHistory(tmp_path / "alphas.npy", most=6)
     second.load_state_dict(first.state_dict())
     go(go(second, 3), 7)
     steps = np.load(tmp_path / "alpha_steps.npy")
-    assert steps.dtype == np.float32 and steps[:, 0, 0].tolist() == [3, 5, 7] * 2 and (steps[2::3] == second.array()).all()
+    assert (
+        steps.dtype == np.float32 and steps[:, 0, 0].tolist() == [3, 5, 7] * 2 and (steps[2::3] == second.array()).all()
+    )
     old = AlphaHistory()
     old.load_state_dict(dict(rows=first.state_dict()["steps"]))  # of a run from before there were steps
     assert len(go(old, 7).step_array()) == len(old.array())

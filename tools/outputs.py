@@ -4,6 +4,7 @@ something else, and stores what they give now.
 A notebook is run in a kernel of its own, as JupyterLab would run it. Cells with a flag that tests skip (`slow`, `gpu`, `notest`) are
 not run and keep what they have. `python tools/outputs.py --look` only says; names of notebooks limit it to those.
 """
+
 import argparse
 import base64
 import io
@@ -23,7 +24,10 @@ from tidy import ROOT, VIEW
 
 SKIPPED = re.compile(r"^#\|\s*(notest|slow|gpu|eval:\s*false)\b", re.M)
 PICTURE = "image/png"
-REL, SAME = 1e-3, 5e-4  # numbers may differ by a part in a thousand, pictures in so many of their pixels, by a quarter of the scale
+REL, SAME = (
+    1e-3,
+    5e-4,
+)  # numbers may differ by a part in a thousand, pictures in so many of their pixels, by a quarter of the scale
 
 
 class Client(NotebookClient):
@@ -38,7 +42,9 @@ class Client(NotebookClient):
 def fresh(path):
     "The notebook at `path`, run from top to bottom."
     nb = nbformat.read(path, as_version=4)
-    Client(nb, timeout=900, kernel_name="python3", resources=dict(metadata=dict(path=str(path.parent)))).execute(stderr=subprocess.DEVNULL)
+    Client(nb, timeout=900, kernel_name="python3", resources=dict(metadata=dict(path=str(path.parent)))).execute(
+        stderr=subprocess.DEVNULL
+    )
     return nb
 
 
@@ -66,7 +72,10 @@ def same_words(a, b):
     value = lambda t: float(t.replace(",", "").replace("−", "-"))
     if NUMBER.sub("", a) != NUMBER.sub("", b):
         return False
-    return all(s == t or abs(value(s) - value(t)) <= REL * max(abs(value(s)), abs(value(t))) for s, t in zip(NUMBER.findall(a), NUMBER.findall(b)))
+    return all(
+        s == t or abs(value(s) - value(t)) <= REL * max(abs(value(s)), abs(value(t)))
+        for s, t in zip(NUMBER.findall(a), NUMBER.findall(b))
+    )
 
 
 def same_picture(a, b):
@@ -94,7 +103,11 @@ def renew(path, look):
     except Exception as e:
         return [f"failed: {str(e).strip().splitlines()[-1][:160]}"]
     for n, (c, d) in enumerate(zip(nb["cells"], now["cells"])):
-        if c["cell_type"] == "code" and not SKIPPED.search("".join(c["source"])) and (t := changed(c["outputs"], d["outputs"])):
+        if (
+            c["cell_type"] == "code"
+            and not SKIPPED.search("".join(c["source"]))
+            and (t := changed(c["outputs"], d["outputs"]))
+        ):
             c["outputs"] = d["outputs"]
             lines.append(f"cell {n}: {t}")
     if lines and not look:

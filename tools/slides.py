@@ -4,6 +4,7 @@ Three rules, and nothing to set by hand. A heading of level 1 or 2 begins a slid
 all else stays on the slide where it comes. Imports, hidden cells and checks are skipped, and solutions are the speaker's notes.
 Code of more than four lines shows only what it gives, unless it is there to be answered.
 """
+
 import re
 from html import escape
 from pathlib import Path
@@ -27,7 +28,15 @@ def kind(cell):
     "What a cell is in the slides: slide, subslide, - (goes on), notes or skip."
     text = source(cell)
     if cell["cell_type"] == "markdown":
-        return "notes" if text.startswith("<details>") else "slide" if re.match(r"##? ", text) else "subslide" if text.startswith("### ") else "-"
+        return (
+            "notes"
+            if text.startswith("<details>")
+            else "slide"
+            if re.match(r"##? ", text)
+            else "subslide"
+            if text.startswith("### ")
+            else "-"
+        )
     return "skip" if text.startswith("#| hide") or is_check(cell) or only_imports(text) else "-"
 
 
@@ -52,7 +61,14 @@ def slides(path):
         if cell.cell_type == "markdown":  # links between notebooks are links between slides
             cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.slides.html)", cell.source)
     config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"long"}))
-    exporter = SlidesExporter(config=config, reveal_scroll=True, reveal_theme="simple", reveal_transition="none", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = SlidesExporter(
+        config=config,
+        reveal_scroll=True,
+        reveal_theme="simple",
+        reveal_transition="none",
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
     page = exporter.from_notebook_node(nb)[0]
     for words in alts:
         page = page.replace(NO_WORDS, escape(words), 1)

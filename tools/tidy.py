@@ -4,6 +4,7 @@ A stored page has no kernel: of a widget only the picture is kept that it left. 
 front matter, so on the site its other words would be lost: they get a cell of their own. And each notebook opens in Colab: by a link
 under its title, and a cell that installs the kit there. In the class, the cells of the checks are folded, for they hold the answers.
 """
+
 import json
 import re
 import zlib
@@ -39,7 +40,12 @@ def title_of(nb):
 
 def words(text, mark=""):
     "A cell of words."
-    return dict(cell_type="markdown", id=f"{zlib.crc32((mark + text).encode()):08x}", metadata={}, source=text.splitlines(keepends=True))
+    return dict(
+        cell_type="markdown",
+        id=f"{zlib.crc32((mark + text).encode()):08x}",
+        metadata={},
+        source=text.splitlines(keepends=True),
+    )
 
 
 def title_alone(nb):
@@ -48,7 +54,7 @@ def title_alone(nb):
     m = re.match(r"(# .+\n+> .+)\n+(?=\S)", "".join(nb["cells"][i]["source"])) if i >= 0 else None
     if not m:
         return False
-    rest = "".join(nb["cells"][i]["source"])[m.end():]
+    rest = "".join(nb["cells"][i]["source"])[m.end() :]
     nb["cells"][i]["source"] = m[1].splitlines(keepends=True)
     nb["cells"].insert(i + 1, words(rest))
     return True
@@ -67,8 +73,19 @@ def install(where):
 def open_in_colab(nb, path, where):
     "Give a notebook its link and its cell, under the title. True when something changed."
     before = json.dumps(nb)
-    nb["cells"] = [c for c in nb["cells"] if not re.match(r"\[Open in Colab\]\(|#\| hide\nif 'google.colab' in", "".join(c["source"]))]
-    code = dict(cell_type="code", execution_count=None, id=f"{zlib.crc32(path.name.encode() + b' colab'):08x}", metadata={}, outputs=[], source=install(where).splitlines(keepends=True))
+    nb["cells"] = [
+        c
+        for c in nb["cells"]
+        if not re.match(r"\[Open in Colab\]\(|#\| hide\nif 'google.colab' in", "".join(c["source"]))
+    ]
+    code = dict(
+        cell_type="code",
+        execution_count=None,
+        id=f"{zlib.crc32(path.name.encode() + b' colab'):08x}",
+        metadata={},
+        outputs=[],
+        source=install(where).splitlines(keepends=True),
+    )
     i = title_of(nb) + 1
     nb["cells"][i:i] = [words(link(path, where), path.name), code]
     return json.dumps(nb) != before
@@ -84,12 +101,18 @@ def fold(nb):
     before = json.dumps(nb)
     for c in filter(is_check, nb["cells"]):
         c["metadata"] = {"jupyter": {"source_hidden": True}}
-        c["source"] = ["#| code-fold: true\n", "#| code-summary: Check\n", *(line for line in c["source"] if not line.startswith("#|"))]
+        c["source"] = [
+            "#| code-fold: true\n",
+            "#| code-summary: Check\n",
+            *(line for line in c["source"] if not line.startswith("#|")),
+        ]
     return json.dumps(nb) != before
 
 
 if __name__ == "__main__":
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         nb = json.loads(path.read_text(encoding="utf-8"))
-        if any([tidy(nb), title_alone(nb), open_in_colab(nb, path, address()), path.parent.name == "class" and fold(nb)]):
+        if any(
+            [tidy(nb), title_alone(nb), open_in_colab(nb, path, address()), path.parent.name == "class" and fold(nb)]
+        ):
             path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
@@ -23,85 +22,130 @@ from .retrieval import bench_clusters, bench_features, CASES, loop_ap, measure, 
 from .roofline import clock_of, Machine, measure_machine, share, Work
 
 # %% ../../nbs/bench/51_all.ipynb #ff5988ed
-_SETS = {name: replace(CASES[name], some=n) for name,n in {'Market-1501': 512, 'MSMT17': 256, 'VehicleID, one draw': 2048}.items()}
+_SETS = {
+    name: replace(CASES[name], some=n)
+    for name, n in {'Market-1501': 512, 'MSMT17': 256, 'VehicleID, one draw': 2048}.items()
+}
+
 
 def bench_rank(
-    rounds:int=5,       # see `ratio`
-    sets:dict=None,     # name -> `Case`; None: the paper's
-    loop_queries:int=8, # queries of the loop
-    device='cpu',       # ranking is always done on the processor
-) -> pd.DataFrame: # three rows per set: loop, bare product, ranking; as `ratio`, queries a second and MB
+    rounds: int = 5,  # see `ratio`
+    sets: dict = None,  # name -> `Case`; None: the paper's
+    loop_queries: int = 8,  # queries of the loop
+    device='cpu',  # ranking is always done on the processor
+) -> pd.DataFrame:  # three rows per set: loop, bare product, ranking; as `ratio`, queries a second and MB
     "Exact ranking from features against a plain loop."
     rows = []
-    for name,case in (sets or _SETS).items():
-        args = bench_features(case); q, g = args[0], args[3]
-        forms = {'loop': partial(loop_ap, *(v[:loop_queries] for v in args[:3]), *args[3:], case.same_cam_ok),
-                 'product': partial(product_numpy, q, g), 'ranking': partial(measure, *args, same_cam_ok=case.same_cam_ok)}
-        mb, t, scale = peak_memory(forms['ranking']), ratio(forms, rounds, clock_of()), len(q)/loop_queries
-        t.loc['loop','seconds'] *= scale; t.loc[['product','ranking'], ['faster','least','greatest']] *= scale
-        t = t.assign(GFLOP=2*len(q)*g.numel()/1e9, GB=(q.numel()+g.numel())*4/1e9, **{'per second': len(q)/t.seconds})
-        t.loc['ranking','MB'] = mb
+    for name, case in (sets or _SETS).items():
+        args = bench_features(case)
+        q, g = args[0], args[3]
+        forms = {
+            'loop': partial(loop_ap, *(v[:loop_queries] for v in args[:3]), *args[3:], case.same_cam_ok),
+            'product': partial(product_numpy, q, g),
+            'ranking': partial(measure, *args, same_cam_ok=case.same_cam_ok),
+        }
+        mb = peak_memory(forms['ranking'])
+        t = ratio(forms, rounds, clock_of())
+        scale = len(q) / loop_queries
+        t.loc['loop', 'seconds'] *= scale
+        t.loc[['product', 'ranking'], ['faster', 'least', 'greatest']] *= scale
+        t = t.assign(
+            GFLOP=2 * len(q) * g.numel() / 1e9,
+            GB=(q.numel() + g.numel()) * 4 / 1e9,
+            **{'per second': len(q) / t.seconds},
+        )
+        t.loc['ranking', 'MB'] = mb
         rows.append(t.rename(lambda k: f'{k}, {name}'))
     return pd.concat(rows)
 
 # %% ../../nbs/bench/51_all.ipynb #70eecc64
 def bench_pipeline(
-    rounds:int=5,                  # see `ratio`
-    size:tuple[int,int]=(256,128), # (H, W) in pixels
-    n:int=64,                      # pictures in a batch
-    device='cpu',                  # batches are always made by the processor
-) -> pd.DataFrame: # as `bench_data`, and the bytes moved by the cut from the cache
+    rounds: int = 5,  # see `ratio`
+    size: tuple[int, int] = (256, 128),  # (H, W) in pixels
+    n: int = 64,  # pictures in a batch
+    device='cpu',  # batches are always made by the processor
+) -> pd.DataFrame:  # as `bench_data`, and the bytes moved by the cut from the cache
     "Ways from files to a batch."
     t = bench_data(size, n, rounds)
-    t.loc['bytes', ['GFLOP','GB']] = 0, 2*n*3*size[0]*size[1]/1e9
+    t.loc['bytes', ['GFLOP', 'GB']] = 0, 2 * n * 3 * size[0] * size[1] / 1e9
     return t
 
 # %% ../../nbs/bench/51_all.ipynb #a5b432cd
-BENCHES = dict(data=bench_pipeline, retrieval=bench_rank, clusters=bench_clusters, search=bench_search, train=bench_train, sam=bench_sam, memory=bench_memory, infer=partial(bench_infer, (1,16,64)), networks=bench_networks)
+BENCHES = dict(
+    data=bench_pipeline,
+    retrieval=bench_rank,
+    clusters=bench_clusters,
+    search=bench_search,
+    train=bench_train,
+    sam=bench_sam,
+    memory=bench_memory,
+    infer=partial(bench_infer, (1, 16, 64)),
+    networks=bench_networks,
+)
+
 
 def with_share(
-    t:pd.DataFrame, # rows with seconds, GFLOP and GB
-    m:Machine,      # that made them
+    t: pd.DataFrame,  # rows with seconds, GFLOP and GB
+    m: Machine,  # that made them
 ) -> pd.DataFrame:
     "Add the share of the roofline that each row reaches; empty where the work isn't known."
-    return t.assign(share=[share(Work(f*1e9, b*1e9), s, m) for f,b,s in zip(t.GFLOP, t.GB, t.seconds)])
+    return t.assign(share=[share(Work(f * 1e9, b * 1e9), s, m) for f, b, s in zip(t.GFLOP, t.GB, t.seconds)])
 
 # %% ../../nbs/bench/51_all.ipynb #7e0336ea
 def bench(
-    names=tuple(BENCHES), # some of `BENCHES`
-    rounds:int=5,         # see `ratio`
-    device='cpu',         # where the network works
-    n_threads:int=0,      # CPU threads; 0 leaves PyTorch's choice
-) -> tuple[pd.DataFrame,Machine]: # one row per form, by part and form; the machine's limits
+    names=tuple(BENCHES),  # some of `BENCHES`
+    rounds: int = 5,  # see `ratio`
+    device='cpu',  # where the network works
+    n_threads: int = 0,  # CPU threads; 0 leaves PyTorch's choice
+) -> tuple[pd.DataFrame, Machine]:  # one row per form, by part and form; the machine's limits
     "Measure parts of the kit, each against its plain form. Raises `InputError` for a part that isn't there."
     for n in names:
-        if n not in BENCHES: raise InputError(f"part {n!r} is not there, expected one of {', '.join(BENCHES)}: leave it out to measure all")
+        if n not in BENCHES:
+            raise InputError(
+                f"part {n!r} is not there, expected one of {', '.join(BENCHES)}: leave it out to measure all"
+            )
     with threads(n_threads):
         m = measure_machine(device, *((8192, 2048) if torch.device(device).type == 'cuda' else ()))
-        t = with_share(pd.concat({n: BENCHES[n](rounds=rounds, device=device) for n in names}, names=['part','form']), m)
-    return t.reindex(columns=['seconds','faster','least','greatest','MB','per second','GFLOP','GB','share']), m
+        t = with_share(
+            pd.concat({n: BENCHES[n](rounds=rounds, device=device) for n in names}, names=['part', 'form']), m
+        )
+    return t.reindex(columns=['seconds', 'faster', 'least', 'greatest', 'MB', 'per second', 'GFLOP', 'GB', 'share']), m
 
 # %% ../../nbs/bench/51_all.ipynb #e8a43c50
 def write_bench(
-    t:pd.DataFrame, # of `bench`
-    m:Machine,
-    path,           # a .json file
+    t: pd.DataFrame,  # of `bench`
+    m: Machine,
+    path,  # a .json file
 ):
     "Write the rows with the machine's limits and the versions that made them."
     rows = t.reset_index().astype(object)
-    write_json(path, dict(rows=rows.where(rows.notna(), None).to_dict('records'), machine=m._asdict(), environment=environment()))
+    write_json(
+        path,
+        dict(rows=rows.where(rows.notna(), None).to_dict('records'), machine=m._asdict(), environment=environment()),
+    )
 
 # %% ../../nbs/bench/51_all.ipynb #9c065355
 def plot_faster(
-    t:pd.DataFrame, # rows of `ratio`
-    ax=None,        # where
+    t: pd.DataFrame,  # rows of `ratio`
+    ax=None,  # where
 ):
     "How many times as fast as the plain form, with the range over the rounds; logarithmic."
-    ax = ax or plt.subplots(figsize=(5,.4+.25*len(t)), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(5, 0.4 + 0.25 * len(t)), layout='constrained')[1]
     names = [' · '.join(k) if isinstance(k, tuple) else k for k in t.index]
-    ax.barh(names, t.faster-1, left=1, color=NETS[0], height=.6)
-    ax.errorbar(t.faster, names, xerr=[t.faster-t.least, t.greatest-t.faster], fmt='none', ecolor='black', elinewidth=1, capsize=2)
-    ax.axvline(1, color=QUERY, lw=1.5); ax.invert_yaxis()
+    ax.barh(names, t.faster - 1, left=1, color=NETS[0], height=0.6)
+    ax.errorbar(
+        t.faster,
+        names,
+        xerr=[t.faster - t.least, t.greatest - t.faster],
+        fmt='none',
+        ecolor='black',
+        elinewidth=1,
+        capsize=2,
+    )
+    ax.axvline(1, color=QUERY, lw=1.5)
+    ax.invert_yaxis()
     ax.set(xscale='log', xlabel='times as fast as the plain form')
-    ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5))); ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_locator(NullLocator())
     return ax

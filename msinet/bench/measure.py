@@ -6,7 +6,8 @@
 __all__ = ['ratio', 'pillow_path', 'bench_data']
 
 # %% ../../nbs/bench/51_measure.ipynb #1f06f2e9
-import tempfile, time
+import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -23,78 +24,110 @@ from ..data.loaders import load_resized, PixelCache
 
 # %% ../../nbs/bench/51_measure.ipynb #afdfe7fa
 def ratio(
-    versions:dict,           # name -> function without arguments; the first is what the others are compared with
-    rounds:int=9,            # how often each is run, after once to warm up
-    clock=time.process_time, # seconds; processor time unless told
-) -> pd.DataFrame: # one row per version: median seconds, and how many times faster than the first (median, least, greatest)
+    versions: dict,  # name -> function without arguments; the first is what the others are compared with
+    rounds: int = 9,  # how often each is run, after once to warm up
+    clock=time.process_time,  # seconds; processor time unless told
+) -> (
+    pd.DataFrame
+):  # one row per version: median seconds, and how many times faster than the first (median, least, greatest)
     "Time versions in turn."
-    for f in versions.values(): f()
+    for f in versions.values():
+        f()
     t = np.zeros((rounds, len(versions)))
     for r in range(rounds):
-        for k,f in enumerate(versions.values()):
-            start = clock(); f(); t[r,k] = clock()-start
+        for k, f in enumerate(versions.values()):
+            start = clock()
+            f()
+            t[r, k] = clock() - start
     t = t.clip(1e-9)
-    times = t[:,:1]/t
-    return pd.DataFrame(dict(seconds=np.median(t, 0), faster=np.median(times, 0), least=times.min(0), greatest=times.max(0)), index=list(versions))
+    times = t[:, :1] / t
+    return pd.DataFrame(
+        dict(seconds=np.median(t, 0), faster=np.median(times, 0), least=times.min(0), greatest=times.max(0)),
+        index=list(versions),
+    )
 
 # %% ../../nbs/bench/51_measure.ipynb #0d6d8059
 def _torchvision_path(
-    size:tuple[int,int], # (H, W) in pixels
+    size: tuple[int, int],  # (H, W) in pixels
 ):
     "A picture to a float tensor (3, H, W) by torchvision's transforms, or None where it can't be imported."
-    try: from torchvision import transforms as T
-    except (ImportError, RuntimeError): return None
-    return T.Compose([T.Resize(size), T.RandomHorizontalFlip(), T.Pad(10), T.RandomCrop(size), T.ToTensor(), T.Normalize(MEAN, STD),
-                      T.RandomErasing(scale=(.02, .4), value=FILL)])
+    try:
+        from torchvision import transforms as T
+    except (ImportError, RuntimeError):
+        return None
+    return T.Compose(
+        [
+            T.Resize(size),
+            T.RandomHorizontalFlip(),
+            T.Pad(10),
+            T.RandomCrop(size),
+            T.ToTensor(),
+            T.Normalize(MEAN, STD),
+            T.RandomErasing(scale=(0.02, 0.4), value=FILL),
+        ]
+    )
 
 # %% ../../nbs/bench/51_measure.ipynb #ebc99c64
 def pillow_path(
-    im,                  # a picture
-    size:tuple[int,int], # (H, W) in pixels
-    rng:np.random.Generator,
-) -> torch.Tensor: # (3, H, W) float32
+    im,  # a picture
+    size: tuple[int, int],  # (H, W) in pixels
+    rng: np.random.Generator,
+) -> torch.Tensor:  # (3, H, W) float32
     "The same steps with Pillow and NumPy."
     H, W = size
-    im = im.resize((W,H), Image.Resampling.BILINEAR)
-    if rng.random() < .5: im = ImageOps.mirror(im)
+    im = im.resize((W, H), Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        im = ImageOps.mirror(im)
     top, left = rng.integers(0, 21, 2)
-    x = np.asarray(ImageOps.expand(im, 10).crop((left, top, left+W, top+H)), np.float32)/255
-    x = ((x-np.float32(MEAN))/np.float32(STD)).transpose(2,0,1).copy()
-    if rng.random() < .5:
-        h, w = (rng.uniform(.02, .4)*H*W*np.array([r := rng.uniform(.3, 3.3), 1/r]))**.5
-        h, w = min(int(h), H-1), min(int(w), W-1)
-        top, left = rng.integers(0, H-h), rng.integers(0, W-w)
-        x[:, top:top+h, left:left+w] = np.float32(FILL)[:,None,None]
+    x = np.asarray(ImageOps.expand(im, 10).crop((left, top, left + W, top + H)), np.float32) / 255
+    x = ((x - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1).copy()
+    if rng.random() < 0.5:
+        h, w = (rng.uniform(0.02, 0.4) * H * W * np.array([r := rng.uniform(0.3, 3.3), 1 / r])) ** 0.5
+        h, w = min(int(h), H - 1), min(int(w), W - 1)
+        top, left = rng.integers(0, H - h), rng.integers(0, W - w)
+        x[:, top : top + h, left : left + w] = np.float32(FILL)[:, None, None]
     return torch.from_numpy(x)
 
 # %% ../../nbs/bench/51_measure.ipynb #131b4425
 def _write_jpegs(
-    dir,      # folder to write into
-    n:int=64, # pictures, at most 64
-) -> list: # of `Item`
+    dir,  # folder to write into
+    n: int = 64,  # pictures, at most 64
+) -> list:  # of `Item`
     "Rendered persons as JPEG files of 128×64."
     items = []
-    for k,i in enumerate(synth(n_ids=8, height=128).train[:n]):
-        Image.fromarray(render(i.path)).save(p := Path(dir)/f'{k:03d}.jpg', quality=90)
+    for k, i in enumerate(synth(n_ids=8, height=128).train[:n]):
+        Image.fromarray(render(i.path)).save(p := Path(dir) / f'{k:03d}.jpg', quality=90)
         items.append(Item(str(p), i.pid, i.cam))
     return items
 
 # %% ../../nbs/bench/51_measure.ipynb #7c469fac
 def bench_data(
-    size:tuple[int,int]=(256,128), # (H, W) in pixels
-    n:int=64,                      # pictures in a batch, at most 64
-    rounds:int=9,                  # see `ratio`
-) -> pd.DataFrame: # as `ratio`, and pictures a second
+    size: tuple[int, int] = (256, 128),  # (H, W) in pixels
+    n: int = 64,  # pictures in a batch, at most 64
+    rounds: int = 9,  # see `ratio`
+) -> pd.DataFrame:  # as `ratio`, and pictures a second
     "Ways from JPEG files to a batch, one thread."
     with tempfile.TemporaryDirectory() as dir, threads(1):
         items = _write_jpegs(dir, n)
         one = _torchvision_path(size) or partial(pillow_path, size=size, rng=np.random.default_rng(0))
-        cache, gen, out = PixelCache(items, size, dir), torch.Generator().manual_seed(0), np.empty((n, *size, 3), np.uint8)
+        cache = PixelCache(items, size, dir)
+        gen = torch.Generator().manual_seed(0)
+        out = np.empty((n, *size, 3), np.uint8)
         order = lambda: torch.randperm(n, generator=gen).tolist()
-        times = lambda f, k: lambda: [f() for _ in range(k)] # short ones several times, or the clock's steps would show
-        t = ratio({'one by one': lambda: torch.stack([one(Image.open(items[k].path).convert('RGB')) for k in order()]),
-                   'bytes': times(lambda: cache[order()], 20), 'floats': lambda: augment(cache[order()], gen),
-                   'decoded': lambda: [np.copyto(out[j], load_resized(items[k].path, size)) for j,k in enumerate(order())]}, rounds)
-        t.loc['bytes'] = t.loc['bytes'].mul([1/20, 20, 20, 20])
-        t.insert(0, 'per second', n/t.seconds)
+        times = lambda f, k: (
+            lambda: [f() for _ in range(k)]
+        )  # short ones several times, or the clock's steps would show
+        t = ratio(
+            {
+                'one by one': lambda: torch.stack([one(Image.open(items[k].path).convert('RGB')) for k in order()]),
+                'bytes': times(lambda: cache[order()], 20),
+                'floats': lambda: augment(cache[order()], gen),
+                'decoded': lambda: [
+                    np.copyto(out[j], load_resized(items[k].path, size)) for j, k in enumerate(order())
+                ],
+            },
+            rounds,
+        )
+        t.loc['bytes'] = t.loc['bytes'].mul([1 / 20, 20, 20, 20])
+        t.insert(0, 'per second', n / t.seconds)
     return t

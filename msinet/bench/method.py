@@ -29,38 +29,46 @@ from .roofline import clock_of, work
 
 # %% ../../nbs/bench/51_method.ipynb #d5a68b29
 def _kept_bytes(
-    f, # a function without arguments, that returns what a backward pass could start from
+    f,  # a function without arguments, that returns what a backward pass could start from
 ) -> int:
     "How much memory the forward pass `f` holds for its backward pass."
     held = {}
-    def pack(t): held[t.untyped_storage().data_ptr()] = t.untyped_storage(); return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
     return sum(s.nbytes() for s in held.values()) if out is not None else 0
 
 # %% ../../nbs/bench/51_method.ipynb #e0c815fb
 def _peak_mb(
-    f,            # a function without arguments
-    device='cpu', # where it works
-) -> float: # MB above what was held before
+    f,  # a function without arguments
+    device='cpu',  # where it works
+) -> float:  # MB above what was held before
     "The most memory that a call holds at any time."
-    if torch.device(device).type != 'cuda': return peak_memory(f)
-    torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); f()
-    return (torch.cuda.max_memory_allocated()-before)/1e6
+    if torch.device(device).type != 'cuda':
+        return peak_memory(f)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 # %% ../../nbs/bench/51_method.ipynb #29ab6e34
 def _with_work(
-    t:pd.DataFrame, # rows of `ratio`
-    forms:dict,     # name -> function without arguments, as far as PyTorch does the work
+    t: pd.DataFrame,  # rows of `ratio`
+    forms: dict,  # name -> function without arguments, as far as PyTorch does the work
 ) -> pd.DataFrame:  # with the columns GFLOP and GB, empty for other rows
     "Add what each form has to do."
-    w = pd.DataFrame({k: work(f) for k,f in forms.items()}, ['GFLOP','GB']).T/1e9
+    w = pd.DataFrame({k: work(f) for k, f in forms.items()}, ['GFLOP', 'GB']).T / 1e9
     return t.join(w)
 
 # %% ../../nbs/bench/51_method.ipynb #add5c4d9
 def _plain_sam(
-    sam:SAM,
-    x, # (B, C, H, W) maps
-    y, # (B,) labels
+    sam: SAM,
+    x,  # (B, C, H, W) maps
+    y,  # (B,) labels
 ):
     "Eq. (7) with all tables at once, then Eq. (8)."
     t = torch.einsum('icr,jcq->ijrq', x.flatten(2), x.flatten(2))
@@ -68,154 +76,208 @@ def _plain_sam(
 
 # %% ../../nbs/bench/51_method.ipynb #1aa78de0
 def bench_sam(
-    B:int=64,                     # pictures
-    C:int=512,                    # channels
-    size:tuple[int,int]=(16,8),   # (H, W) of the maps
-    rounds:int=5,                 # see `ratio`
-    device='cpu',                 # where
-) -> pd.DataFrame: # as `ratio`, and MB of the largest table that exists
+    B: int = 64,  # pictures
+    C: int = 512,  # channels
+    size: tuple[int, int] = (16, 8),  # (H, W) of the maps
+    rounds: int = 5,  # see `ratio`
+    device='cpu',  # where
+) -> pd.DataFrame:  # as `ratio`, and MB of the largest table that exists
     "Forward and backward pass of SAM."
-    sam, x, y = SAM(C).to(device), torch.randn(B, C, *size, device=device).relu().requires_grad_(), torch.arange(B, device=device)//4
-    forms = {k: lambda f=f: f().backward() for k,f in dict(plain=partial(_plain_sam, sam, x, y), blocks=partial(sam, x, y)).items()}
+    sam = SAM(C).to(device)
+    x = torch.randn(B, C, *size, device=device).relu().requires_grad_()
+    y = torch.arange(B, device=device) // 4
+    forms = {
+        k: lambda f=f: f().backward()
+        for k, f in dict(plain=partial(_plain_sam, sam, x, y), blocks=partial(sam, x, y)).items()
+    }
     t = _with_work(ratio(forms, rounds, clock_of(device)), forms)
-    return t.assign(MB=[rows*B*(size[0]*size[1])**2*4/1e6 for rows in (B, min(B, 4))])
+    return t.assign(MB=[rows * B * (size[0] * size[1]) ** 2 * 4 / 1e6 for rows in (B, min(B, 4))])
 
 # %% ../../nbs/bench/51_method.ipynb #cc1a737b
 def _plain_update(
-    c, # (n, D) rows, changed in place
-    f, # (B, D) features
-    y, # (B,) labels
-    beta:float=.2,
+    c,  # (n, D) rows, changed in place
+    f,  # (B, D) features
+    y,  # (B,) labels
+    beta: float = 0.2,
 ):
     "Eq. (3), one feature after another."
-    for g,j in zip(F.normalize(f), y): c[j] = F.normalize(beta*c[j] + (1-beta)*g, dim=0)
+    for g, j in zip(F.normalize(f), y):
+        c[j] = F.normalize(beta * c[j] + (1 - beta) * g, dim=0)
 
 # %% ../../nbs/bench/51_method.ipynb #db7ed32b
 def bench_memory(
-    P:int=16, K:int=4,      # identities, pictures of each
-    n:int=624, d:int=512,   # rows and length of the memory
-    rounds:int=9,           # see `ratio`
-    times:int=30,           # updates that are timed together: one alone is shorter than the clock's step
-    device='cpu',           # where
-) -> pd.DataFrame: # as `ratio`, seconds of one update; two rows per batch: plain, then `Memory`
+    P: int = 16,
+    K: int = 4,  # identities, pictures of each
+    n: int = 624,
+    d: int = 512,  # rows and length of the memory
+    rounds: int = 9,  # see `ratio`
+    times: int = 30,  # updates that are timed together: one alone is shorter than the clock's step
+    device='cpu',  # where
+) -> pd.DataFrame:  # as `ratio`, seconds of one update; two rows per batch: plain, then `Memory`
     "Updates with P×K batches, with labels drawn from 20, and with a single identity."
-    memory, f, groups, out = Memory(n, d).to(device), torch.randn(P*K, d, device=device), torch.randperm(n)[:P].repeat_interleave(K), []
+    memory = Memory(n, d).to(device)
+    f = torch.randn(P * K, d, device=device)
+    groups = torch.randperm(n)[:P].repeat_interleave(K)
+    out = []
     memory.fill(torch.randn(n, d, device=device), torch.arange(n, device=device))
     many = lambda f: lambda: [f() for _ in range(times)]
-    for name,y,k in (('groups',groups,K), ('drawn',torch.randint(min(n, 20), (P*K,)),0), ('one identity',groups[:1].repeat(P*K),0)):
+    for name, y, k in (
+        ('groups', groups, K),
+        ('drawn', torch.randint(min(n, 20), (P * K,)), 0),
+        ('one identity', groups[:1].repeat(P * K), 0),
+    ):
         y = y.to(device)
-        forms = {f'plain, {name}': partial(_plain_update, memory.c.clone(), f, y), f'rounds, {name}': partial(memory.update, f, y, k)}
-        out.append(_with_work(ratio({k: many(f) for k,f in forms.items()}, rounds, clock_of(device)), forms))
+        forms = {
+            f'plain, {name}': partial(_plain_update, memory.c.clone(), f, y),
+            f'rounds, {name}': partial(memory.update, f, y, k),
+        }
+        out.append(_with_work(ratio({k: many(f) for k, f in forms.items()}, rounds, clock_of(device)), forms))
     t = pd.concat(out)
-    return t.assign(seconds=t.seconds/times)
+    return t.assign(seconds=t.seconds / times)
 
 # %% ../../nbs/bench/51_method.ipynb #d459e028
 def _plain_mix(
-    mix:Mixed,
-    x1, # (B, C, H, W)
-    x2, # (B, C, H, W)
+    mix: Mixed,
+    x1,  # (B, C, H, W)
+    x2,  # (B, C, H, W)
 ):
     "Eq. (1) as it is written."
-    outs = [(w, op(x1, x2)) for w,op in zip(mix.alpha.softmax(0), mix.ops.values())]
-    return tuple(sum(w*o[k] for w,o in outs) for k in (0,1))
+    outs = [(w, op(x1, x2)) for w, op in zip(mix.alpha.softmax(0), mix.ops.values())]
+    return tuple(sum(w * o[k] for w, o in outs) for k in (0, 1))
 
 # %% ../../nbs/bench/51_method.ipynb #d4fef928
 def bench_search(
-    B:int=8,                        # pictures
-    size:tuple[int,int]=(256,128),  # (H, W) in pixels
-    channels=(64,256,384,512),      # of the supernet
-    rounds:int=5,                   # see `ratio`
-    device='cpu',                   # where
-) -> pd.DataFrame: # as `ratio`, pictures a second, and MB kept for the backward pass
+    B: int = 8,  # pictures
+    size: tuple[int, int] = (256, 128),  # (H, W) in pixels
+    channels=(64, 256, 384, 512),  # of the supernet
+    rounds: int = 5,  # see `ratio`
+    device='cpu',  # where
+) -> pd.DataFrame:  # as `ratio`, pictures a second, and MB kept for the backward pass
     "The half-step that moves α: plain, and as `SearchStep` does it."
-    x, y, nets = torch.randn(B, 3, *size, device=device), torch.arange(B, device=device), {}
+    x = torch.randn(B, 3, *size, device=device)
+    y = torch.arange(B, device=device)
+    nets = {}
     for k in ('plain', 'kept'):
-        set_seed(0); nets[k] = ReIDNet(supernet(channels), BNNeck(channels)).to(device).train()
-    chosen = {k: [m for m in n.modules() if isinstance(m, Mixed)] for k,n in nets.items()}
-    for m in chosen['plain']: m.forward = partial(_plain_mix, m)
-    memory = Memory(B, channels[-1]).to(device); memory.fill(torch.randn(B, channels[-1], device=device), y)
+        set_seed(0)
+        nets[k] = ReIDNet(supernet(channels), BNNeck(channels)).to(device).train()
+    chosen = {k: [m for m in n.modules() if isinstance(m, Mixed)] for k, n in nets.items()}
+    for m in chosen['plain']:
+        m.forward = partial(_plain_mix, m)
+    memory = Memory(B, channels[-1]).to(device)
+    memory.fill(torch.randn(B, channels[-1], device=device), y)
+
     def forward(k):
         alpha = [m.alpha for m in chosen[k]]
         with grad_only(nets[k], alpha if k == 'kept' else list(nets[k].parameters())), frozen_stats(nets[k]):
             return memory.loss(nets[k](x).branches[0].f, y)
+
     forms = {k: lambda k=k: (nets[k].zero_grad(), forward(k).backward()) for k in nets}
     t = _with_work(ratio(forms, rounds, clock_of(device)), forms)
-    return t.assign(MB=[_kept_bytes(partial(forward, k))/1e6 for k in nets], **{'per second': B/t.seconds})
+    return t.assign(MB=[_kept_bytes(partial(forward, k)) / 1e6 for k in nets], **{'per second': B / t.seconds})
 
 # %% ../../nbs/bench/51_method.ipynb #947bccfc
 def bench_train(
-    B:int=16,                       # pictures, four of each identity
-    size:tuple[int,int]=(256,128),  # (H, W) in pixels
-    net:nn.Module=None,             # a `ReIDNet` with classifiers; None takes Table 1's
-    rounds:int=5,                   # see `ratio`
-    device='cpu',                   # where
-) -> pd.DataFrame: # as `ratio`, pictures a second, and MB at the peak
+    B: int = 16,  # pictures, four of each identity
+    size: tuple[int, int] = (256, 128),  # (H, W) in pixels
+    net: nn.Module = None,  # a `ReIDNet` with classifiers; None takes Table 1's
+    rounds: int = 5,  # see `ratio`
+    device='cpu',  # where
+) -> pd.DataFrame:  # as `ratio`, pictures a second, and MB at the peak
     "A training step with plain alignment, with ours, and without."
-    net = net or ReIDNet(derived(), FBLNeck((256,384,512), 100))
-    net, sam, x, y = net.to(device).train(), SAM(net.backbone.channels[-1]).to(device), torch.randn(B, 3, *size, device=device), torch.arange(B, device=device)//4
+    net = net or ReIDNet(derived(), FBLNeck((256, 384, 512), 100))
+    net, sam, x, y = (
+        net.to(device).train(),
+        SAM(net.backbone.channels[-1]).to(device),
+        torch.randn(B, 3, *size, device=device),
+        torch.arange(B, device=device) // 4,
+    )
     opt = torch.optim.SGD([*net.parameters(), *sam.parameters()], 1e-6)
-    forms = {k: partial(TrainStep(net, opt, s), (x, y)) for k,s in {'plain alignment': partial(_plain_sam, sam), 'alignment': sam, 'no alignment': None}.items()}
+    forms = {
+        k: partial(TrainStep(net, opt, s), (x, y))
+        for k, s in {'plain alignment': partial(_plain_sam, sam), 'alignment': sam, 'no alignment': None}.items()
+    }
     t = _with_work(ratio(forms, rounds, clock_of(device)), forms)
-    return t.assign(MB=[_peak_mb(f, device) for f in forms.values()], **{'per second': B/t.seconds})
+    return t.assign(MB=[_peak_mb(f, device) for f in forms.values()], **{'per second': B / t.seconds})
 
 # %% ../../nbs/bench/51_method.ipynb #5c1d6e7b
 def _forms_of(
-    net:ReIDNet, # in evaluation mode, on its device
-    x,           # (B, 3, H, W)
-    dir,         # a folder for the file
-) -> dict:       # name -> function without arguments
+    net: ReIDNet,  # in evaluation mode, on its device
+    x,  # (B, 3, H, W)
+    dir,  # a folder for the file
+) -> dict:  # name -> function without arguments
     "The ways to an embedding that there are for a network."
     forms = {'as trained': lambda: net.embed(x)}
     try:
         small, last = fold(net), x.contiguous(memory_format=torch.channels_last)
         forms['folded'] = lambda: small(last)
-        if x.device.type != 'cpu': return forms
-        if not (file := Path(dir)/'m.onnx').exists(): to_onnx(net, file, x.shape[2:])
-    except InputError: return forms # another kind of network, or not installed
+        if x.device.type != 'cpu':
+            return forms
+        if not (file := Path(dir) / 'm.onnx').exists():
+            to_onnx(net, file, x.shape[2:])
+    except InputError:
+        return forms  # another kind of network, or not installed
     run = session(file, torch.get_num_threads())
     return forms | {'ONNX Runtime': lambda: run(x)}
 
 # %% ../../nbs/bench/51_method.ipynb #610dbb7a
 def bench_infer(
-    B=16,                           # pictures; a tuple measures one after another
-    size:tuple[int,int]=(256,128),  # (H, W) in pixels
-    channels=(64,256,384,512),      # of the network
-    rounds:int=5,                   # see `ratio`
-    net:nn.Module=None,             # a `ReIDNet`; None takes Table 1's with these channels
-    device='cpu',                   # where
-) -> pd.DataFrame: # as `ratio`, and pictures a second
+    B=16,  # pictures; a tuple measures one after another
+    size: tuple[int, int] = (256, 128),  # (H, W) in pixels
+    channels=(64, 256, 384, 512),  # of the network
+    rounds: int = 5,  # see `ratio`
+    net: nn.Module = None,  # a `ReIDNet`; None takes Table 1's with these channels
+    device='cpu',  # where
+) -> pd.DataFrame:  # as `ratio`, and pictures a second
     "Embeddings: as trained, and by what is made of it for use."
     net = (net or ReIDNet(derived(channels=channels), FBLNeck(channels[1:]))).to(device).eval()
     many, rows = isinstance(B, tuple), []
     with tempfile.TemporaryDirectory() as dir, torch.no_grad():
         for b in B if many else (B,):
             forms = _forms_of(net, torch.randn(b, 3, *size, device=device), dir)
-            t = _with_work(ratio(forms, rounds, clock_of(device)), {k: f for k,f in forms.items() if k != 'ONNX Runtime'})
-            if 'ONNX Runtime' in forms: t.loc['ONNX Runtime', ['GFLOP','GB']] = t.loc['folded', ['GFLOP','GB']]
-            t = t.assign(**{'per second': b/t.seconds})
+            t = _with_work(
+                ratio(forms, rounds, clock_of(device)), {k: f for k, f in forms.items() if k != 'ONNX Runtime'}
+            )
+            if 'ONNX Runtime' in forms:
+                t.loc['ONNX Runtime', ['GFLOP', 'GB']] = t.loc['folded', ['GFLOP', 'GB']]
+            t = t.assign(**{'per second': b / t.seconds})
             rows.append(t.rename(lambda k: f'{k}, {b}') if many else t)
     return pd.concat(rows)
 
 # %% ../../nbs/bench/51_method.ipynb #04d56b03
 def bench_networks(
-    B=(1,16,64),                    # pictures to embed, one group of rows each
-    train_B:int=16,                 # pictures of a training step, four of each identity; 0 leaves it out
-    size:tuple[int,int]=(256,128),  # (H, W) in pixels
-    names=('resnet50','osnet','cdnet','deit_s','deit_b','vit_b','msinet'), # of `BACKBONES`, the one to compare with first
-    rounds:int=5,                   # see `ratio`
-    device='cpu',                   # where
-) -> pd.DataFrame: # as `ratio`, pictures a second and, of a training step, MB at the peak
+    B=(1, 16, 64),  # pictures to embed, one group of rows each
+    train_B: int = 16,  # pictures of a training step, four of each identity; 0 leaves it out
+    size: tuple[int, int] = (256, 128),  # (H, W) in pixels
+    names=(
+        'resnet50',
+        'osnet',
+        'cdnet',
+        'deit_s',
+        'deit_b',
+        'vit_b',
+        'msinet',
+    ),  # of `BACKBONES`, the one to compare with first
+    rounds: int = 5,  # see `ratio`
+    device='cpu',  # where
+) -> pd.DataFrame:  # as `ratio`, pictures a second and, of a training step, MB at the peak
     "Every network of the kit: embedding, and a training step."
-    nets = {n: network(n, TABLE1, (64,256,384,512), 3, size, 100).to(device) for n in names}
+    nets = {n: network(n, TABLE1, (64, 256, 384, 512), 3, size, 100).to(device) for n in names}
     rows = []
     for b in B:
         x = torch.randn(b, 3, *size, device=device)
-        forms = {f'{n}, embeds {b}': torch.no_grad()(partial(net.eval().embed, x)) for n,net in nets.items()}
-        rows.append(_with_work(ratio(forms, rounds, clock_of(device)), forms).assign(**{'per second': lambda t: b/t.seconds}))
+        forms = {f'{n}, embeds {b}': torch.no_grad()(partial(net.eval().embed, x)) for n, net in nets.items()}
+        rows.append(
+            _with_work(ratio(forms, rounds, clock_of(device)), forms).assign(**{'per second': lambda t: b / t.seconds})
+        )
     if train_B:
-        x, y = torch.randn(train_B, 3, *size, device=device), torch.arange(train_B, device=device)//4
-        steps = {f'{n}, trains {train_B}': TrainStep(net.train(), torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-6)) for n,net in nets.items()}
-        forms = {k: partial(s, (x, y)) for k,s in steps.items()}
+        x, y = torch.randn(train_B, 3, *size, device=device), torch.arange(train_B, device=device) // 4
+        steps = {
+            f'{n}, trains {train_B}': TrainStep(
+                net.train(), torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 1e-6)
+            )
+            for n, net in nets.items()
+        }
+        forms = {k: partial(s, (x, y)) for k, s in steps.items()}
         t = _with_work(ratio(forms, rounds, clock_of(device)), forms)
-        rows.append(t.assign(MB=[_peak_mb(f, device) for f in forms.values()], **{'per second': train_B/t.seconds}))
+        rows.append(t.assign(MB=[_peak_mb(f, device) for f in forms.values()], **{'per second': train_B / t.seconds}))
     return pd.concat(rows)

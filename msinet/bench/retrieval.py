@@ -7,7 +7,10 @@ __all__ = ['CASES', 'Case', 'bench_features', 'product_numpy', 'loop_ap', 'measu
            'bench_case', 'bench_retrieval', 'bench_rerank', 'bench_clusters']
 
 # %% ../../nbs/bench/51_retrieval.ipynb #e8d3eb6a
-import ctypes, os, threading, time
+import ctypes
+import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,200 +32,272 @@ from .measure import ratio
 @dataclass(frozen=True)
 class Case:
     "A set's size, and how many of its queries are measured."
-    Q:int             # queries of the set
-    G:int             # gallery pictures
-    ids:int           # identities
-    noise:float       # of the features; 2.2 gives a realistic mAP
-    same_cam_ok:bool=False # do pictures by the query's own camera count?
-    some:int|None=None # queries that are measured; None: all
+
+    Q: int  # queries of the set
+    G: int  # gallery pictures
+    ids: int  # identities
+    noise: float  # of the features; 2.2 gives a realistic mAP
+    same_cam_ok: bool = False  # do pictures by the query's own camera count?
+    some: int | None = None  # queries that are measured; None: all
 
 # %% ../../nbs/bench/51_retrieval.ipynb #251b5fc6
-CASES = {'Market-1501': Case(3368, 15913, 750, 2.2), 'Market-1501, random features': Case(3368, 15913, 750, 1e3),
-         'MSMT17': Case(11659, 82161, 3060, 2.2, some=1024), 'VehicleID, one draw': Case(17377, 2400, 2400, 2.2, True)}
+CASES = {
+    'Market-1501': Case(3368, 15913, 750, 2.2),
+    'Market-1501, random features': Case(3368, 15913, 750, 1e3),
+    'MSMT17': Case(11659, 82161, 3060, 2.2, some=1024),
+    'VehicleID, one draw': Case(17377, 2400, 2400, 2.2, True),
+}
 
 # %% ../../nbs/bench/51_retrieval.ipynb #f37668c6
 def bench_features(
-    case:Case,
-    D:int=768,  # length of a vector
-    cams:int=6, # cameras
-    seed:int=0,
-) -> tuple: # as `rank` takes them
+    case: Case,
+    D: int = 768,  # length of a vector
+    cams: int = 6,  # cameras
+    seed: int = 0,
+) -> tuple:  # as `rank` takes them
     "Features, identities and cameras of a made-up set."
     gen = torch.Generator().manual_seed(seed)
     who = torch.randn(case.ids, D, generator=gen)
+
     def draw(n):
-        pid, amount = torch.arange(n) % case.ids, (2*torch.rand(n, 1, generator=gen)).sqrt()
-        f = torch.randn(n, D, generator=gen).mul_(case.noise*amount).add_(who[pid])
+        pid, amount = torch.arange(n) % case.ids, (2 * torch.rand(n, 1, generator=gen)).sqrt()
+        f = torch.randn(n, D, generator=gen).mul_(case.noise * amount).add_(who[pid])
         return F.normalize(f), pid, torch.randint(cams, (n,), generator=gen)
+
     return *draw(case.some or case.Q), *draw(case.G)
 
 # %% ../../nbs/bench/51_retrieval.ipynb #38492579
 def product_numpy(
-    q_f, g_f, # features as tensors
+    q_f,
+    g_f,  # features as tensors
 ):
     "All products of queries and gallery, by numpy, thrown away."
     q, g = q_f.numpy(), g_f.numpy()
     out = np.empty((256, len(g)), np.float32)
-    for lo in range(0, len(q), 256): np.matmul(q[lo:lo+256], g.T, out=out[:len(q[lo:lo+256])])
+    for lo in range(0, len(q), 256):
+        np.matmul(q[lo : lo + 256], g.T, out=out[: len(q[lo : lo + 256])])
 
 # %% ../../nbs/bench/51_retrieval.ipynb #54b502e7
 def _product_torch(
-    q_f, g_f, # features as tensors
+    q_f,
+    g_f,  # features as tensors
 ):
     "All products of queries and gallery, by PyTorch, thrown away."
     out = torch.empty(256, len(g_f))
-    for lo in range(0, len(q_f), 256): torch.mm(q_f[lo:lo+256], g_f.T, out=out[:len(q_f[lo:lo+256])])
+    for lo in range(0, len(q_f), 256):
+        torch.mm(q_f[lo : lo + 256], g_f.T, out=out[: len(q_f[lo : lo + 256])])
 
 # %% ../../nbs/bench/51_retrieval.ipynb #31984baf
 def loop_ap(
-    q_f, q_pid, q_cam, g_f, g_pid, g_cam, # as for `rank`
-    same_cam_ok:bool=False,               # do pictures by the query's own camera count?
-    one=1.,                               # what is added to a place; the integer 1 is faster
-) -> np.ndarray: # AP of each query that has a match
+    q_f,
+    q_pid,
+    q_cam,
+    g_f,
+    g_pid,
+    g_cam,  # as for `rank`
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    one=1.0,  # what is added to a place; the integer 1 is faster
+) -> np.ndarray:  # AP of each query that has a match
     "Average precision the plain way: sort everything, then one query at a time."
     d = sq_dist(q_f, g_f).numpy()
     order, aps = d.argsort(axis=1), []
     q_pid, q_cam, g_pid, g_cam = (v.numpy() for v in (q_pid, q_cam, g_pid, g_cam))
-    for k,o in enumerate(order):
+    for k, o in enumerate(order):
         keep = same_cam_ok | (g_pid[o] != q_pid[k]) | (g_cam[o] != q_cam[k])
         hit = (g_pid[o] == q_pid[k])[keep].astype(int)
-        if not hit.any(): continue
-        precision = [n/(place+one) for place,n in enumerate(hit.cumsum())]
-        aps.append((np.array(precision)*hit).sum()/hit.sum())
+        if not hit.any():
+            continue
+        precision = [n / (place + one) for place, n in enumerate(hit.cumsum())]
+        aps.append((np.array(precision) * hit).sum() / hit.sum())
     return np.array(aps)
 
 # %% ../../nbs/bench/51_retrieval.ipynb #e34eb3ff
 def measure(
-    *args,             # as for `rank`
-    same_cam_ok=False, # as for `rank`
+    *args,  # as for `rank`
+    same_cam_ok=False,  # as for `rank`
 ) -> Ranking:
     "From features to all figures, as an evaluation does it."
     r = rank(*args, same_cam_ok=same_cam_ok)
-    r.curve(50); r.mean_ap(); r.minp()
+    r.curve(50)
+    r.mean_ap()
+    r.minp()
     return r
 
 # %% ../../nbs/bench/51_retrieval.ipynb #0b483e92
 def seconds(
-    f, # called without arguments
-) -> float: # processor time of this process, all threads
+    f,  # called without arguments
+) -> float:  # processor time of this process, all threads
     "How long a call works."
     start = time.process_time()
     f()
-    return time.process_time()-start
+    return time.process_time() - start
 
 # %% ../../nbs/bench/51_retrieval.ipynb #e71885ed
-def held() -> float: # MB; NaN where the system doesn't tell
+def held() -> float:  # MB; NaN where the system doesn't tell
     "Memory that this process holds."
     f = Path('/proc/self/statm')
-    return int(f.read_text().split()[1])*os.sysconf('SC_PAGESIZE')/1e6 if f.exists() else np.nan
+    return int(f.read_text().split()[1]) * os.sysconf('SC_PAGESIZE') / 1e6 if f.exists() else np.nan
 
 # %% ../../nbs/bench/51_retrieval.ipynb #227b0ae7
 def _give_back():
     "Return freed memory to the system, where the C library can (glibc)."
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError): pass
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
 
 # %% ../../nbs/bench/51_retrieval.ipynb #0bbc1fce
 def peak_memory(
-    f, # called without arguments
-) -> float: # MB above what was held before
+    f,  # called without arguments
+) -> float:  # MB above what was held before
     "The most memory that a call holds at any time."
     _give_back()
-    before, seen, done = held(), [0.], threading.Event()
+    before = held()
+    seen = [0.0]
+    done = threading.Event()
+
     def watch():
-        while not done.wait(.01): seen.append(held()-before)
-    t = threading.Thread(target=watch); t.start()
-    at_end = lambda out: held()-before # while what the call gave is still there
-    try: seen.append(at_end(f()))
-    finally: done.set(); t.join()
+        while not done.wait(0.01):
+            seen.append(held() - before)
+
+    t = threading.Thread(target=watch)
+    t.start()
+    at_end = lambda out: held() - before  # while what the call gave is still there
+    try:
+        seen.append(at_end(f()))
+    finally:
+        done.set()
+        t.join()
     return max(seen)
 
 # %% ../../nbs/bench/51_retrieval.ipynb #fb14265c
 def _spread(
-    ratios, # one per round
-) -> str: # median and range
+    ratios,  # one per round
+) -> str:  # median and range
     "A ratio as text."
     return f'{np.median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}]'
 
 # %% ../../nbs/bench/51_retrieval.ipynb #ff68af17
 def bench_case(
-    case:Case,
-    rounds:int=5,        # of all versions in turn
-    loop_queries:int=16, # queries of the loop, scaled to the others; 0 leaves it out
-) -> dict: # a row of the table
+    case: Case,
+    rounds: int = 5,  # of all versions in turn
+    loop_queries: int = 16,  # queries of the loop, scaled to the others; 0 leaves it out
+) -> dict:  # a row of the table
     "Ratios of one case: ranking to the products, the loop to ranking."
     args = bench_features(case)
-    memory = peak_memory(lambda: measure(*args, same_cam_ok=case.same_cam_ok)) # first, while nothing is kept for later use
+    memory = peak_memory(
+        lambda: measure(*args, same_cam_ok=case.same_cam_ok)
+    )  # first, while nothing is kept for later use
     some, few = len(args[0]), tuple(v[:loop_queries] for v in args[:3])
     go = lambda: measure(*args, same_cam_ok=case.same_cam_ok)
     times = []
     for _ in range(rounds):
-        loops = [seconds(lambda: loop_ap(*few, *args[3:], case.same_cam_ok, one))*some/loop_queries if loop_queries else np.nan for one in (1., 1)]
-        times.append([seconds(lambda: product_numpy(args[0], args[3])), seconds(lambda: _product_torch(args[0], args[3])), seconds(go), *loops])
+        loops = [
+            seconds(lambda: loop_ap(*few, *args[3:], case.same_cam_ok, one)) * some / loop_queries
+            if loop_queries
+            else np.nan
+            for one in (1.0, 1)
+        ]
+        times.append(
+            [
+                seconds(lambda: product_numpy(args[0], args[3])),
+                seconds(lambda: _product_torch(args[0], args[3])),
+                seconds(go),
+                *loops,
+            ]
+        )
     mm, mm_torch, ours, loop, lean = np.array(times).T
     r = go()
-    return dict(queries=f'{some} of {case.Q}', gallery=case.G, mAP=round(r.mean_ap(), 3), mINP=round(r.minp(), 3), seconds=round(np.median(ours)*case.Q/some, 3),
-                over_product=_spread(ours/mm), over_torch_product=_spread(ours/mm_torch), loop_over_ours=_spread(loop/ours), lean_loop_over_ours=_spread(lean/ours), peak_MB=round(memory))
+    return dict(
+        queries=f'{some} of {case.Q}',
+        gallery=case.G,
+        mAP=round(r.mean_ap(), 3),
+        mINP=round(r.minp(), 3),
+        seconds=round(np.median(ours) * case.Q / some, 3),
+        over_product=_spread(ours / mm),
+        over_torch_product=_spread(ours / mm_torch),
+        loop_over_ours=_spread(loop / ours),
+        lean_loop_over_ours=_spread(lean / ours),
+        peak_MB=round(memory),
+    )
 
 # %% ../../nbs/bench/51_retrieval.ipynb #3fdc9d53
 def bench_retrieval(
-    cases:dict=None,     # name -> `Case`; None: the paper's sets
-    rounds:int=5,        # of all versions in turn
-    loop_queries:int=16, # queries of the loop, scaled to the others; 0 leaves it out
-    n_threads:int=1,     # of all versions
-) -> pd.DataFrame: # one row per case; `seconds` is scaled to all queries
+    cases: dict = None,  # name -> `Case`; None: the paper's sets
+    rounds: int = 5,  # of all versions in turn
+    loop_queries: int = 16,  # queries of the loop, scaled to the others; 0 leaves it out
+    n_threads: int = 1,  # of all versions
+) -> pd.DataFrame:  # one row per case; `seconds` is scaled to all queries
     "What exact ranking costs: ratios with their spread over rounds."
     with threadpool_limits(n_threads), threads(n_threads):
-        return pd.DataFrame({name: bench_case(c, rounds, loop_queries) for name,c in (cases or CASES).items()}).T
+        return pd.DataFrame({name: bench_case(c, rounds, loop_queries) for name, c in (cases or CASES).items()}).T
 
 # %% ../../nbs/bench/51_retrieval.ipynb #9a1261c5
 def bench_rerank(
-    sizes=((420,1980),(842,3978)), # (queries, gallery) where the dense form is measured too
-    large=(3368,15913),            # queries and gallery for the sparse form alone; None leaves it out
-    rounds:int=1,                  # of both versions in turn
-    n_threads:int=1,               # of both
-) -> pd.DataFrame: # one row per size
+    sizes=((420, 1980), (842, 3978)),  # (queries, gallery) where the dense form is measured too
+    large=(3368, 15913),  # queries and gallery for the sparse form alone; None leaves it out
+    rounds: int = 1,  # of both versions in turn
+    n_threads: int = 1,  # of both
+) -> pd.DataFrame:  # one row per size
     "Sparse re-ranking from features against the dense form: seconds, ratio, largest difference, memory."
     rows = {}
     with threadpool_limits(n_threads), threads(n_threads):
-        for Q,G in [*sizes, *([large] if large else [])]:
-            q, _, _, g, _, _ = bench_features(Case(Q, G, max(2, G//21), 2.2))
+        for Q, G in [*sizes, *([large] if large else [])]:
+            q, _, _, g, _, _ = bench_features(Case(Q, G, max(2, G // 21), 2.2))
+
             def dense():
                 d = sq_dist(f := torch.cat([q, g]), f).sqrt()
-                return rerank_dense(d[:Q,Q:], d[:Q,:Q], d[Q:,Q:])
-            both = (Q,G) != large
-            times = np.array([[seconds(lambda: rerank(q, g)), seconds(dense) if both else np.nan] for _ in range(rounds)])
-            rows[f'{Q} × {G}'] = dict(seconds=round(np.median(times[:,0]), 2), dense_over_sparse=_spread(times[:,1]/times[:,0]) if both else '',
-                                      difference=float((rerank(q, g)-dense()).abs().max()) if both else np.nan, peak_MB=round(peak_memory(lambda: rerank(q, g))))
+                return rerank_dense(d[:Q, Q:], d[:Q, :Q], d[Q:, Q:])
+
+            both = (Q, G) != large
+            times = np.array(
+                [[seconds(lambda: rerank(q, g)), seconds(dense) if both else np.nan] for _ in range(rounds)]
+            )
+            rows[f'{Q} × {G}'] = dict(
+                seconds=round(np.median(times[:, 0]), 2),
+                dense_over_sparse=_spread(times[:, 1] / times[:, 0]) if both else '',
+                difference=float((rerank(q, g) - dense()).abs().max()) if both else np.nan,
+                peak_MB=round(peak_memory(lambda: rerank(q, g))),
+            )
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/bench/51_retrieval.ipynb #4d6c59f2
 def _dense_labels(
-    f, # (N, D) features
-    eps:float=.6, k1:int=30, k2:int=6, # as in `pseudo_labels`
-) -> np.ndarray: # (N,) clusters
+    f,  # (N, D) features
+    eps: float = 0.6,
+    k1: int = 30,
+    k2: int = 6,  # as in `pseudo_labels`
+) -> np.ndarray:  # (N,) clusters
     "Pseudo-labels the plain way, with matrices of N×N."
     from sklearn.cluster import DBSCAN
+
     v = neighbour_weights(scaled_sq(sq_dist(f, f).sqrt()), k1, k2)
     return DBSCAN(eps=eps, min_samples=4, metric='precomputed').fit_predict(jaccard_rows(v, v).clamp(min=0).numpy())
 
 # %% ../../nbs/bench/51_retrieval.ipynb #1f1e2b4c
 def bench_clusters(
-    rounds:int=3,   # see `ratio`
+    rounds: int = 3,  # see `ratio`
     sizes=(1500,),  # pictures, where both forms are measured
-    large:int=0,    # pictures for the sparse form alone, once; 32,621 is MSMT17's training set; 0 leaves it out
-    device='cpu',   # clusters are always made on the processor
-) -> pd.DataFrame: # as `ratio`, with MB; two rows per size
+    large: int = 0,  # pictures for the sparse form alone, once; 32,621 is MSMT17's training set; 0 leaves it out
+    device='cpu',  # clusters are always made on the processor
+) -> pd.DataFrame:  # as `ratio`, with MB; two rows per size
     "Labels from features: sparse distances against matrices."
-    rows, case = [], lambda n: bench_features(Case(1, n, max(2, n//31), 2.2))[3]
+    rows, case = [], lambda n: bench_features(Case(1, n, max(2, n // 31), 2.2))[3]
     for n in sizes:
         f = case(n)
         forms = {'dense': lambda: _dense_labels(f), 'sparse': lambda: pseudo_labels(f)}
-        t = ratio(forms, rounds).assign(MB=[peak_memory(g) for g in forms.values()], GFLOP=2*n*n*f.shape[1]/1e9, GB=f.numel()*4/1e9)
+        t = ratio(forms, rounds).assign(
+            MB=[peak_memory(g) for g in forms.values()], GFLOP=2 * n * n * f.shape[1] / 1e9, GB=f.numel() * 4 / 1e9
+        )
         rows.append(t.rename(lambda k: f'{k}, {n:,}'))
     if large:
         f = case(large)
         took = []
         mb = peak_memory(lambda: took.append(seconds(lambda: pseudo_labels(f))))
-        rows.append(pd.DataFrame(dict(seconds=took[0], MB=mb, GFLOP=2*large*large*f.shape[1]/1e9, GB=f.numel()*4/1e9), index=[f'sparse, {large:,}']))
+        rows.append(
+            pd.DataFrame(
+                dict(seconds=took[0], MB=mb, GFLOP=2 * large * large * f.shape[1] / 1e9, GB=f.numel() * 4 / 1e9),
+                index=[f'sparse, {large:,}'],
+            )
+        )
     return pd.concat(rows)

@@ -22,91 +22,125 @@ from ..vis import NETS, QUERY
 
 # %% ../../nbs/bench/51_roofline.ipynb #e1b9f315
 def clock_of(
-    device='cpu', # where the work is done
-): # a function without arguments, seconds; for `bench.ratio`
+    device='cpu',  # where the work is done
+):  # a function without arguments, seconds; for `bench.ratio`
     "The clock that a device's work is measured with."
     kind = torch.device(device).type
-    if kind == 'cpu': return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    def clock(): getattr(torch, kind).synchronize(); return time.perf_counter()
+    if kind == 'cpu':
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def clock():
+        getattr(torch, kind).synchronize()
+        return time.perf_counter()
+
     return clock
 
 # %% ../../nbs/bench/51_roofline.ipynb #e0f87a90
 class Machine(NamedTuple):
     "What a device can do in a second, in single precision."
-    flops:float # calculations
-    bytes:float # read or written
+
+    flops: float  # calculations
+    bytes: float  # read or written
 
 # %% ../../nbs/bench/51_roofline.ipynb #40d9e470
 def measure_machine(
-    device='cpu', # where
-    n:int=1536,   # side of the matrices; a GPU needs 8192
-    mb:int=128,   # size of the copy, far above the caches; a GPU needs 2048
-    rounds:int=5, # the best of so many
+    device='cpu',  # where
+    n: int = 1536,  # side of the matrices; a GPU needs 8192
+    mb: int = 128,  # size of the copy, far above the caches; a GPU needs 2048
+    rounds: int = 5,  # the best of so many
 ) -> Machine:
     "Measure the rate of matrix products, as such and as 1×1 convolutions, and of copies."
-    clock, a, big = clock_of(device), torch.randn(n, n, device=device), torch.ones(mb*250_000, device=device)
+    clock = clock_of(device)
+    a = torch.randn(n, n, device=device)
+    big = torch.ones(mb * 250_000, device=device)
     out, copy = torch.empty_like(a), torch.empty_like(big)
-    maps, weights = torch.randn(16, n//3, 8, 8, device=device), torch.randn(n//3, n//3, 1, 1, device=device)
+    maps, weights = torch.randn(16, n // 3, 8, 8, device=device), torch.randn(n // 3, n // 3, 1, 1, device=device)
+
     def best(f):
         times = []
-        for _ in range(rounds+1): start = clock(); f(); times.append(clock()-start)
+        for _ in range(rounds + 1):
+            start = clock()
+            f()
+            times.append(clock() - start)
         return min(times[1:])
-    products = 2*maps.numel()*len(weights)/best(lambda: F.conv2d(maps, weights)), 2*n**3/best(lambda: torch.mm(a, a.T, out=out))
-    return Machine(max(products), 2*mb*1e6/best(lambda: copy.copy_(big)))
+
+    products = (
+        2 * maps.numel() * len(weights) / best(lambda: F.conv2d(maps, weights)),
+        2 * n**3 / best(lambda: torch.mm(a, a.T, out=out)),
+    )
+    return Machine(max(products), 2 * mb * 1e6 / best(lambda: copy.copy_(big)))
 
 # %% ../../nbs/bench/51_roofline.ipynb #44736efb
-def _conv_gradients(grad, x, w, bias, stride, padding, dilation, transposed, extra, groups, mask, out_shape=None, **_) -> int:
+def _conv_gradients(
+    grad, x, w, bias, stride, padding, dilation, transposed, extra, groups, mask, out_shape=None, **_
+) -> int:
     "Calculations of a convolution's backward pass, from shapes."
-    return 2*int(np.prod(x if transposed else grad))*int(np.prod(w[1:]))*sum(mask[:2])
+    return 2 * int(np.prod(x if transposed else grad)) * int(np.prod(w[1:])) * sum(mask[:2])
 
 # %% ../../nbs/bench/51_roofline.ipynb #54a0568c
 class Traffic(TorchDispatchMode):
     "Counts in `.bytes` what operations read and write while the block runs."
-    def __init__(self): super().__init__(); self.bytes = 0
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        size = lambda t: min(t.numel()*t.element_size(), t.untyped_storage().nbytes()) # what is expanded is there once
-        if not func.is_view and 'empty' not in func.name(): self.bytes += sum(map(size, tensors))
+        size = lambda t: min(
+            t.numel() * t.element_size(), t.untyped_storage().nbytes()
+        )  # what is expanded is there once
+        if not func.is_view and 'empty' not in func.name():
+            self.bytes += sum(map(size, tensors))
         return out
 
 # %% ../../nbs/bench/51_roofline.ipynb #9e4d8e4a
 class Work(NamedTuple):
     "What has to be done."
-    flops:float # calculations in matrix products and convolutions
-    bytes:float # read and written, operation by operation
+
+    flops: float  # calculations in matrix products and convolutions
+    bytes: float  # read and written, operation by operation
 
 # %% ../../nbs/bench/51_roofline.ipynb #f80cbc2b
 def work(
-    f, # a function without arguments
-) -> Work: # of one call
+    f,  # a function without arguments
+) -> Work:  # of one call
     "Count a call's calculations and bytes; the call is made."
     count = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_gradients})
-    with Traffic() as t, count: f()
+    with Traffic() as t, count:
+        f()
     return Work(count.get_total_flops(), t.bytes)
 
 # %% ../../nbs/bench/51_roofline.ipynb #a9baf96b
 def share(
-    w:Work,
-    seconds:float, # that it took
-    m:Machine,     # that did it
-) -> float: # 1 is the roof
+    w: Work,
+    seconds: float,  # that it took
+    m: Machine,  # that did it
+) -> float:  # 1 is the roof
     "Least possible time over the time it took."
-    return max(w.flops/m.flops, w.bytes/m.bytes)/seconds
+    return max(w.flops / m.flops, w.bytes / m.bytes) / seconds
 
 # %% ../../nbs/bench/51_roofline.ipynb #97c4fee3
 def plot_roof(
-    m:Machine,
-    points:dict, # name -> (Work, seconds)
-    ax=None,     # where
+    m: Machine,
+    points: dict,  # name -> (Work, seconds)
+    ax=None,  # where
 ):
     "Calculations a second against calculations per byte, below the roof of a machine; both axes logarithmic."
-    ax = ax or plt.subplots(figsize=(5,3), layout='constrained')[1]
-    x, y = {k: w.flops/w.bytes for k,(w,_) in points.items()}, {k: w.flops/t/1e9 for k,(w,t) in points.items()}
-    edge = np.geomspace(min([*x.values(), m.flops/m.bytes])/3, max([*x.values(), m.flops/m.bytes])*3, 100)
-    ax.loglog(edge, np.minimum(m.flops, m.bytes*edge)/1e9, c=QUERY, lw=1.5)
-    for k,(name,marker) in enumerate(zip(points, 'osD^vP*X<>'*3)): ax.loglog(x[name], y[name], marker, c=NETS[k % len(NETS)], ms=6, label=name)
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(LogLocator(subs=(1,2,5))); axis.set_major_formatter('{x:g}'); axis.set_minor_locator(NullLocator())
-    ax.set(xlabel='calculations per byte', ylabel='GFLOP/s'); ax.legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False)
+    ax = ax or plt.subplots(figsize=(5, 3), layout='constrained')[1]
+    x, y = (
+        {k: w.flops / w.bytes for k, (w, _) in points.items()},
+        {k: w.flops / t / 1e9 for k, (w, t) in points.items()},
+    )
+    edge = np.geomspace(min([*x.values(), m.flops / m.bytes]) / 3, max([*x.values(), m.flops / m.bytes]) * 3, 100)
+    ax.loglog(edge, np.minimum(m.flops, m.bytes * edge) / 1e9, c=QUERY, lw=1.5)
+    for k, (name, marker) in enumerate(zip(points, 'osD^vP*X<>' * 3)):
+        ax.loglog(x[name], y[name], marker, c=NETS[k % len(NETS)], ms=6, label=name)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter('{x:g}')
+        axis.set_minor_locator(NullLocator())
+    ax.set(xlabel='calculations per byte', ylabel='GFLOP/s')
+    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     return ax

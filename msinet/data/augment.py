@@ -14,149 +14,155 @@ from torch.nn import functional as F
 
 # %% ../../nbs/data/04_augment.ipynb #8ca40d5c
 def to_device(
-    t:Tensor,    # on the CPU
-    device=None, # where to; None leaves it
+    t: Tensor,  # on the CPU
+    device=None,  # where to; None leaves it
 ) -> Tensor:
     "Send a tensor without waiting for the device."
-    return t.pin_memory().to(device, non_blocking=True) if torch.device(device or 'cpu').type == 'cuda' else t.to(device)
+    return (
+        t.pin_memory().to(device, non_blocking=True) if torch.device(device or 'cpu').type == 'cuda' else t.to(device)
+    )
 
 # %% ../../nbs/data/04_augment.ipynb #c189340a
 def _rand_on(
-    x:Tensor,            # whose device the numbers go to
-    gen:torch.Generator, # on the CPU
-    *shape:int,          # of the numbers for `x`
-    part=(0, 1),         # which part of the batch `x` is, of how many
-    dim:int=0,           # where `shape` counts pictures
-) -> Tensor: # uniform in [0, 1)
+    x: Tensor,  # whose device the numbers go to
+    gen: torch.Generator,  # on the CPU
+    *shape: int,  # of the numbers for `x`
+    part=(0, 1),  # which part of the batch `x` is, of how many
+    dim: int = 0,  # where `shape` counts pictures
+) -> Tensor:  # uniform in [0, 1)
     "Random numbers that are the same on every device, and for any number of parts."
-    whole = [n*part[1] if d == dim else n for d,n in enumerate(shape)]
+    whole = [n * part[1] if d == dim else n for d, n in enumerate(shape)]
     return to_device(torch.rand(whole, generator=gen).chunk(part[1], dim)[part[0]], x.device)
 
 # %% ../../nbs/data/04_augment.ipynb #34341af3
 def random_flip(
-    x:Tensor,            # (B, 3, H, W)
-    gen:torch.Generator, # on the CPU
-    p:float=.5,          # share of pictures mirrored
-    part=(0, 1),         # as in `_rand_on`
-) -> Tensor: # (B, 3, H, W)
+    x: Tensor,  # (B, 3, H, W)
+    gen: torch.Generator,  # on the CPU
+    p: float = 0.5,  # share of pictures mirrored
+    part=(0, 1),  # as in `_rand_on`
+) -> Tensor:  # (B, 3, H, W)
     "Mirror some of the pictures left to right."
     return torch.where(_rand_on(x, gen, len(x), 1, 1, 1, part=part) < p, x.flip(3), x)
 
 # %% ../../nbs/data/04_augment.ipynb #7ac818b0
 def pad_crop(
-    x:Tensor,            # (B, 3, H, W)
-    gen:torch.Generator, # on the CPU
-    pad:int=10,          # pixels of black on each side
-    part=(0, 1),         # as in `_rand_on`
-) -> Tensor: # (B, 3, H, W)
+    x: Tensor,  # (B, 3, H, W)
+    gen: torch.Generator,  # on the CPU
+    pad: int = 10,  # pixels of black on each side
+    part=(0, 1),  # as in `_rand_on`
+) -> Tensor:  # (B, 3, H, W)
     "Pad with black and crop back at random."
     B, _, H, W = x.shape
-    windows = F.pad(x, (pad,)*4).unfold(2, H, 1).unfold(3, W, 1)
-    top, left = (_rand_on(x, gen, 2, B, part=part, dim=1)*(2*pad+1)).long()
+    windows = F.pad(x, (pad,) * 4).unfold(2, H, 1).unfold(3, W, 1)
+    top, left = (_rand_on(x, gen, 2, B, part=part, dim=1) * (2 * pad + 1)).long()
     return windows[torch.arange(B, device=x.device), :, top, left]
 
 # %% ../../nbs/data/04_augment.ipynb #c6051d5f
 def luma(
-    x:Tensor, # (B, 3, H, W)
-) -> Tensor: # (B, 1, H, W)
+    x: Tensor,  # (B, 3, H, W)
+) -> Tensor:  # (B, 1, H, W)
     "How bright each pixel looks."
-    w = to_device(torch.tensor((.299, .587, .114)), x.device)
-    return (w[:,None,None]*x).sum(1, keepdim=True)
+    w = to_device(torch.tensor((0.299, 0.587, 0.114)), x.device)
+    return (w[:, None, None] * x).sum(1, keepdim=True)
 
 # %% ../../nbs/data/04_augment.ipynb #58b42e78
 def blend(
-    x:Tensor, # (B, 3, H, W) in 0-255
-    b,        # what to move away from, 0 or (B, 1, ...)
-    f,        # by how much, (B, 1, 1, 1); 1 changes nothing
-) -> Tensor: # (B, 3, H, W) in 0-255
+    x: Tensor,  # (B, 3, H, W) in 0-255
+    b,  # what to move away from, 0 or (B, 1, ...)
+    f,  # by how much, (B, 1, 1, 1); 1 changes nothing
+) -> Tensor:  # (B, 3, H, W) in 0-255
     "Move pixels towards `b` (f < 1) or away from it (f > 1)."
-    return (b + f*(x-b)).clamp(0, 255)
+    return (b + f * (x - b)).clamp(0, 255)
 
 # %% ../../nbs/data/04_augment.ipynb #1ae33232
 def colour_jitter(
-    x:Tensor,              # (B, 3, H, W) in 0-255
-    gen:torch.Generator,   # on the CPU
-    strength=(.4, .4, .3), # of brightness, contrast and saturation
-    part=(0, 1),           # as in `_rand_on`
-) -> Tensor: # (B, 3, H, W) float in 0-255
+    x: Tensor,  # (B, 3, H, W) in 0-255
+    gen: torch.Generator,  # on the CPU
+    strength=(0.4, 0.4, 0.3),  # of brightness, contrast and saturation
+    part=(0, 1),  # as in `_rand_on`
+) -> Tensor:  # (B, 3, H, W) float in 0-255
     "Change brightness, contrast and saturation, in an order drawn for the batch."
     x = x.float()
-    bases = lambda x: 0, lambda x: luma(x).mean((2,3), keepdim=True), luma
+    bases = lambda x: 0, lambda x: luma(x).mean((2, 3), keepdim=True), luma
     for k in torch.randperm(3, generator=gen).tolist():
-        f = 1 + strength[k]*(2*_rand_on(x, gen, len(x), 1, 1, 1, part=part)-1)
+        f = 1 + strength[k] * (2 * _rand_on(x, gen, len(x), 1, 1, 1, part=part) - 1)
         x = blend(x, bases[k](x), f.clamp(min=0))
     return x
 
 # %% ../../nbs/data/04_augment.ipynb #cb00c712
-MEAN, STD = (.485, .456, .406), (.229, .224, .225) # ImageNet's, for red, green, blue in [0, 1]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for red, green, blue in [0, 1]
 
 # %% ../../nbs/data/04_augment.ipynb #8c4acadb
 def normalise(
-    x:Tensor, # (B, 3, H, W) in 0-255
-) -> Tensor: # (B, 3, H, W) float32
+    x: Tensor,  # (B, 3, H, W) in 0-255
+) -> Tensor:  # (B, 3, H, W) float32
     "Bytes to what networks are fed with: ImageNet's mean and standard deviation taken out."
-    mean, std = (to_device(255*torch.tensor(v), x.device)[:,None,None] for v in (MEAN, STD))
+    mean, std = (to_device(255 * torch.tensor(v), x.device)[:, None, None] for v in (MEAN, STD))
     return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(mean).div_(std)
 
 # %% ../../nbs/data/04_augment.ipynb #27b1e175
 def _paint_boxes(
-    x:Tensor,                 # (B, 3, H, W)
-    top, left, height, width, # (B,) in pixels; height 0 paints nothing
-    fill,                     # three values, red, green, blue
-) -> Tensor: # (B, 3, H, W)
+    x: Tensor,  # (B, 3, H, W)
+    top,
+    left,
+    height,
+    width,  # (B,) in pixels; height 0 paints nothing
+    fill,  # three values, red, green, blue
+) -> Tensor:  # (B, 3, H, W)
     "Paint one box into each picture."
-    inside = lambda n, lo, size: ((k := torch.arange(n, device=x.device)) >= lo[:,None]) & (k < (lo+size)[:,None])
-    box = inside(x.shape[2], top, height)[:,None,:,None] & inside(x.shape[3], left, width)[:,None,None,:]
-    return torch.where(box, to_device(torch.tensor(fill, dtype=x.dtype), x.device)[:,None,None], x)
+    inside = lambda n, lo, size: ((k := torch.arange(n, device=x.device)) >= lo[:, None]) & (k < (lo + size)[:, None])
+    box = inside(x.shape[2], top, height)[:, None, :, None] & inside(x.shape[3], left, width)[:, None, None, :]
+    return torch.where(box, to_device(torch.tensor(fill, dtype=x.dtype), x.device)[:, None, None], x)
 
 # %% ../../nbs/data/04_augment.ipynb #543ea7f7
 def random_boxes(
-    x:Tensor,            # (B, 3, H, W)
-    gen:torch.Generator, # on the CPU
-    area=(.02, .4),      # share of the picture
-    aspect=(.3, 1/.3),   # height by width
-    tries:int=20,        # candidates for each picture
-    part=(0, 1),         # as in `_rand_on`
-) -> tuple[Tensor,...]: # top, left, height, width, each (B,) in pixels
+    x: Tensor,  # (B, 3, H, W)
+    gen: torch.Generator,  # on the CPU
+    area=(0.02, 0.4),  # share of the picture
+    aspect=(0.3, 1 / 0.3),  # height by width
+    tries: int = 20,  # candidates for each picture
+    part=(0, 1),  # as in `_rand_on`
+) -> tuple[Tensor, ...]:  # top, left, height, width, each (B,) in pixels
     "One random box for each picture that fits into it."
     B, _, H, W = x.shape
-    between = lambda lo, hi: lo + (hi-lo)*_rand_on(x, gen, B, tries, part=part)
-    a, r = H*W*between(*area), between(*aspect)
-    h, w = (a*r).sqrt().round().long(), (a/r).sqrt().round().long()
+    between = lambda lo, hi: lo + (hi - lo) * _rand_on(x, gen, B, tries, part=part)
+    a, r = H * W * between(*area), between(*aspect)
+    h, w = (a * r).sqrt().round().long(), (a / r).sqrt().round().long()
     fits = (h < H) & (w < W)
     first = fits.int().argmax(1, keepdim=True)
-    h, w = ((v*fits).gather(1, first)[:,0] for v in (h, w))
-    top, left = ((_rand_on(x, gen, B, part=part)*(n-v+1)).long() for n,v in ((H,h), (W,w)))
+    h, w = ((v * fits).gather(1, first)[:, 0] for v in (h, w))
+    top, left = ((_rand_on(x, gen, B, part=part) * (n - v + 1)).long() for n, v in ((H, h), (W, w)))
     return top, left, h, w
 
 # %% ../../nbs/data/04_augment.ipynb #08a02953
-FILL = (.4914, .4822, .4465) # written into normalised pictures
+FILL = (0.4914, 0.4822, 0.4465)  # written into normalised pictures
 
 # %% ../../nbs/data/04_augment.ipynb #776c505c
 def random_erase(
-    x:Tensor,            # (B, 3, H, W), normalised
-    gen:torch.Generator, # on the CPU
-    p:float=.5,          # share of pictures
-    fill=FILL,           # red, green, blue
-    part=(0, 1),         # as in `_rand_on`
-) -> Tensor: # (B, 3, H, W)
+    x: Tensor,  # (B, 3, H, W), normalised
+    gen: torch.Generator,  # on the CPU
+    p: float = 0.5,  # share of pictures
+    fill=FILL,  # red, green, blue
+    part=(0, 1),  # as in `_rand_on`
+) -> Tensor:  # (B, 3, H, W)
     "Paint a random box over some of the pictures."
     top, left, h, w = random_boxes(x, gen, part=part)
-    return _paint_boxes(x, top, left, h*(_rand_on(x, gen, len(x), part=part) < p), w, fill)
+    return _paint_boxes(x, top, left, h * (_rand_on(x, gen, len(x), part=part) < p), w, fill)
 
 # %% ../../nbs/data/04_augment.ipynb #954a24d7
 def augment(
-    x:Tensor,            # (B, H, W, 3) uint8, on any device
-    gen:torch.Generator, # on the CPU
-    flip:float=.5,       # share of pictures mirrored
-    pad:int=10,          # shift by up to so many pixels, for 256×128
-    erase:float=.5,      # share of pictures with a box painted over
-    jitter=(0, 0, 0),    # strength of brightness, contrast, saturation; (.4, .4, .3) for cross-domain training
-    fill=FILL,           # what the box is painted with, after normalising
-    part=(0, 1),         # which part of a batch `x` is, of how many
-) -> Tensor: # (B, 3, H, W) float32
+    x: Tensor,  # (B, H, W, 3) uint8, on any device
+    gen: torch.Generator,  # on the CPU
+    flip: float = 0.5,  # share of pictures mirrored
+    pad: int = 10,  # shift by up to so many pixels, for 256×128
+    random_erasing: float = 0.5,  # share of pictures with a box painted over
+    jitter=(0, 0, 0),  # strength of brightness, contrast, saturation; (.4, .4, .3) for cross-domain training
+    fill=FILL,  # what the box is painted with, after normalising
+    part=(0, 1),  # which part of a batch `x` is, of how many
+) -> Tensor:  # (B, 3, H, W) float32
     "Mirror, shift, recolour, normalise and erase a batch (§4.1)."
     x = rearrange(x, 'b h w c -> b c h w')
     x = pad_crop(random_flip(x, gen, flip, part), gen, pad, part)
-    if any(jitter): x = colour_jitter(x, gen, jitter, part)
-    return random_erase(normalise(x), gen, erase, fill, part)
+    if any(jitter):
+        x = colour_jitter(x, gen, jitter, part)
+    return random_erase(normalise(x), gen, random_erasing, fill, part)

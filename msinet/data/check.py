@@ -7,7 +7,11 @@ __all__ = ['Fault', 'check_image', 'repeated_images', 'queries_without_match', '
            'draw_check', 'write_exclusions', 'CheckConfig', 'describe_check', 'run_check']
 
 # %% ../../nbs/data/04_check.ipynb #2a29ba05
-import hashlib, io, os, re, warnings
+import hashlib
+import io
+import os
+import re
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,131 +36,169 @@ _NOTE = ('duplicate', 'no positive', 'shared identity', 'odd name', 'not a pictu
 # %% ../../nbs/data/04_check.ipynb #e4db69ed
 class Fault(NamedTuple):
     "Something that is wrong with one file."
-    path:str      # of the file
-    kind:str      # one of `_STOP` or `_NOTE`
-    detail:str='' # more about it
+
+    path: str  # of the file
+    kind: str  # one of `_STOP` or `_NOTE`
+    detail: str = ''  # more about it
 
 # %% ../../nbs/data/04_check.ipynb #51c978dd
-_MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'BM', b'RIFF', b'II*', b'MM', b'GIF8') # what image files begin with
+_MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'BM', b'RIFF', b'II*', b'MM', b'GIF8')  # what image files begin with
 
 # %% ../../nbs/data/04_check.ipynb #ecdb8e39
 def check_image(
-    path:str, # of a picture
-) -> tuple[Fault|None,bytes]: # what is wrong with it, fingerprint of its bytes
+    path: str,  # of a picture
+) -> tuple[Fault | None, bytes]:  # what is wrong with it, fingerprint of its bytes
     "Read one file whole, and decode it."
-    try: data = Path(path).read_bytes()
-    except FileNotFoundError: return Fault(path, 'missing'), b''
-    except OSError as e: return Fault(path, 'unreadable', e.strerror or ''), b''
-    if not data: return Fault(path, 'empty'), b''
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return Fault(path, 'missing'), b''
+    except OSError as e:
+        return Fault(path, 'unreadable', e.strerror or ''), b''
+    if not data:
+        return Fault(path, 'empty'), b''
     digest = hashlib.blake2b(data, digest_size=12).digest()
-    try: read_image('it', io.BytesIO(data))
+    try:
+        read_image('it', io.BytesIO(data))
     except InputError as e:
-        if not data.startswith(_MAGIC): return Fault(path, 'unreadable', f'begins with {data[:8]!r}'), digest
+        if not data.startswith(_MAGIC):
+            return Fault(path, 'unreadable', f'begins with {data[:8]!r}'), digest
         return Fault(path, 'truncated', str(e).partition('(')[2].partition(');')[0]), digest
     return None, digest
 
 # %% ../../nbs/data/04_check.ipynb #ad57cb57
 def _check_images(
-    paths,               # of pictures, each once
-    progress:bool=False, # show a bar
-    step:int=64,         # pictures a thread takes at a time
-) -> tuple[list[Fault],dict[str,bytes]]: # what is wrong; path -> fingerprint of those that can be read
+    paths,  # of pictures, each once
+    progress: bool = False,  # show a bar
+    step: int = 64,  # pictures a thread takes at a time
+) -> tuple[list[Fault], dict[str, bytes]]:  # what is wrong; path -> fingerprint of those that can be read
     "Read and decode many files, with threads."
-    blocks, faults, digest = [paths[k:k+step] for k in range(0, len(paths), step)], [], {}
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc='check', unit='img', disable=None if progress else True) as bar:
-        for block,done in zip(blocks, pool.map(lambda b: [*map(check_image, b)], blocks)):
-            faults += [f for f,_ in done if f]
-            digest.update((p, d) for p,(f,d) in zip(block, done) if not f)
+    blocks = [paths[k : k + step] for k in range(0, len(paths), step)]
+    faults = []
+    digest = {}
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(paths), desc='check', unit='img', disable=None if progress else True) as bar,
+    ):
+        for block, done in zip(blocks, pool.map(lambda b: [*map(check_image, b)], blocks)):
+            faults += [f for f, _ in done if f]
+            digest.update((p, d) for p, (f, d) in zip(block, done) if not f)
             bar.update(len(block))
     return faults, digest
 
 # %% ../../nbs/data/04_check.ipynb #dd9d344c
 def repeated_images(
-    data:ReIDData,          # any set
-    digest:dict[str,bytes], # path -> fingerprint of the file
+    data: ReIDData,  # any set
+    digest: dict[str, bytes],  # path -> fingerprint of the file
 ) -> list[Fault]:
     "Pictures that are in a set more than once, as files of their own."
     uses, groups = defaultdict(set), defaultdict(list)
-    for part in ('train','query','gallery'):
-        for i in getattr(data, part): uses[i.path].add((part, i.pid, i.cam))
-    for p,d in digest.items(): groups[d].append(p)
+    for part in ('train', 'query', 'gallery'):
+        for i in getattr(data, part):
+            uses[i.path].add((part, i.pid, i.cam))
+    for p, d in digest.items():
+        groups[d].append(p)
     return [f for paths in groups.values() if len(paths) > 1 for f in _judge(sorted(paths), uses, data.same_cam_ok)]
 
 # %% ../../nbs/data/04_check.ipynb #aeae5b9f
 def _judge(
-    paths,            # files with the same bytes, sorted
-    uses:dict,        # path -> set of (list, identity, camera)
-    same_cam_ok:bool, # do pictures by the query's own camera count?
+    paths,  # files with the same bytes, sorted
+    uses: dict,  # path -> set of (list, identity, camera)
+    same_cam_ok: bool,  # do pictures by the query's own camera count?
 ) -> list[Fault]:
     "What it means that these files are one picture."
-    fit = [p for p in paths if any(part == 'train' for part,_,_ in uses[p])]
-    if fit and len(fit) < len(paths): return [Fault(p, 'in train and test', f'the same as {min(set(paths)-set(fit))}') for p in fit]
-    whom = lambda p: {pid for _,pid,_ in uses[p]}
-    if fit and len(set.union(*map(whom, fit))) > 1: return [Fault(p, 'two identities', f'identity {min(whom(p))}, the same as {min(set(paths)-{p})}') for p in fit]
+    fit = [p for p in paths if any(part == 'train' for part, _, _ in uses[p])]
+    if fit and len(fit) < len(paths):
+        return [Fault(p, 'in train and test', f'the same as {min(set(paths) - set(fit))}') for p in fit]
+    whom = lambda p: {pid for _, pid, _ in uses[p]}
+    if fit and len(set.union(*map(whom, fit))) > 1:
+        return [
+            Fault(p, 'two identities', f'identity {min(whom(p))}, the same as {min(set(paths) - {p})}') for p in fit
+        ]
     first, out = {}, []
     for p in paths:
-        role = 'any' if fit or same_cam_ok else min((part, cam or 0) for part,_,cam in uses[p]) # a query may be in the gallery too
-        if role in first: out.append(Fault(p, 'duplicate', f'the same as {first[role]}'))
+        role = (
+            'any' if fit or same_cam_ok else min((part, cam or 0) for part, _, cam in uses[p])
+        )  # a query may be in the gallery too
+        if role in first:
+            out.append(Fault(p, 'duplicate', f'the same as {first[role]}'))
         first.setdefault(role, p)
     return out
 
 # %% ../../nbs/data/04_check.ipynb #6a390e27
 def queries_without_match(
-    data:ReIDData, # any set
+    data: ReIDData,  # any set
 ) -> list[Fault]:
     "Queries without a positive in the gallery."
     cams = defaultdict(set)
-    for g in data.gallery: cams[g.pid].add(g.cam)
-    found = lambda q: cams[q.pid] if data.same_cam_ok else cams[q.pid]-{q.cam}
+    for g in data.gallery:
+        cams[g.pid].add(g.cam)
+    found = lambda q: cams[q.pid] if data.same_cam_ok else cams[q.pid] - {q.cam}
     return [Fault(q.path, 'no positive', f'identity {q.pid}') for q in data.query if not found(q)]
 
 # %% ../../nbs/data/04_check.ipynb #4900ccfd
 def shared_identities(
-    data:ReIDData, # any set
+    data: ReIDData,  # any set
 ) -> list[Fault]:
     "The first training picture of each identity that is tested with, too."
-    if data.name == 'MS': return []
+    if data.name == 'MS':
+        return []
     first = {i.pid: i for i in reversed(data.train)}
     both = sorted(first.keys() & {i.pid for i in data.query})
     return [Fault(first[p].path, 'shared identity', f'identity {p}') for p in both]
 
 # %% ../../nbs/data/04_check.ipynb #d88bde24
 def _unlisted_files(
-    data:ReIDData, # any set
+    data: ReIDData,  # any set
 ) -> list[Fault]:
     "Empty files, and files that are no pictures, beside the pictures of a set."
     root = data.source.root if data.source else ''
-    tops = {os.path.join(root, os.path.relpath(i.path, root).split(os.sep)[0]) for i in data.train+data.query+data.gallery} if root else ()
-    if any(os.path.isfile(t) for t in tops): tops = {root}
+    tops = (
+        {
+            os.path.join(root, os.path.relpath(i.path, root).split(os.sep)[0])
+            for i in data.train + data.query + data.gallery
+        }
+        if root
+        else ()
+    )
+    if any(os.path.isfile(t) for t in tops):
+        tops = {root}
     faults = []
-    for p,name in (f for top in sorted(tops) for f in files_below(top)):
+    for p, name in (f for top in sorted(tops) for f in files_below(top)):
         picture = os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden_file(name)
-        if not picture: faults.append(Fault(p, 'not a picture'))
-        elif os.path.isfile(p) and not os.path.getsize(p): faults.append(Fault(p, 'empty'))
+        if not picture:
+            faults.append(Fault(p, 'not a picture'))
+        elif os.path.isfile(p) and not os.path.getsize(p):
+            faults.append(Fault(p, 'empty'))
     return faults
 
 # %% ../../nbs/data/04_check.ipynb #fb5755eb
 @dataclass(frozen=True)
 class Check:
     "What was found out about a set."
-    data:ReIDData        # the set
-    faults:pd.DataFrame  # columns path, kind, detail: one row per file
-    counts:pd.DataFrame  # rows train, query, gallery: ids, images, cameras, and as published
-    cameras:pd.DataFrame # rows cameras, columns lists: how many pictures
-    notes:tuple=()       # what the loader warned of
+
+    data: ReIDData  # the set
+    faults: pd.DataFrame  # columns path, kind, detail: one row per file
+    counts: pd.DataFrame  # rows train, query, gallery: ids, images, cameras, and as published
+    cameras: pd.DataFrame  # rows cameras, columns lists: how many pictures
+    notes: tuple = ()  # what the loader warned of
 
     @property
     def table(self) -> pd.DataFrame:
         "One row per kind of fault: how many files, and whether it forbids training."
         n = self.faults.kind.value_counts()
-        rows = [(k, int(n.get(k, 0)), 'stop' if k in self.stops else 'note' if n.get(k, 0) else 'ok') for k in _STOP+_NOTE]
-        return pd.DataFrame(rows, columns=['kind','files','verdict']).set_index('kind')
+        rows = [
+            (k, int(n.get(k, 0)), 'stop' if k in self.stops else 'note' if n.get(k, 0) else 'ok') for k in _STOP + _NOTE
+        ]
+        return pd.DataFrame(rows, columns=['kind', 'files', 'verdict']).set_index('kind')
 
     @property
     def stops(self) -> list[str]:
         "The kinds that forbid training."
         n = self.faults.kind.value_counts()
-        return [k for k in _STOP if n.get(k, 0)] + ['no positive']*int(0 < len(self.data.query) == n.get('no positive', 0))
+        return [k for k in _STOP if n.get(k, 0)] + ['no positive'] * int(
+            0 < len(self.data.query) == n.get('no positive', 0)
+        )
 
     @property
     def why(self) -> str:
@@ -170,111 +212,178 @@ class Check:
 
 # %% ../../nbs/data/04_check.ipynb #38c0a8a7
 def _counted(
-    data:ReIDData, # any set
-) -> pd.DataFrame: # rows train, query, gallery
+    data: ReIDData,  # any set
+) -> pd.DataFrame:  # rows train, query, gallery
     "`summary`, and beside it what was published."
     t, published = summary(data), data.source.published if data.source else {}
-    for k,name in enumerate(('ids','images')): t[f'published {name}'] = [published[p][k] if p in published else pd.NA for p in t.index]
+    for k, name in enumerate(('ids', 'images')):
+        t[f'published {name}'] = [published[p][k] if p in published else pd.NA for p in t.index]
     return t.dropna(axis=1, how='all')
 
 # %% ../../nbs/data/04_check.ipynb #e7e34de0
 def _per_camera(
-    data:ReIDData, # any set
-) -> pd.DataFrame: # rows cameras, columns train, query, gallery
+    data: ReIDData,  # any set
+) -> pd.DataFrame:  # rows cameras, columns train, query, gallery
     "How many pictures each camera took."
-    rows = [('none' if i.cam is None else i.cam, part) for part in ('train','query','gallery') for i in getattr(data, part)]
-    t = pd.DataFrame(rows, columns=['camera','list'])
-    return pd.crosstab(t.camera, t.list).reindex(columns=['train','query','gallery'], fill_value=0).rename_axis(columns=None)
+    rows = [
+        ('none' if i.cam is None else i.cam, part)
+        for part in ('train', 'query', 'gallery')
+        for i in getattr(data, part)
+    ]
+    t = pd.DataFrame(rows, columns=['camera', 'list'])
+    return (
+        pd.crosstab(t.camera, t.list)
+        .reindex(columns=['train', 'query', 'gallery'], fill_value=0)
+        .rename_axis(columns=None)
+    )
 
 # %% ../../nbs/data/04_check.ipynb #f8a04d0c
 def check_data(
-    data,                # a set, or what `load_data` takes for one: 'M=path'
-    progress:bool=False, # show a bar
+    data,  # a set, or what `load_data` takes for one: 'M=path'
+    progress: bool = False,  # show a bar
 ) -> Check:
     "Look at every picture of a set once. Raises `InputError` when it can't be read as a set at all."
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        if isinstance(data, str): data = load_data(data)
+        if isinstance(data, str):
+            data = load_data(data)
     told = [w.message for w in told]
     faults = [Fault(p, m.why) for m in told if isinstance(m, LeftOut) for p in m.paths]
-    paths = sorted({i.path for i in data.train+data.query+data.gallery if not i.path.startswith('synth:')}) # those are drawn, not read
+    paths = sorted(
+        {i.path for i in data.train + data.query + data.gallery if not i.path.startswith('synth:')}
+    )  # those are drawn, not read
     broken, digest = _check_images(paths, progress)
-    faults += broken + repeated_images(data, digest) + queries_without_match(data) + shared_identities(data) + _unlisted_files(data)
+    faults += (
+        broken
+        + repeated_images(data, digest)
+        + queries_without_match(data)
+        + shared_identities(data)
+        + _unlisted_files(data)
+    )
     known, seen = data.source.excluded if data.source else (), {}
     for f in faults:
-        if one_line(f.path) not in known: seen.setdefault((f.path, 'empty' if f.kind == 'missing' and os.path.isfile(f.path) else f.kind), f)
-    rows = [(p, kind, f.detail) for (p,kind),f in seen.items()]
-    return Check(data, pd.DataFrame(rows, columns=['path','kind','detail']), _counted(data), _per_camera(data), tuple(str(m) for m in told))
+        if one_line(f.path) not in known:
+            seen.setdefault((f.path, 'empty' if f.kind == 'missing' and os.path.isfile(f.path) else f.kind), f)
+    rows = [(p, kind, f.detail) for (p, kind), f in seen.items()]
+    return Check(
+        data,
+        pd.DataFrame(rows, columns=['path', 'kind', 'detail']),
+        _counted(data),
+        _per_camera(data),
+        tuple(str(m) for m in told),
+    )
 
 # %% ../../nbs/data/04_check.ipynb #c576f541
 @style()
 def draw_check(
-    check:Check, # as from `check_data`
-    K:int=4,     # pictures of each identity in a batch: a line is drawn there
+    check: Check,  # as from `check_data`
+    K: int = 4,  # pictures of each identity in a batch: a line is drawn there
 ) -> Figure:
     "Pictures per camera, pictures per identity, faults."
-    fig, (ax, bx, cx) = plt.subplots(1, 3, figsize=(COL2,2.2), layout='constrained', width_ratios=(3,2,2))
-    check.cameras.plot.bar(ax=ax, width=.8, rot=0, color=[NETS[0], QUERY, NETS[2]])
-    ax.set(xlabel='camera', ylabel='pictures', ylim=(0,1.5*check.cameras.to_numpy().max()))
+    fig, (ax, bx, cx) = plt.subplots(1, 3, figsize=(COL2, 2.2), layout='constrained', width_ratios=(3, 2, 2))
+    check.cameras.plot.bar(ax=ax, width=0.8, rot=0, color=[NETS[0], QUERY, NETS[2]])
+    ax.set(xlabel='camera', ylabel='pictures', ylim=(0, 1.5 * check.cameras.to_numpy().max()))
     ax.set_title(f'{one_line(check.data.name)}: pictures by camera', parse_math=False)
     ax.legend(loc='upper center', ncols=3, fontsize=6, frameon=False)
     sizes = pd.Series([i.pid for i in check.data.train]).value_counts().value_counts().sort_index()
-    bx.bar(sizes.index, sizes, width=.9, color=NETS[0]); bx.axvline(K-.5, color=WRONG, ls='--', lw=1)
-    for a,which in ((ax,'y'), (bx,'both'), (cx,'x')): a.locator_params(axis=which, integer=True)
-    bx.set(xlabel='pictures of an identity', ylabel='training identities', title=f'left of the line: fewer than K = {K}', xlim=(0, 1+max(K, *sizes.index)))
+    bx.bar(sizes.index, sizes, width=0.9, color=NETS[0])
+    bx.axvline(K - 0.5, color=WRONG, ls='--', lw=1)
+    for a, which in ((ax, 'y'), (bx, 'both'), (cx, 'x')):
+        a.locator_params(axis=which, integer=True)
+    bx.set(
+        xlabel='pictures of an identity',
+        ylabel='training identities',
+        title=f'left of the line: fewer than K = {K}',
+        xlim=(0, 1 + max(K, *sizes.index)),
+    )
     t = check.table[::-1]
     cx.barh(t.index, t.files, color=[WRONG if v == 'stop' else QUERY for v in t.verdict])
-    for y,n in enumerate(t.files): cx.text(n, y, f' {n}', va='center', fontsize=6)
-    cx.set(title='safe to train on' if check.safe else 'not safe to train on', xlabel='files', xlim=(0, 1.2*max(1, *t.files))); cx.tick_params(axis='y', labelsize=6)
+    for y, n in enumerate(t.files):
+        cx.text(n, y, f' {n}', va='center', fontsize=6)
+    cx.set(
+        title='safe to train on' if check.safe else 'not safe to train on',
+        xlabel='files',
+        xlim=(0, 1.2 * max(1, *t.files)),
+    )
+    cx.tick_params(axis='y', labelsize=6)
     return fig
 
 # %% ../../nbs/data/04_check.ipynb #1f3c3c48
 def write_exclusions(
-    check:Check, # as from `check_data`
-    file,        # text file to write; not among the data
-) -> int: # files listed
+    check: Check,  # as from `check_data`
+    file,  # text file to write; not among the data
+) -> int:  # files listed
     "Write the exclusion list of a check. Raises `InputError` when the file lies in the set's folder or can't be written."
     file, root = Path(file).expanduser(), Path(check.data.source.root if check.data.source else '.')
-    if root.resolve() in file.resolve().parents: raise InputError(f'{file} lies in {root}, among the data; expected a place beside it, since data are never touched: choose another')
+    if root.resolve() in file.resolve().parents:
+        raise InputError(
+            f'{file} lies in {root}, among the data; expected a place beside it, since data are never touched: '
+            'choose another'
+        )
     out = check.faults[check.faults.kind.isin([*_STOP, 'duplicate'])].drop_duplicates('path')
-    name = lambda p: re.sub(r'^(?=[#\s])', './', one_line(os.path.relpath(p, root))) # a line with # in front is a remark
-    rows = [f'{name(p)}\t{kind}' for p,kind in zip(out.path, out.kind)]
+    name = lambda p: re.sub(
+        r'^(?=[#\s])', './', one_line(os.path.relpath(p, root))
+    )  # a line with # in front is a remark
+    rows = [f'{name(p)}\t{kind}' for p, kind in zip(out.path, out.kind)]
     old = sorted(f'{name(p)}\tas before' for p in (check.data.source.excluded if check.data.source else ()))
-    try: file.parent.mkdir(parents=True, exist_ok=True); file.write_text('\n'.join([f'# left out of {one_line(check.data.name)}, written by msinet data check', *old, *rows, '']), encoding='utf-8')
-    except OSError as e: raise InputError(f'{file} cannot be written ({e.strerror}); expected a place for a text file: choose another') from None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            '\n'.join([f'# left out of {one_line(check.data.name)}, written by msinet data check', *old, *rows, '']),
+            encoding='utf-8',
+        )
+    except OSError as e:
+        raise InputError(
+            f'{file} cannot be written ({e.strerror}); expected a place for a text file: choose another'
+        ) from None
     return len(rows)
 
 # %% ../../nbs/data/04_check.ipynb #1db71f6e
 @dataclass(frozen=True)
 class CheckConfig:
     "Is a copy of a data set complete, readable and free of contradictions? Exit code 0 only if training on it is safe."
-    data:Positional[str]  # M=/path, MS=/path, VR=/path, VID=/path or folder=/path; several may be joined by +
-    fix:str=''            # write an exclusion list here, for M=/path::exclude=FILE; the data are never touched
-    figure:str=''         # save the picture here, such as check.png
+
+    data: Positional[str]  # M=/path, MS=/path, VR=/path, VID=/path or folder=/path; several may be joined by +
+    fix: str = ''  # write an exclusion list here, for M=/path::exclude=FILE; the data are never touched
+    figure: str = ''  # save the picture here, such as check.png
 
 # %% ../../nbs/data/04_check.ipynb #8af3109b
 def describe_check(
-    check:Check, # as from `check_data`
-    n:int=3,     # examples of each kind
-) -> str: # lines
+    check: Check,  # as from `check_data`
+    n: int = 3,  # examples of each kind
+) -> str:  # lines
     "A check in words and tables."
     source = check.data.source
-    some = [one_line(f"  {kind:18} {r.path}{f' ({r.detail})' if r.detail else ''}") for kind,g in check.faults.groupby('kind', sort=False) for r in g.head(n).itertuples()]
-    if source and source.excluded: some.append(f'  {len(source.excluded)} files are left out by an exclusion list')
+    some = [
+        one_line(f"  {kind:18} {r.path}{f' ({r.detail})' if r.detail else ''}")
+        for kind, g in check.faults.groupby('kind', sort=False)
+        for r in g.head(n).itertuples()
+    ]
+    if source and source.excluded:
+        some.append(f'  {len(source.excluded)} files are left out by an exclusion list')
     verdict = 'safe to train on' if check.safe else f"not safe to train on: {check.why}"
     found = check.table[check.table.files > 0]
-    return '\n'.join([f"{one_line(check.data.name)}: {source.layout if source else 'made'}", check.counts.to_string(), found.to_string() if len(found) else 'no faults',
-                      *some, *(f'  {one_line(m)}' for m in check.notes), verdict])
+    return '\n'.join(
+        [
+            f"{one_line(check.data.name)}: {source.layout if source else 'made'}",
+            check.counts.to_string(),
+            found.to_string() if len(found) else 'no faults',
+            *some,
+            *(f'  {one_line(m)}' for m in check.notes),
+            verdict,
+        ]
+    )
 
 # %% ../../nbs/data/04_check.ipynb #d0e6a78f
 def run_check(
-    cfg:CheckConfig,
-    say=print,           # shows lines
-    progress:bool=False, # show a bar
-) -> int: # exit code: 0 safe, 1 not
+    cfg: CheckConfig,
+    say=print,  # shows lines
+    progress: bool = False,  # show a bar
+) -> int:  # exit code: 0 safe, 1 not
     "`msinet data check`. Raises `InputError` when the set can't be read as one at all."
     sets = split_spec(cfg.data)
-    if len(sets) > 1 and (cfg.fix or cfg.figure): raise InputError(f'{len(sets)} sets were given; expected one with --fix or --figure: check them one by one')
+    if len(sets) > 1 and (cfg.fix or cfg.figure):
+        raise InputError(f'{len(sets)} sets were given; expected one with --fix or --figure: check them one by one')
     safe = True
     for spec in sets:
         found = check_data(spec, progress)
@@ -283,18 +392,27 @@ def run_check(
             n = write_exclusions(found, cfg.fix)
             spec = '::'.join([*(m for m in spec.split('::') if not m.startswith('exclude=')), f'exclude={cfg.fix}'])
             found = check_data(spec, progress)
-            say(one_line(f"{n} files listed in {cfg.fix}; with {spec} it is {'safe' if found.safe else 'still not safe: ' + found.why}"))
-        if cfg.figure: _save_check(found, cfg.figure)
+            say(
+                one_line(
+                    f"{n} files listed in {cfg.fix}; with {spec} it is "
+                    f"{'safe' if found.safe else 'still not safe: ' + found.why}"
+                )
+            )
+        if cfg.figure:
+            _save_check(found, cfg.figure)
         safe = safe and found.safe
     return int(not safe)
 
 # %% ../../nbs/data/04_check.ipynb #4b8ff3f2
 def _save_check(
-    check:Check, # as from `check_data`
-    file,        # .png, .pdf or .svg
+    check: Check,  # as from `check_data`
+    file,  # .png, .pdf or .svg
 ):
     "Save the picture of a check. Raises `InputError` when it can't be written."
     fig = draw_check(check)
-    try: fig.savefig(file, dpi=150)
-    except (OSError, ValueError) as e: raise InputError(f'{file} cannot be written ({e}); expected a file like check.png: choose another') from None
-    finally: plt.close(fig)
+    try:
+        fig.savefig(file, dpi=150)
+    except (OSError, ValueError) as e:
+        raise InputError(f'{file} cannot be written ({e}); expected a file like check.png: choose another') from None
+    finally:
+        plt.close(fig)

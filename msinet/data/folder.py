@@ -6,7 +6,8 @@
 __all__ = ['numbers', 'query_gallery', 'folder']
 
 # %% ../../nbs/data/02_folder.ipynb #f12f7692
-import os, warnings
+import os
+import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,83 +19,122 @@ from .items import check_on_disk, image_files, Item, read_names, ReIDData, Sourc
 
 # %% ../../nbs/data/02_folder.ipynb #f73013ec
 def numbers(
-    texts,           # as written in names or in a table
-    keep:bool=False, # whole numbers stay what they are
-) -> dict[str,int]:
+    texts,  # as written in names or in a table
+    keep: bool = False,  # whole numbers stay what they are
+) -> dict[str, int]:
     "A number for each text: 0, 1, … in sorted order."
     texts = sorted(set(texts))
-    return {t:int(t) for t in texts} if keep and all(t.isdecimal() for t in texts) else {t:k for k,t in enumerate(texts)}
+    return (
+        {t: int(t) for t in texts}
+        if keep and all(t.isdecimal() for t in texts)
+        else {t: k for k, t in enumerate(texts)}
+    )
 
 # %% ../../nbs/data/02_folder.ipynb #12084413
 def _own_items(
-    root,             # a folder
-    pattern:str|None, # as in `folder`
-) -> dict[str,Item]: # by path below `root`
+    root,  # a folder
+    pattern: str | None,  # as in `folder`
+) -> dict[str, Item]:  # by path below `root`
     "The pictures of a folder of your own. Raises `InputError` when they show fewer than two identities."
     named = read_names(image_files(root), root, pattern or r'^(?P<pid>[^/]+)/')
-    whom, where = {i for _,i,_ in named}, {c for _,_,c in named}
-    if len(whom) < 2: raise InputError(f'all {len(named)} pictures in {root} show one identity, {min(whom)!r}; expected several: give a pattern')
-    pids, cams = numbers(whom), {None:None} if None in where else numbers(where, keep=True)
-    return {p.relative_to(root).as_posix(): Item(str(p), pids[i], cams[c]) for p,i,c in named}
+    whom, where = {i for _, i, _ in named}, {c for _, _, c in named}
+    if len(whom) < 2:
+        raise InputError(
+            f'all {len(named)} pictures in {root} show one identity, {min(whom)!r}; expected several: give a pattern'
+        )
+    pids, cams = numbers(whom), {None: None} if None in where else numbers(where, keep=True)
+    return {p.relative_to(root).as_posix(): Item(str(p), pids[i], cams[c]) for p, i, c in named}
 
 # %% ../../nbs/data/02_folder.ipynb #f5a5814e
-_SPLITS = ('train', 'query', 'gallery', 'test') # what the column `split` may say
+_SPLITS = ('train', 'query', 'gallery', 'test')  # what the column `split` may say
 
 # %% ../../nbs/data/02_folder.ipynb #4fd222c7
 def _read_table(
-    file, # CSV with columns path, pid and perhaps cam, split
-) -> pd.DataFrame: # texts, blanks stripped
+    file,  # CSV with columns path, pid and perhaps cam, split
+) -> pd.DataFrame:  # texts, blanks stripped
     "A table of pictures. Raises `InputError` when it is no such table or has holes."
-    try: t = pd.read_csv(file, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (OSError, ValueError) as e: raise InputError(f"{file} is not a table ({' '.join(str(e).split())}); expected CSV with columns path, pid and perhaps cam, split: mend it") from None
+    try:
+        t = pd.read_csv(file, dtype=str, keep_default_na=False, skipinitialspace=True)
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{file} is not a table ({' '.join(str(e).split())}); expected CSV with columns path, pid and perhaps "
+            "cam, split: mend it"
+        ) from None
     t = t.rename(columns=lambda c: c.strip().lower()).apply(lambda c: c.str.strip())
-    lost = [c for c in ('path','pid') if c not in t]
-    if lost: raise InputError(f"{file} has no column {' and '.join(lost)}, only {', '.join(t)}; expected path, pid and perhaps cam, split: name them in the first line")
-    for c in t.columns.intersection(['path','pid','cam','split']):
-        if (t[c] == '').any(): raise InputError(f"{file} says no {c} in line {int((t[c] == '').idxmax())+2}; expected one in each line: fill it in or drop the column")
+    lost = [c for c in ('path', 'pid') if c not in t]
+    if lost:
+        raise InputError(
+            f"{file} has no column {' and '.join(lost)}, only {', '.join(t)}; expected path, pid and perhaps cam, "
+            "split: name them in the first line"
+        )
+    for c in t.columns.intersection(['path', 'pid', 'cam', 'split']):
+        if (t[c] == '').any():
+            raise InputError(
+                f"{file} says no {c} in line {int((t[c] == '').idxmax()) + 2}; expected one in each line: fill it in "
+                "or drop the column"
+            )
     odd = sorted({*t.get('split', ())} - {*_SPLITS})
-    if odd: raise InputError(f"{file} has the split {odd[0]!r}; expected one of {', '.join(_SPLITS)}: mend the column")
-    for p in t.path: check_inside(p, file)
-    if t.path.duplicated().any(): raise InputError(f'{file} names {t.path[t.path.duplicated()].iloc[0]} twice; expected each picture once: mend the table')
+    if odd:
+        raise InputError(f"{file} has the split {odd[0]!r}; expected one of {', '.join(_SPLITS)}: mend the column")
+    for p in t.path:
+        check_inside(p, file)
+    if t.path.duplicated().any():
+        raise InputError(
+            f'{file} names {t.path[t.path.duplicated()].iloc[0]} twice; expected each picture once: mend the table'
+        )
     return t
 
 # %% ../../nbs/data/02_folder.ipynb #a77c5c67
 def _table_items(
-    root, # the folder that the paths start from
-    t:pd.DataFrame, # as from `_read_table`
-) -> dict[str,Item]: # by path as in the table
+    root,  # the folder that the paths start from
+    t: pd.DataFrame,  # as from `_read_table`
+) -> dict[str, Item]:  # by path as in the table
     "The pictures of a table that are there. Raises `InputError` when none is, warns when some are missing."
     pids = numbers(t.pid, keep=True)
     cams = numbers(t.cam, keep=True) if 'cam' in t else {}
-    items = {r.path: Item(str(Path(root)/r.path), pids[r.pid], cams[r.cam] if cams else None) for r in t.itertuples()}
+    items = {r.path: Item(str(Path(root) / r.path), pids[r.pid], cams[r.cam] if cams else None) for r in t.itertuples()}
     there = {*check_on_disk(list(items.values()), 'the table', root)}
-    return {p:i for p,i in items.items() if i in there}
+    return {p: i for p, i in items.items() if i in there}
 
 # %% ../../nbs/data/02_folder.ipynb #202d4205
 def _pick_listed(
-    items:dict, # what `_own_items` gave
-    names,      # list of names, or a text file with one name a line (looked for in `root` too)
-    root,       # the folder of pictures
-) -> list[Item]: # sorted by path
+    items: dict,  # what `_own_items` gave
+    names,  # list of names, or a text file with one name a line (looked for in `root` too)
+    root,  # the folder of pictures
+) -> list[Item]:  # sorted by path
     "The items that a list names. Raises `InputError` when the list is not there or names a picture that is not."
     if isinstance(names, (str, Path)):
-        file = next((f for f in (Path(names).expanduser(), Path(root)/names) if os.path.isfile(f)), None)
-        if not file: raise InputError(f'{names} is not a file; expected a text file with one picture name a line: check the path')
-        names = [line.strip() for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines() if line.strip()]
+        file = next((f for f in (Path(names).expanduser(), Path(root) / names) if os.path.isfile(f)), None)
+        if not file:
+            raise InputError(
+                f'{names} is not a file; expected a text file with one picture name a line: check the path'
+            )
+        names = [
+            line.strip()
+            for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines()
+            if line.strip()
+        ]
     bare = lambda n: str(n).split('/')[-1]
-    often, alone = Counter(map(bare, items)), {bare(n): i for n,i in items.items()}
+    often, alone = Counter(map(bare, items)), {bare(n): i for n, i in items.items()}
     found = [items.get(str(n).removeprefix('./')) or (alone[bare(n)] if often[bare(n)] == 1 else None) for n in names]
-    lost = [str(n) for n,i in zip(names, found) if i is None]
-    if lost: raise InputError(f"{len(lost)} of {len(found)} listed pictures are missing or not unique in {root}, such as {', '.join(lost[:3])}: mend the list")
+    lost = [str(n) for n, i in zip(names, found) if i is None]
+    if lost:
+        raise InputError(
+            f"{len(lost)} of {len(found)} listed pictures are missing or not unique in {root}, such as "
+            f"{', '.join(lost[:3])}: mend the list"
+        )
     return sorted(set(found))
 
 # %% ../../nbs/data/02_folder.ipynb #edf9eaa3
 def query_gallery(
-    items, # of `Item`, the test pictures
-) -> tuple[list[Item],list[Item]]: # queries, gallery
+    items,  # of `Item`, the test pictures
+) -> tuple[list[Item], list[Item]]:  # queries, gallery
     "Divide test pictures: the first of each identity by each camera asks, the rest is searched."
-    groups, query, gallery = defaultdict(lambda: defaultdict(list)), [], []
-    for i in sorted(items): groups[i.pid][i.cam].append(i)
+    groups = defaultdict(lambda: defaultdict(list))
+    query = []
+    gallery = []
+    for i in sorted(items):
+        groups[i.pid][i.cam].append(i)
     for cams in groups.values():
         once = None not in cams and all(len(g) == 1 for g in cams.values())
         for g in cams.values():
@@ -104,79 +144,97 @@ def query_gallery(
 
 # %% ../../nbs/data/02_folder.ipynb #96fd899b
 def _check_matches(
-    query, gallery,   # of `Item`
-    same_cam_ok:bool, # do pictures by the query's own camera count?
+    query,
+    gallery,  # of `Item`
+    same_cam_ok: bool,  # do pictures by the query's own camera count?
 ):
     "Raises `InputError` when no query has a match in the gallery; warns when some have none."
     cams = defaultdict(set)
-    for g in gallery: cams[g.pid].add(g.cam)
-    found = lambda q: bool(cams[q.pid] if same_cam_ok else cams[q.pid]-{q.cam})
+    for g in gallery:
+        cams[g.pid].add(g.cam)
+    found = lambda q: bool(cams[q.pid] if same_cam_ok else cams[q.pid] - {q.cam})
     asked = {q.pid for q in query}
     alone = asked - {q.pid for q in query if found(q)}
     kind = 'match' if same_cam_ok else 'match by another camera'
     if alone and alone == asked:
-        raise InputError(f'none of the {len(alone)} test identities has a {kind}; expected two pictures or more: add pictures or change the pattern')
-    if alone: warnings.warn(f'{len(alone)} of {len(asked)} test identities have no {kind} and are not counted in the scores', stacklevel=3)
+        raise InputError(
+            f'none of the {len(alone)} test identities has a {kind}; expected two pictures or more: add pictures or '
+            'change the pattern'
+        )
+    if alone:
+        warnings.warn(
+            f'{len(alone)} of {len(asked)} test identities have no {kind} and are not counted in the scores',
+            stacklevel=3,
+        )
 
 # %% ../../nbs/data/02_folder.ipynb #f4512f92
 def _draw_ids(
-    items:dict,  # what `_own_items` gave
-    share:float, # of the identities, in [0, 1]
-    seed:int,    # which ones
-) -> list[Item]: # sorted by path
+    items: dict,  # what `_own_items` gave
+    share: float,  # of the identities, in [0, 1]
+    seed: int,  # which ones
+) -> list[Item]:  # sorted by path
     "All pictures of a seeded draw of identities. Raises `InputError` when the share is not one."
-    if not 0 <= share <= 1: raise InputError(f'train_share is {share}; expected a share of the identities, from 0 to 1')
+    if not 0 <= share <= 1:
+        raise InputError(f'train_share is {share}; expected a share of the identities, from 0 to 1')
     pids = sorted({i.pid for i in items.values()})
-    drawn = {*np.random.default_rng(seed).permutation(pids)[:round(share*len(pids))].tolist()}
+    drawn = {*np.random.default_rng(seed).permutation(pids)[: round(share * len(pids))].tolist()}
     return sorted(i for i in items.values() if i.pid in drawn)
 
 # %% ../../nbs/data/02_folder.ipynb #5ef80472
 def _other_ids(
-    items:dict, # what `_own_items` gave
-    given,      # of `Item`
-) -> list[Item]: # sorted by path
+    items: dict,  # what `_own_items` gave
+    given,  # of `Item`
+) -> list[Item]:  # sorted by path
     "All pictures of the identities that `given` does not show."
     taken = {i.pid for i in given}
     return sorted(i for i in items.values() if i.pid not in taken)
 
 # %% ../../nbs/data/02_folder.ipynb #6a8fdc4f
 def _split_by(
-    items:dict,      # by path
-    t:pd.DataFrame,  # with a column `split`
-) -> tuple[list,list,list]: # training pictures, queries, gallery
+    items: dict,  # by path
+    t: pd.DataFrame,  # with a column `split`
+) -> tuple[list, list, list]:  # training pictures, queries, gallery
     "The three lists as a table says."
     part = {s: sorted(items[p] for p in t.path[t.split == s] if p in items) for s in _SPLITS}
     query, gallery = query_gallery(part['test'])
-    return part['train'], sorted(part['query']+query), sorted(part['gallery']+gallery)
+    return part['train'], sorted(part['query'] + query), sorted(part['gallery'] + gallery)
 
 # %% ../../nbs/data/02_folder.ipynb #4eaa9383
 def _split_items(
-    items:dict,         # what `_own_items` gave
-    root,               # the folder of pictures
-    train, test,        # names, or None, as in `folder`
-    share:float, seed:int, # of the draw, as in `folder`
-) -> tuple[list,list,list]: # training pictures, queries, gallery
+    items: dict,  # what `_own_items` gave
+    root,  # the folder of pictures
+    train,
+    test,  # names, or None, as in `folder`
+    share: float,
+    seed: int,  # of the draw, as in `folder`
+) -> tuple[list, list, list]:  # training pictures, queries, gallery
     "The three lists as name lists say, or drawn. Raises `InputError` when a picture is on both sides."
     fit, asked = [None if names is None else _pick_listed(items, names, root) for names in (train, test)]
-    if fit is None: fit = _draw_ids(items, share, seed) if asked is None else _other_ids(items, asked)
-    if asked is None: asked = _other_ids(items, fit)
+    if fit is None:
+        fit = _draw_ids(items, share, seed) if asked is None else _other_ids(items, asked)
+    if asked is None:
+        asked = _other_ids(items, fit)
     both = sorted({*fit} & {*asked})
-    if both: raise InputError(f'{len(both)} pictures are both in train and in test, such as {both[0].path}; expected none: mend the lists')
+    if both:
+        raise InputError(
+            f'{len(both)} pictures are both in train and in test, such as {both[0].path}; expected none: mend the lists'
+        )
     return fit, *query_gallery(asked)
 
 # %% ../../nbs/data/02_folder.ipynb #f86b2d46
 def folder(
-    root,                  # a folder of pictures or of folders, or a CSV file beside them
-    pattern:str|None=None, # regular expression with groups `pid` and perhaps `cam`; None: one folder per identity
-    train=None,            # names of the training pictures (list or text file); None: those of identities not in `test`
-    test=None,             # names of the test pictures; None: those of identities not in `train`
-    train_share:float=.5,  # of the identities, when neither is named
-    seed:int=0,            # which identities, when neither is named
-    table=None,            # CSV file with columns path, pid and perhaps cam, split, instead of names
+    root,  # a folder of pictures or of folders, or a CSV file beside them
+    pattern: str | None = None,  # regular expression with groups `pid` and perhaps `cam`; None: one folder per identity
+    train=None,  # names of the training pictures (list or text file); None: those of identities not in `test`
+    test=None,  # names of the test pictures; None: those of identities not in `train`
+    train_share: float = 0.5,  # of the identities, when neither is named
+    seed: int = 0,  # which identities, when neither is named
+    table=None,  # CSV file with columns path, pid and perhaps cam, split, instead of names
 ) -> ReIDData:
     "A folder of your own pictures as a ReID set. Raises `InputError` when it cannot be read as one."
     root = Path(root).expanduser()
-    if root.suffix.lower() == '.csv' and os.path.isfile(root): root, table = root.parent, root
+    if root.suffix.lower() == '.csv' and os.path.isfile(root):
+        root, table = root.parent, root
     t = None if table is None else _read_table(table)
     items = _own_items(root, pattern) if t is None else _table_items(root, t)
     listed = t is not None and 'split' in t and train is None and test is None

@@ -7,7 +7,10 @@ __all__ = ['SUFFIXES', 'Item', 'Source', 'ReIDData', 'summary', 'relabel', 'is_h
            'read_image', 'LeftOut', 'read_names', 'read_list', 'check_on_disk', 'data_fingerprint']
 
 # %% ../../nbs/data/02_items.ipynb #186d0b95
-import hashlib, os, re, warnings
+import hashlib
+import os
+import re
+import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,157 +25,210 @@ from ..core import check_inside, InputError, one_line
 # %% ../../nbs/data/02_items.ipynb #dd026740
 class Item(NamedTuple):
     "One picture: where it is, whom it shows, which camera took it."
-    path:str          # the file, or the name of a picture rendered on demand
-    pid:int           # identity, as published on disk
-    cam:int|None=None # camera; None where the set names none
+
+    path: str  # the file, or the name of a picture rendered on demand
+    pid: int  # identity, as published on disk
+    cam: int | None = None  # camera; None where the set names none
 
 # %% ../../nbs/data/02_items.ipynb #077184a7
 class Source(NamedTuple):
     "Where a set was read from."
-    root:str          # the set's folder
-    layout:str        # which of the known layouts was found, in words
-    published:dict={} # list name -> (identities, pictures) as published; empty for a set of your own
-    excluded:frozenset=frozenset() # paths that an exclusion list left out
+
+    root: str  # the set's folder
+    layout: str  # which of the known layouts was found, in words
+    published: dict = {}  # list name -> (identities, pictures) as published; empty for a set of your own
+    excluded: frozenset = frozenset()  # paths that an exclusion list left out
 
 # %% ../../nbs/data/02_items.ipynb #85e6640f
 @dataclass(frozen=True)
 class ReIDData:
     "A ReID set: pictures to learn from, pictures to ask with, pictures to search in."
-    train:list   # of `Item`
-    query:list   # of `Item`, identities not in `train`
-    gallery:list # of `Item`, the same identities as `query`, and perhaps distractors
-    name:str     # short name: M, MS, VR, VID as in the paper, or a name of yours
-    same_cam_ok:bool=False # do pictures by the query's own camera count as matches?
-    source:Source|None=field(default=None, compare=False, repr=False) # None: made, not read
+
+    train: list  # of `Item`
+    query: list  # of `Item`, identities not in `train`
+    gallery: list  # of `Item`, the same identities as `query`, and perhaps distractors
+    name: str  # short name: M, MS, VR, VID as in the paper, or a name of yours
+    same_cam_ok: bool = False  # do pictures by the query's own camera count as matches?
+    source: Source | None = field(default=None, compare=False, repr=False)  # None: made, not read
 
 # %% ../../nbs/data/02_items.ipynb #cf3f2885
 def summary(
-    data:ReIDData, # any set
-) -> pd.DataFrame: # rows train, query, gallery
+    data: ReIDData,  # any set
+) -> pd.DataFrame:  # rows train, query, gallery
     "How many identities, images and cameras each list has."
     parts = dict(train=data.train, query=data.query, gallery=data.gallery)
-    count = lambda items: (len({i.pid for i in items}), len(items), len({i.cam for i in items}-{None}))
+    count = lambda items: (len({i.pid for i in items}), len(items), len({i.cam for i in items} - {None}))
     return pd.DataFrame([count(p) for p in parts.values()], index=list(parts), columns=['ids', 'images', 'cameras'])
 
 # %% ../../nbs/data/02_items.ipynb #3cfabb80
 def relabel(
-    items, # of `Item`
-) -> tuple[list[int],list[int]]: # one label per item; the identity behind each label
+    items,  # of `Item`
+) -> tuple[list[int], list[int]]:  # one label per item; the identity behind each label
     "Labels 0, 1, … in the order of the sorted identities."
     ids = sorted({i.pid for i in items})
-    label = {p:k for k,p in enumerate(ids)}
+    label = {p: k for k, p in enumerate(ids)}
     return [label[i.pid] for i in items], ids
 
 # %% ../../nbs/data/02_items.ipynb #789aa400
-SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'} # what counts as a picture
+SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}  # what counts as a picture
 
 # %% ../../nbs/data/02_items.ipynb #68c52f75
 def is_hidden_file(
-    name:str, # of a file or folder, without its path
+    name: str,  # of a file or folder, without its path
 ) -> bool:
     "Was this left behind by an operating system: hidden, or beside an archive made on a Mac?"
     return name.startswith('.') or name == '__MACOSX'
 
 # %% ../../nbs/data/02_items.ipynb #b2a4a7f4
 def files_below(
-    root, # a folder
+    root,  # a folder
 ):
     "Yields (path, file's name) of everything in a folder and below it, without hidden folders."
-    for where,folders,names in os.walk(root):
+    for where, folders, names in os.walk(root):
         folders[:] = [f for f in folders if not is_hidden_file(f)]
         yield from ((os.path.join(where, n), n) for n in names)
 
 # %% ../../nbs/data/02_items.ipynb #74e3efa6
 def image_files(
-    root, # a folder
-) -> list[Path]: # sorted
+    root,  # a folder
+) -> list[Path]:  # sorted
     "The pictures in a folder and below it, without hidden and empty files. Raises `InputError` when there are none."
     root = Path(root).expanduser()
-    if not os.path.isdir(root): raise InputError(f'{root} is not a folder; expected a folder of pictures: check the path')
-    good = lambda p,n: os.path.splitext(n)[1].lower() in SUFFIXES and not is_hidden_file(n) and os.path.isfile(p) and os.path.getsize(p)
-    found = sorted(Path(p) for p,n in files_below(root) if good(p, n))
-    if not found: raise InputError(f"{root} has no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}: check the path")
+    if not os.path.isdir(root):
+        raise InputError(f'{root} is not a folder; expected a folder of pictures: check the path')
+    good = lambda p, n: (
+        os.path.splitext(n)[1].lower() in SUFFIXES
+        and not is_hidden_file(n)
+        and os.path.isfile(p)
+        and os.path.getsize(p)
+    )
+    found = sorted(Path(p) for p, n in files_below(root) if good(p, n))
+    if not found:
+        raise InputError(
+            f"{root} has no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}: check the path"
+        )
     return found
 
 # %% ../../nbs/data/02_items.ipynb #0c16ab01
 def read_image(
-    path,      # of the file
-    file=None, # an open file to read from instead; `path` is its name in messages
-) -> np.ndarray: # (H, W, 3) uint8
+    path,  # of the file
+    file=None,  # an open file to read from instead; `path` is its name in messages
+) -> np.ndarray:  # (H, W, 3) uint8
     "Decode a picture, turned as its camera says. Raises `InputError` when it can't be read whole."
     try:
-        with Image.open(file or path) as im: return np.asarray(ImageOps.exif_transpose(im).convert('RGB'))
-    except Exception as e: # Pillow's decoders raise a dozen kinds
+        with Image.open(file or path) as im:
+            return np.asarray(ImageOps.exif_transpose(im).convert('RGB'))
+    except Exception as e:  # Pillow's decoders raise a dozen kinds
         why = ' '.join(str(e).split()).replace(repr(file), 'the file') or type(e).__name__
-        raise InputError(f'{path} is not a readable picture ({why}); expected a whole image file: replace or remove it') from None
+        raise InputError(
+            f'{path} is not a readable picture ({why}); expected a whole image file: replace or remove it'
+        ) from None
 
 # %% ../../nbs/data/02_items.ipynb #df231cbb
 class LeftOut(UserWarning):
     "Pictures were left out of a set: `.paths` has them, `.why` a word or two."
-    def __init__(self,
-        text:str,  # what is shown
-        paths,     # of the pictures
-        why:str,   # such as 'missing'
+
+    def __init__(
+        self,
+        text: str,  # what is shown
+        paths,  # of the pictures
+        why: str,  # such as 'missing'
     ):
         super().__init__(one_line(text))
         self.paths, self.why = [str(p) for p in paths], why
 
 # %% ../../nbs/data/02_items.ipynb #1c99f6bd
-_EXAMPLE = r'something like (?P<pid>.+)_cam(?P<cam>\d+)' # shown when a pattern is no good
+_EXAMPLE = r'something like (?P<pid>.+)_cam(?P<cam>\d+)'  # shown when a pattern is no good
 
 # %% ../../nbs/data/02_items.ipynb #e49130a5
 def read_names(
-    paths,       # pictures
-    root,        # the folder they were found in
-    pattern:str, # regular expression with a group `pid` and perhaps `cam`
-) -> list[tuple[Path,str,str|None]]: # (path, identity, camera) as written in the names
+    paths,  # pictures
+    root,  # the folder they were found in
+    pattern: str,  # regular expression with a group `pid` and perhaps `cam`
+) -> list[tuple[Path, str, str | None]]:  # (path, identity, camera) as written in the names
     "Read identity and camera out of names. Raises `InputError` when the pattern is no good or fits nothing."
-    try: pat = re.compile(pattern, re.DOTALL)
-    except re.error as e: raise InputError(f"pattern '{pattern}' is not a regular expression ({e}); expected {_EXAMPLE}") from None
-    if 'pid' not in pat.groupindex: raise InputError(f"pattern '{pattern}' has no group pid; expected {_EXAMPLE}")
+    try:
+        pat = re.compile(pattern, re.DOTALL)
+    except re.error as e:
+        raise InputError(f"pattern '{pattern}' is not a regular expression ({e}); expected {_EXAMPLE}") from None
+    if 'pid' not in pat.groupindex:
+        raise InputError(f"pattern '{pattern}' has no group pid; expected {_EXAMPLE}")
     names = [p.relative_to(root).as_posix() if '/' in pattern else p.name for p in paths]
     hits = [(m := pat.search(n)) and m.groupdict() for n in names]
     fits = [bool(h) and None not in h.values() for h in hits]
-    odd, shown = [p for p,ok in zip(paths, fits) if not ok], [n for n,ok in zip(names, fits) if not ok]
-    if not any(fits): raise InputError(f"pattern '{pattern}' fits none of {len(odd)} names, such as {', '.join(shown[:3])}: change the pattern")
-    if odd: warnings.warn(LeftOut(f"{len(odd)} of {len(names)} names do not fit the pattern and are left out: {', '.join(shown[:5])}", odd, 'odd name'), stacklevel=3)
-    return [(p, h['pid'], h.get('cam')) for p,h,ok in zip(paths, hits, fits) if ok]
+    odd, shown = [p for p, ok in zip(paths, fits) if not ok], [n for n, ok in zip(names, fits) if not ok]
+    if not any(fits):
+        raise InputError(
+            f"pattern '{pattern}' fits none of {len(odd)} names, such as {', '.join(shown[:3])}: change the pattern"
+        )
+    if odd:
+        warnings.warn(
+            LeftOut(
+                f"{len(odd)} of {len(names)} names do not fit the pattern and are left out: {', '.join(shown[:5])}",
+                odd,
+                'odd name',
+            ),
+            stacklevel=3,
+        )
+    return [(p, h['pid'], h.get('cam')) for p, h, ok in zip(paths, hits, fits) if ok]
 
 # %% ../../nbs/data/02_items.ipynb #802d95f0
 def read_list(
-    file:Path, # text file, one `name identity` a line
-) -> list[tuple[str,int]]: # (name, identity)
+    file: Path,  # text file, one `name identity` a line
+) -> list[tuple[str, int]]:  # (name, identity)
     "Names and identities from a list file. Raises `InputError` at a line that is neither empty nor such a pair, and at a name outside the list's folder."
     rows = []
-    for k,line in enumerate(file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines(), 1):
+    for k, line in enumerate(file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines(), 1):
         words = line.rsplit(maxsplit=1)
-        if len(words) == 2 and words[1].isdecimal(): check_inside(words[0].strip(), f'line {k} of {file}'); rows.append((words[0].strip(), int(words[1])))
-        elif words: raise InputError(f'line {k} of {file} is {line.strip()[:60]!r}; expected a name, a space and a number: mend the file')
+        if len(words) == 2 and words[1].isdecimal():
+            check_inside(words[0].strip(), f'line {k} of {file}')
+            rows.append((words[0].strip(), int(words[1])))
+        elif words:
+            raise InputError(
+                f'line {k} of {file} is {line.strip()[:60]!r}; expected a name, a space and a number: mend the file'
+            )
     return rows
 
 # %% ../../nbs/data/02_items.ipynb #d3058b65
 def check_on_disk(
-    items, # of `Item`
-    where, # the list they come from, for the message
+    items,  # of `Item`
+    where,  # the list they come from, for the message
     root,  # the folder that the list's names start from
-) -> list[Item]: # sorted by path
+) -> list[Item]:  # sorted by path
     "Only the items whose picture is there and not empty. Raises `InputError` when that is none, or when a link leads out of the folder; warns when it is not all."
     good = sorted(i for i in items if os.path.isfile(i.path) and os.path.getsize(i.path))
     first = f', such as {items[0].path}' if items else ''
-    if not good: raise InputError(f'none of the {len(items)} pictures listed in {where} is there{first}: complete the copy')
+    if not good:
+        raise InputError(f'none of the {len(items)} pictures listed in {where} is there{first}: complete the copy')
     real, top = lru_cache(None)(os.path.realpath), os.path.join(os.path.realpath(root), '')
     lies = lambda p: real(p) if os.path.islink(p) else os.path.join(real(os.path.dirname(p)), '')
     out = next((i.path for i in good if not lies(i.path).startswith(top)), None)
-    if out: raise InputError(f'{where} names {out}, which a link leads out of {root}; expected pictures in that folder: put the pictures there, or the list beside them')
+    if out:
+        raise InputError(
+            f'{where} names {out}, which a link leads out of {root}; expected pictures in that folder: put the '
+            'pictures there, or the list beside them'
+        )
     gone = sorted({i.path for i in items} - {i.path for i in good})
-    if len(good) < len(items): warnings.warn(LeftOut(f'{len(items)-len(good)} of {len(items)} pictures listed in {where} are missing and left out, such as {gone[0]}', gone, 'missing'), stacklevel=3)
+    if len(good) < len(items):
+        warnings.warn(
+            LeftOut(
+                f'{len(items) - len(good)} of {len(items)} pictures listed in {where} are missing and left out, such '
+                f'as {gone[0]}',
+                gone,
+                'missing',
+            ),
+            stacklevel=3,
+        )
     return good
 
 # %% ../../nbs/data/02_items.ipynb #c11735aa
 def data_fingerprint(
-    data:ReIDData,
-) -> str: # twelve hexadecimal digits
+    data: ReIDData,
+) -> str:  # twelve hexadecimal digits
     "A fingerprint of a set that doesn't depend on where it lies. Pictures that are rendered on demand count by their names."
-    def line(i): return f'{Path(i.path).name} {i.pid} {i.cam} {os.path.getsize(i.path) if os.path.isfile(i.path) else -1}'
+
+    def line(i):
+        return f'{Path(i.path).name} {i.pid} {i.cam} {os.path.getsize(i.path) if os.path.isfile(i.path) else -1}'
+
     lists = ['\n'.join(sorted(map(line, items))) for items in (data.train, data.query, data.gallery)]
     return hashlib.sha256('\n\n'.join(lists).encode(errors='surrogatepass')).hexdigest()[:12]

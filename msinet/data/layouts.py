@@ -7,7 +7,9 @@ __all__ = ['PUBLISHED', 'DATASETS', 'find_layout', 'market1501', 'msmt17', 'veri
            'load_one', 'split_spec', 'load_data']
 
 # %% ../../nbs/data/02_layouts.ipynb #7652ab82
-import os, re, warnings
+import os
+import re
+import warnings
 from collections import defaultdict
 from functools import reduce
 from pathlib import Path
@@ -20,216 +22,298 @@ from .items import check_on_disk, image_files, is_hidden_file, Item, read_list, 
 
 # %% ../../nbs/data/02_layouts.ipynb #aebc1aa3
 def _levels(
-    root:Path, # a folder
-    n:int=3,   # how many levels, the first is the folder itself
+    root: Path,  # a folder
+    n: int = 3,  # how many levels, the first is the folder itself
 ):
     "Yields lists of folders: a folder, the folders in it, the folders in those, …, sorted and without hidden ones."
     level = [root]
     for k in range(n):
-        if k: level = [c for d in level for c in sorted(p for p in d.iterdir() if p.is_dir() and not is_hidden_file(p.name))]
+        if k:
+            level = [
+                c for d in level for c in sorted(p for p in d.iterdir() if p.is_dir() and not is_hidden_file(p.name))
+            ]
         yield level
 
 # %% ../../nbs/data/02_layouts.ipynb #f86f194a
 def find_layout(
-    root,         # the set's folder, or a folder above it
-    layouts:dict, # layout in words -> names of files and folders that must be there
-    name:str,     # the set's full name, for messages
-) -> tuple[Path,str]: # the set's folder and its layout
+    root,  # the set's folder, or a folder above it
+    layouts: dict,  # layout in words -> names of files and folders that must be there
+    name: str,  # the set's full name, for messages
+) -> tuple[Path, str]:  # the set's folder and its layout
     "Find a set by what is inside: in `root` or up to two levels below. Raises `InputError` when it is not there or there several times."
     root = Path(root).expanduser()
-    if not os.path.isdir(root): raise InputError(f'{root} is not a folder; expected a copy of {name}: check the path')
-    missing, first = lambda d, needs: [n for n in needs if not (d/n).exists()], next(iter(layouts.values()))
-    for layout,needs in layouts.items():
+    if not os.path.isdir(root):
+        raise InputError(f'{root} is not a folder; expected a copy of {name}: check the path')
+    missing, first = lambda d, needs: [n for n in needs if not (d / n).exists()], next(iter(layouts.values()))
+    for layout, needs in layouts.items():
         for level in _levels(root):
             full = [d for d in level if not missing(d, needs)]
-            if len(full) == 1: return full[0], layout
+            if len(full) == 1:
+                return full[0], layout
             several = ', '.join(str(d.relative_to(root)) for d in full)
-            if full and needs == first: raise InputError(f'{root} holds {len(full)} folders that look like {name}: {several}; expected one: give its own path')
+            if full and needs == first:
+                raise InputError(
+                    f'{root} holds {len(full)} folders that look like {name}: {several}; expected one: give its '
+                    'own path'
+                )
     best = min([d for level in _levels(root) for d in level], key=lambda d: len(missing(d, first)))
-    raise InputError(f"{best} has no {', '.join(missing(best, first))}; expected a copy of {name}, with {', '.join(first)}: check the path")
+    raise InputError(
+        f"{best} has no {', '.join(missing(best, first))}; expected a copy of {name}, with {', '.join(first)}: check "
+        "the path"
+    )
 
 # %% ../../nbs/data/02_layouts.ipynb #dace748f
-_VID_QUERIES = {800:5693, 1600:11777, 2400:17377} # VehicleID: test identities -> queries
-PUBLISHED = dict( # list -> (identities, pictures)
-    M =dict(train=(751,12936),  query=(750,3368),   gallery=(751,15913)),
-    MS=dict(train=(1041,32621), query=(3060,11659), gallery=(3060,82161)),
-    VR=dict(train=(576,37778),  query=(200,1678),   gallery=(200,11579)), # some copies train on 575
-    VID=dict(train=(13164,113346)))
+_VID_QUERIES = {800: 5693, 1600: 11777, 2400: 17377}  # VehicleID: test identities -> queries
+PUBLISHED = dict(  # list -> (identities, pictures)
+    M=dict(train=(751, 12936), query=(750, 3368), gallery=(751, 15913)),
+    MS=dict(train=(1041, 32621), query=(3060, 11659), gallery=(3060, 82161)),
+    VR=dict(train=(576, 37778), query=(200, 1678), gallery=(200, 11579)),  # some copies train on 575
+    VID=dict(train=(13164, 113346)),
+)
 
 # %% ../../nbs/data/02_layouts.ipynb #b14fefea
-_RENDERED = 'synth.json' # this note lies beside a rendered set: the published numbers do not apply
+_RENDERED = 'synth.json'  # this note lies beside a rendered set: the published numbers do not apply
 
 # %% ../../nbs/data/02_layouts.ipynb #5a02b944
 def _sourced(
-    data:ReIDData,  # as read
-    root:Path,      # the set's folder
-    layout:str,     # which layout was found
-    published:dict, # list -> (identities, pictures)
+    data: ReIDData,  # as read
+    root: Path,  # the set's folder
+    layout: str,  # which layout was found
+    published: dict,  # list -> (identities, pictures)
 ) -> ReIDData:
     "Note where a set comes from; warn when its numbers are not those published."
-    published = {} if (root/_RENDERED).exists() else published
+    published = {} if (root / _RENDERED).exists() else published
     n = {part: len(getattr(data, part)) for part in published}
-    odd = [f'{part} has {n[part]:,} pictures instead of {want:,}' for part,(_,want) in published.items() if n[part] != want]
-    if odd: warnings.warn(f"{data.name} ({layout}): {', '.join(odd)} as published; `msinet data check` says more", stacklevel=3)
-    return ReIDData(data.train, data.query, data.gallery, data.name, data.same_cam_ok, Source(str(root), layout, published))
+    odd = [
+        f'{part} has {n[part]:,} pictures instead of {want:,}'
+        for part, (_, want) in published.items()
+        if n[part] != want
+    ]
+    if odd:
+        warnings.warn(
+            f"{data.name} ({layout}): {', '.join(odd)} as published; `msinet data check` says more", stacklevel=3
+        )
+    return ReIDData(
+        data.train, data.query, data.gallery, data.name, data.same_cam_ok, Source(str(root), layout, published)
+    )
 
 # %% ../../nbs/data/02_layouts.ipynb #0b73b4b4
-_MARKET = {'as published': ['bounding_box_train', 'query', 'bounding_box_test'], 'sorted into class folders': ['train_all', 'query', 'gallery']}
+_MARKET = {
+    'as published': ['bounding_box_train', 'query', 'bounding_box_test'],
+    'sorted into class folders': ['train_all', 'query', 'gallery'],
+}
 
 # %% ../../nbs/data/02_layouts.ipynb #d8328aac
 def market1501(
-    root, # `Market-1501-v15.09.15` or a folder above it
+    root,  # `Market-1501-v15.09.15` or a folder above it
 ) -> ReIDData:
     "Market-1501 (Zheng et al., 2015). Raises `InputError` when the folder is not a copy of it."
     root, layout = find_layout(root, _MARKET, 'Market-1501')
+
     def read(part, least):
-        named = read_names(image_files(root/part), root/part, r'^(?P<pid>-?\d+)_c(?P<cam>\d)')
-        return [Item(str(p), int(i), int(c)) for p,i,c in named if int(i) >= least]
+        named = read_names(image_files(root / part), root / part, r'^(?P<pid>-?\d+)_c(?P<cam>\d)')
+        return [Item(str(p), int(i), int(c)) for p, i, c in named if int(i) >= least]
+
     train, query, gallery = _MARKET[layout]
     return _sourced(ReIDData(read(train, 1), read(query, 1), read(gallery, 0), 'M'), root, layout, PUBLISHED['M'])
 
 # %% ../../nbs/data/02_layouts.ipynb #5a7d2664
 def _msmt_camera(
-    name:str, # path as in the list files
+    name: str,  # path as in the list files
 ) -> int:
     "The third number of a name of MSMT17. Raises `InputError` when there is none."
     found = re.match(r'\d+_\d+_(\d+)', name.split('/')[-1])
-    if not found: raise InputError(f'{name!r} names no camera; expected a name like 0000_000_01_0303morning_0008_0.jpg: mend the list')
+    if not found:
+        raise InputError(
+            f'{name!r} names no camera; expected a name like 0000_000_01_0303morning_0008_0.jpg: mend the list'
+        )
     return int(found[1])
 
 # %% ../../nbs/data/02_layouts.ipynb #4c2392ea
-_MSMT = {'lists': ['list_train.txt', 'list_val.txt', 'list_query.txt', 'list_gallery.txt'], 'named as Market-1501': _MARKET['as published']}
+_MSMT = {
+    'lists': ['list_train.txt', 'list_val.txt', 'list_query.txt', 'list_gallery.txt'],
+    'named as Market-1501': _MARKET['as published'],
+}
 
 # %% ../../nbs/data/02_layouts.ipynb #a83fb672
 def msmt17(
-    root,          # `MSMT17_V1` or `MSMT17_V2`, or a folder above it
-    val:bool=True, # train on the validation list too, as the paper did
+    root,  # `MSMT17_V1` or `MSMT17_V2`, or a folder above it
+    val: bool = True,  # train on the validation list too, as the paper did
 ) -> ReIDData:
     "MSMT17 (Wei et al., 2018), either version. Raises `InputError` when the folder is not a copy of it."
-    root, layout = find_layout(root, _MSMT if val else {'lists': [n for n in _MSMT['lists'] if val or n != 'list_val.txt']}, 'MSMT17')
-    if layout != 'lists': return _msmt_renamed(root, layout)
+    root, layout = find_layout(
+        root, _MSMT if val else {'lists': [n for n in _MSMT['lists'] if val or n != 'list_val.txt']}, 'MSMT17'
+    )
+    if layout != 'lists':
+        return _msmt_renamed(root, layout)
     fit = ['list_train.txt', 'list_val.txt'] if val else ['list_train.txt']
-    masked = (root/'mask_train_v2').is_dir()
+    masked = (root / 'mask_train_v2').is_dir()
+
     def read(files, part):
-        where = root/(f'mask_{part}_v2' if (root/f'mask_{part}_v2').is_dir() else part)
-        rows = [row for f in files for row in read_list(root/f)]
-        return check_on_disk([Item(str(where/n), p, _msmt_camera(n)) for n,p in rows], ' and '.join(files), where)
+        where = root / (f'mask_{part}_v2' if (root / f'mask_{part}_v2').is_dir() else part)
+        rows = [row for f in files for row in read_list(root / f)]
+        return check_on_disk([Item(str(where / n), p, _msmt_camera(n)) for n, p in rows], ' and '.join(files), where)
+
     data = ReIDData(read(fit, 'train'), read(['list_query.txt'], 'test'), read(['list_gallery.txt'], 'test'), 'MS')
     layout = f"{'masked faces' if masked else 'folders train and test'}, training on {'train + val' if val else 'train alone'}"
-    return _sourced(data, root, layout, PUBLISHED['MS'] if val else {**PUBLISHED['MS'], 'train': (1041,30248)})
+    return _sourced(data, root, layout, PUBLISHED['MS'] if val else {**PUBLISHED['MS'], 'train': (1041, 30248)})
 
 # %% ../../nbs/data/02_layouts.ipynb #e055abaf
 def _msmt_renamed(
-    root:Path,  # the set's folder
-    layout:str, # in words
+    root: Path,  # the set's folder
+    layout: str,  # in words
 ) -> ReIDData:
     "MSMT17 in folders as Market-1501 has them; train + val, since the lists are gone."
+
     def read(part):
-        try: named = read_names(image_files(root/part), root/part, r'^(?P<pid>\d+)_(?:c|\d+_)(?P<cam>\d+)_')
-        except InputError as e: raise InputError(f'{root} has no {_MSMT["lists"][0]}, nor names as MSMT17 has them ({e}); expected a copy of MSMT17: check the path') from None
-        return [Item(str(p), int(i), int(c)) for p,i,c in named]
+        try:
+            named = read_names(image_files(root / part), root / part, r'^(?P<pid>\d+)_(?:c|\d+_)(?P<cam>\d+)_')
+        except InputError as e:
+            raise InputError(
+                f'{root} has no {_MSMT["lists"][0]}, nor names as MSMT17 has them ({e}); expected a copy of MSMT17: '
+                'check the path'
+            ) from None
+        return [Item(str(p), int(i), int(c)) for p, i, c in named]
+
     train, query, gallery = map(read, _MARKET['as published'])
     return _sourced(ReIDData(train, query, gallery, 'MS'), root, f'{layout}, training on train + val', PUBLISHED['MS'])
 
 # %% ../../nbs/data/02_layouts.ipynb #1a085244
 def veri776(
-    root, # `VeRi` or a folder above it
+    root,  # `VeRi` or a folder above it
 ) -> ReIDData:
     "VeRi-776 (Liu et al., 2016), image to image. Raises `InputError` when the folder is not a copy of it."
     root, layout = find_layout(root, {'as published': ['image_train', 'image_query', 'image_test']}, 'VeRi-776')
+
     def read(part):
-        named = read_names(image_files(root/part), root/part, r'^(?P<pid>\d+)_c(?P<cam>\d+)')
-        return [Item(str(p), int(i), int(c)) for p,i,c in named]
-    return _sourced(ReIDData(read('image_train'), read('image_query'), read('image_test'), 'VR'), root, layout, PUBLISHED['VR'])
+        named = read_names(image_files(root / part), root / part, r'^(?P<pid>\d+)_c(?P<cam>\d+)')
+        return [Item(str(p), int(i), int(c)) for p, i, c in named]
+
+    return _sourced(
+        ReIDData(read('image_train'), read('image_query'), read('image_test'), 'VR'), root, layout, PUBLISHED['VR']
+    )
 
 # %% ../../nbs/data/02_layouts.ipynb #455acea3
 def vehicleid(
-    root,           # `VehicleID_V1.0` or a folder above it
-    n_test:int=800, # which test list: 800, 1600, 2400, 3200, 6000 or 13164 identities
-    seed:int=0,     # which picture of each identity the gallery gets
+    root,  # `VehicleID_V1.0` or a folder above it
+    n_test: int = 800,  # which test list: 800, 1600, 2400, 3200, 6000 or 13164 identities
+    seed: int = 0,  # which picture of each identity the gallery gets
 ) -> ReIDData:
     "VehicleID (Liu et al., 2016), one draw of its protocol. Raises `InputError` when the folder is not a copy of it or has no such list."
     root, layout = find_layout(root, {'as published': ['image', 'train_test_split']}, 'VehicleID')
+
     def read(name):
-        file = root/'train_test_split'/name
+        file = root / 'train_test_split' / name
         there = ', '.join(sorted(p.name for p in file.parent.glob('*.txt'))) or 'nothing'
-        if not file.is_file(): raise InputError(f'{name} is not in {file.parent}; found {there}: choose another n_test or complete the copy')
-        return check_on_disk([Item(str(root/'image'/f'{n}.jpg'), p) for n,p in read_list(file)], name, root/'image')
+        if not file.is_file():
+            raise InputError(
+                f'{name} is not in {file.parent}; found {there}: choose another n_test or complete the copy'
+            )
+        return check_on_disk(
+            [Item(str(root / 'image' / f'{n}.jpg'), p) for n, p in read_list(file)], name, root / 'image'
+        )
+
     test, rng = defaultdict(list), np.random.default_rng(seed)
-    for i in read(f'test_list_{n_test}.txt'): test[i.pid].append(i)
+    for i in read(f'test_list_{n_test}.txt'):
+        test[i.pid].append(i)
     gallery = [test[p].pop(rng.integers(len(test[p]))) for p in sorted(test)]
     query = [i for left in test.values() for i in left]
-    published = {**PUBLISHED['VID'], **({'query': (n_test, _VID_QUERIES[n_test]), 'gallery': (n_test, n_test)} if n_test in _VID_QUERIES else {})}
+    published = {
+        **PUBLISHED['VID'],
+        **({'query': (n_test, _VID_QUERIES[n_test]), 'gallery': (n_test, n_test)} if n_test in _VID_QUERIES else {}),
+    }
     data = ReIDData(read('train_list.txt'), sorted(query), sorted(gallery), 'VID', same_cam_ok=True)
     return _sourced(data, root, f'{layout}, test list of {n_test}, draw {seed}', published)
 
 # %% ../../nbs/data/02_layouts.ipynb #432d059c
 def join_sets(
-    a:ReIDData, # its identities, cameras and test lists stay
-    b:ReIDData, # its training pictures are added
+    a: ReIDData,  # its identities, cameras and test lists stay
+    b: ReIDData,  # its training pictures are added
 ) -> ReIDData:
     "Train on two sets, test on the first; no identity and no camera is in both."
-    own = a.train+a.query+a.gallery
-    pids, cams = (1+max((v for v in vs if v is not None), default=-1) for vs in ([i.pid for i in own], [i.cam for i in own]))
-    moved = [Item(i.path, i.pid+pids, None if i.cam is None else i.cam+cams) for i in b.train]
-    return ReIDData(a.train+moved, a.query, a.gallery, f'{a.name}+{b.name}', a.same_cam_ok)
+    own = a.train + a.query + a.gallery
+    pids, cams = (
+        1 + max((v for v in vs if v is not None), default=-1) for vs in ([i.pid for i in own], [i.cam for i in own])
+    )
+    moved = [Item(i.path, i.pid + pids, None if i.cam is None else i.cam + cams) for i in b.train]
+    return ReIDData(a.train + moved, a.query, a.gallery, f'{a.name}+{b.name}', a.same_cam_ok)
 
 # %% ../../nbs/data/02_layouts.ipynb #2b19dd93
 def exclude_listed(
-    data:ReIDData, # as a loader gave it
-    names,         # text file: one path below the set's folder a line, what follows a tab is a remark, lines with # too
+    data: ReIDData,  # as a loader gave it
+    names,  # text file: one path below the set's folder a line, what follows a tab is a remark, lines with # too
 ) -> ReIDData:
     "A set without the pictures of an exclusion list. Raises `InputError` when the list is not there; warns when it is of another copy."
     file, root = Path(names).expanduser(), Path(data.source.root if data.source else '.')
-    if not os.path.isfile(file): raise InputError(f'{file} is not a file; expected an exclusion list, as `msinet data check --fix {file}` writes it: check the path')
-    rows = [line.split('\t')[0].strip() for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines() if not line.startswith('#')]
-    out = {one_line(root/r) for r in rows if r}
+    if not os.path.isfile(file):
+        raise InputError(
+            f'{file} is not a file; expected an exclusion list, as `msinet data check --fix {file}` writes it: check '
+            'the path'
+        )
+    rows = [
+        line.split('\t')[0].strip()
+        for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines()
+        if not line.startswith('#')
+    ]
+    out = {one_line(root / r) for r in rows if r}
     kept = [[i for i in part if one_line(i.path) not in out] for part in (data.train, data.query, data.gallery)]
     if out and kept == [data.train, data.query, data.gallery] and not any(map(os.path.exists, out)):
-        warnings.warn(f'none of the {len(out)} pictures listed in {file} is in {root}; expected a list of this copy: write it anew', stacklevel=2)
+        warnings.warn(
+            f'none of the {len(out)} pictures listed in {file} is in {root}; expected a list of this copy: '
+            'write it anew',
+            stacklevel=2,
+        )
     source = (data.source or Source('.', 'made'))._replace(excluded=frozenset(out))
     return ReIDData(*kept, data.name, data.same_cam_ok, source)
 
 # %% ../../nbs/data/02_layouts.ipynb #62df1e74
-DATASETS = dict(M=market1501, MS=msmt17, VR=veri776, VID=vehicleid, folder=folder) # by the paper's short names
+DATASETS = dict(M=market1501, MS=msmt17, VR=veri776, VID=vehicleid, folder=folder)  # by the paper's short names
 
 # %% ../../nbs/data/02_layouts.ipynb #84ef2297
 def _choices(
-    name:str, # a key of `DATASETS`
-    text:str, # what the user wrote after `::`
-) -> dict: # arguments of the loader
+    name: str,  # a key of `DATASETS`
+    text: str,  # what the user wrote after `::`
+) -> dict:  # arguments of the loader
     "What is chosen beside the path. Raises `InputError` when the set has no such choice."
-    if not text: return {}
-    if name == 'folder': return dict(pattern=text)
-    if name == 'MS' and text == 'noval': return dict(val=False)
-    if name == 'VID' and text.isdecimal(): return dict(n_test=int(text))
+    if not text:
+        return {}
+    if name == 'folder':
+        return dict(pattern=text)
+    if name == 'MS' and text == 'noval':
+        return dict(val=False)
+    if name == 'VID' and text.isdecimal():
+        return dict(n_test=int(text))
     known = dict(MS='::noval', VID='::2400').get(name, 'nothing')
-    raise InputError(f"{name} takes no pattern, '{text}' was given; expected {known} after the path: only folder takes a pattern")
+    raise InputError(
+        f"{name} takes no pattern, '{text}' was given; expected {known} after the path: only folder takes a pattern"
+    )
 
 # %% ../../nbs/data/02_layouts.ipynb #3b42d4ad
 def load_one(
-    spec:str, # as for `load_data`, one set
+    spec: str,  # as for `load_data`, one set
 ) -> ReIDData:
     "A single set by its short name and path. Errors as `load_data`."
     name, _, rest = spec.partition('=')
     path, *more = rest.split('::')
     known = ', '.join(DATASETS)
-    if name not in DATASETS: raise InputError(f'{name!r} is not a data set; expected one of {known}: write it like M=path')
-    if not path: raise InputError(f'{spec!r} has no path; expected something like {name}=path')
+    if name not in DATASETS:
+        raise InputError(f'{name!r} is not a data set; expected one of {known}: write it like M=path')
+    if not path:
+        raise InputError(f'{spec!r} has no path; expected something like {name}=path')
     lists = [m.removeprefix('exclude=') for m in more if m.startswith('exclude=')]
     chosen = _choices(name, '::'.join(m for m in more if not m.startswith('exclude=')))
     return reduce(exclude_listed, lists, DATASETS[name](path, **chosen))
 
 # %% ../../nbs/data/02_layouts.ipynb #5620805e
 def split_spec(
-    spec:str, # as for `load_data`
-) -> list[str]: # one for each set
+    spec: str,  # as for `load_data`
+) -> list[str]:  # one for each set
     "Take joined sets apart; a plus inside a path stays."
     return re.split(rf"\+(?=(?:{'|'.join(DATASETS)})=|synth(?:[:+]|$))", spec)
 
 # %% ../../nbs/data/02_layouts.ipynb #e22e916c
 def load_data(
-    spec:str, # 'M=/path', 'MS=/path::noval', 'VID=/path::2400', 'folder=/path::pattern', 'M=/path::exclude=list.txt', 'M=/path+MS=/path', …
+    spec: str,  # 'M=/path', 'MS=/path::noval', 'VID=/path::2400', 'folder=/path::pattern', 'M=/path::exclude=list.txt', 'M=/path+MS=/path', …
 ) -> ReIDData:
     "A set by its short name and path, or several joined. Raises `InputError` when the name is not known or nothing can be read."
     return reduce(join_sets, map(load_one, split_spec(spec)))

@@ -7,7 +7,12 @@ __all__ = ['load_image', 'load_resized', 'decode', 'PixelCache', 'PixelStream', 
            'PKSampler', 'TrainLoader', 'train_loader', 'test_loader']
 
 # %% ../../nbs/data/04_loaders.ipynb #299369e0
-import hashlib, json, os, time, uuid, warnings
+import hashlib
+import json
+import os
+import time
+import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,130 +31,156 @@ from .augment import augment, FILL, normalise, to_device
 
 # %% ../../nbs/data/04_loaders.ipynb #d79b31ec
 def load_image(
-    path:str, # of an `Item`
-) -> np.ndarray: # (H, W, 3) uint8
+    path: str,  # of an `Item`
+) -> np.ndarray:  # (H, W, 3) uint8
     "Decode or draw a picture. Raises `InputError` when it can't be read whole."
     return render(path) if is_rendered(path) else read_image(path)
 
 # %% ../../nbs/data/04_loaders.ipynb #242414ea
 def load_resized(
-    path:str,           # of an `Item`
-    size:tuple[int,int], # (H, W) in pixels
-) -> np.ndarray: # (H, W, 3) uint8
+    path: str,  # of an `Item`
+    size: tuple[int, int],  # (H, W) in pixels
+) -> np.ndarray:  # (H, W, 3) uint8
     "Decode a picture and resize it (bilinear, Pillow)."
-    x, (H,W) = load_image(path), size
-    return x if x.shape[:2] == (H,W) else np.asarray(Image.fromarray(x).resize((W,H), Image.Resampling.BILINEAR))
+    x, (H, W) = load_image(path), size
+    return x if x.shape[:2] == (H, W) else np.asarray(Image.fromarray(x).resize((W, H), Image.Resampling.BILINEAR))
 
 # %% ../../nbs/data/04_loaders.ipynb #661febd1
 def decode(
-    items,               # N of `Item`
-    out:np.ndarray,      # (N, H, W, 3) uint8, filled in place
-    limit:int=0,         # how many may be unreadable
-    bar=None,            # a tqdm bar to move on
-    step:int=32,         # pictures a thread takes at a time
-) -> dict[int,str]: # place -> what is wrong with the picture there
+    items,  # N of `Item`
+    out: np.ndarray,  # (N, H, W, 3) uint8, filled in place
+    limit: int = 0,  # how many may be unreadable
+    bar=None,  # a tqdm bar to move on
+    step: int = 32,  # pictures a thread takes at a time
+) -> dict[int, str]:  # place -> what is wrong with the picture there
     "Decode pictures into a block of bytes with threads, unreadable ones black. Raises `InputError` when more than `limit` are."
+
     def some(lo):
         bad = {}
-        for k in range(lo, min(lo+step, len(items))):
-            try: out[k] = load_resized(items[k].path, out.shape[1:3])
-            except InputError as e: out[k], bad[k] = 0, str(e)
+        for k in range(lo, min(lo + step, len(items))):
+            try:
+                out[k] = load_resized(items[k].path, out.shape[1:3])
+            except InputError as e:
+                out[k], bad[k] = 0, str(e)
         return bad
+
     bad, starts = {}, range(0, len(items), step)
     with ThreadPoolExecutor() as pool:
-        for lo,wrong in zip(starts, pool.map(some, starts)):
+        for lo, wrong in zip(starts, pool.map(some, starts)):
             bad.update(wrong)
-            if bar is not None: bar.update(min(step, len(items)-lo))
-            if len(bad) > limit: pool.shutdown(cancel_futures=True); raise InputError(_too_many(bad, len(items), limit))
+            if bar is not None:
+                bar.update(min(step, len(items) - lo))
+            if len(bad) > limit:
+                pool.shutdown(cancel_futures=True)
+                raise InputError(_too_many(bad, len(items), limit))
     return bad
 
 # %% ../../nbs/data/04_loaders.ipynb #7c6350ef
 def _too_many(
-    bad:dict,  # place -> what is wrong
-    n:int,     # pictures in all
-    limit:int, # how many may be unreadable
+    bad: dict,  # place -> what is wrong
+    n: int,  # pictures in all
+    limit: int,  # how many may be unreadable
 ) -> str:
     "What to say when too many pictures can't be read."
     first = next(iter(bad.values()))
-    return f'{first} ({len(bad)} of the first pictures read, {limit} of {n} may be; `msinet data check` finds all)' if limit else first
+    return (
+        f'{first} ({len(bad)} of the first pictures read, {limit} of {n} may be; `msinet data check` finds all)'
+        if limit
+        else first
+    )
 
 # %% ../../nbs/data/04_loaders.ipynb #bbbc78d0
 def _fingerprint(
-    items,               # of `Item`
-    size:tuple[int,int], # (H, W) in pixels
+    items,  # of `Item`
+    size: tuple[int, int],  # (H, W) in pixels
 ) -> str:
     "Changes when a path, a file's size, its time of change, the way pictures are drawn or the size asked for changes."
     h = hashlib.blake2b(f'bilinear {tuple(size)}'.encode(), digest_size=12)
+
     def state(path):
-        if is_rendered(path): return DRAWING
-        try: s = os.stat(path)
-        except OSError: return None
+        if is_rendered(path):
+            return DRAWING
+        try:
+            s = os.stat(path)
+        except OSError:
+            return None
         return s.st_size, s.st_mtime_ns
-    for i in items: h.update(f'{i.path}\0{state(i.path)}\0'.encode(errors='surrogatepass'))
+
+    for i in items:
+        h.update(f'{i.path}\0{state(i.path)}\0'.encode(errors='surrogatepass'))
     return h.hexdigest()
 
 # %% ../../nbs/data/04_loaders.ipynb #c341c949
 def _sweep(
-    dir:Path,          # folder of blocks
-    hours:float=1,     # untouched for so long
+    dir: Path,  # folder of blocks
+    hours: float = 1,  # untouched for so long
 ):
     "Remove what killed runs left unfinished."
     for p in dir.glob('*.part'):
         try:
-            if time.time()-p.stat().st_mtime > 3600*hours: p.unlink()
-        except OSError: pass # another run was faster
+            if time.time() - p.stat().st_mtime > 3600 * hours:
+                p.unlink()
+        except OSError:
+            pass  # another run was faster
 
 # %% ../../nbs/data/04_loaders.ipynb #6ddebc3f
 def _open_block(
-    file:Path, # perhaps there
-    items,     # N of `Item`
-    shape,     # (N, H, W, 3)
+    file: Path,  # perhaps there
+    items,  # N of `Item`
+    shape,  # (N, H, W, 3)
 ):
     "(block, unreadable pictures), or None when it isn't there, isn't whole, or one of the unreadable can be read now."
     note = file.with_suffix('.bad')
     try:
         block = np.load(file, mmap_mode='r')
-        bad = {int(k): why for k,why in json.loads(note.read_text()).items()} if note.exists() else {}
-    except (OSError, EOFError, ValueError): return None
-    one = np.empty((1,1,1,3), np.uint8)
+        bad = {int(k): why for k, why in json.loads(note.read_text()).items()} if note.exists() else {}
+    except (OSError, EOFError, ValueError):
+        return None
+    one = np.empty((1, 1, 1, 3), np.uint8)
     mended = any(not decode([items[k]], one, 1) for k in bad if k < len(items))
     return None if mended or block.shape != tuple(shape) or block.dtype != np.uint8 else (block, bad)
 
 # %% ../../nbs/data/04_loaders.ipynb #34ee1063
 def _decode_bar(
-    n:int,         # pictures
-    progress:bool, # show it
+    n: int,  # pictures
+    progress: bool,  # show it
 ) -> tqdm:
     "The bar of a decoding."
     return tqdm(total=n, desc='decode', unit='img', disable=None if progress else True)
 
 # %% ../../nbs/data/04_loaders.ipynb #293c5fdf
 def _write_block(
-    file:Path,           # to be written
-    items, shape,        # as in `_open_block`
-    limit:int,           # how many may be unreadable
-    progress:bool=False, # show a bar
-    chunk:int=512,       # pictures in memory at a time
-) -> dict[int,str]: # as `decode`
+    file: Path,  # to be written
+    items,
+    shape,  # as in `_open_block`
+    limit: int,  # how many may be unreadable
+    progress: bool = False,  # show a bar
+    chunk: int = 512,  # pictures in memory at a time
+) -> dict[int, str]:  # as `decode`
     "Decode into a file that `np.load` can map. Errors as `decode`; OSError when the disk has no room."
     bad = {}
     with open(file, 'wb') as f, _decode_bar(len(items), progress) as bar:
         np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=tuple(shape)))
-        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, f.tell() + int(np.prod(shape)))
+        if hasattr(os, 'posix_fallocate'):
+            os.posix_fallocate(f.fileno(), 0, f.tell() + int(np.prod(shape)))
         for lo in range(0, len(items), chunk):
-            part = items[lo:lo+chunk]
+            part = items[lo : lo + chunk]
             wrong = decode(part, out := np.empty((len(part), *shape[1:]), np.uint8), len(part), bar)
-            bad |= {lo+k: why for k,why in wrong.items()}
-            if len(bad) > limit: raise InputError(_too_many(bad, len(items), limit))
+            bad |= {lo + k: why for k, why in wrong.items()}
+            if len(bad) > limit:
+                raise InputError(_too_many(bad, len(items), limit))
             f.write(out)
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
     return bad
 
 # %% ../../nbs/data/04_loaders.ipynb #31aa8727
 def _make_block(
-    file:Path,           # to be made
-    items, shape,        # as in `_open_block`
-    limit:int, progress:bool, # as in `_write_block`
+    file: Path,  # to be made
+    items,
+    shape,  # as in `_open_block`
+    limit: int,
+    progress: bool,  # as in `_write_block`
 ):
     "A block on disk, which gets its name when it is complete. Raises `InputError` when the folder can't take it or too many pictures can't be read."
     part, note = file.with_suffix(f'.{uuid.uuid4().hex[:8]}.part'), file.with_suffix('.bad')
@@ -160,144 +191,200 @@ def _make_block(
         if bad:
             (words := part.with_suffix('.note.part')).write_text(json.dumps(bad))
             os.replace(words, note)
-        else: note.unlink(missing_ok=True)
+        else:
+            note.unlink(missing_ok=True)
         os.replace(part, file)
     except OSError as e:
-        raise InputError(f'{file.parent} cannot take {np.prod(shape)/1e9:.1f} GB of decoded pictures ({e.strerror}); expected a folder with room: choose another') from None
+        raise InputError(
+            f'{file.parent} cannot take {np.prod(shape) / 1e9:.1f} GB of decoded pictures ({e.strerror}); expected a '
+            'folder with room: choose another'
+        ) from None
     finally:
-        if part.exists(): part.unlink()
+        if part.exists():
+            part.unlink()
 
 # %% ../../nbs/data/04_loaders.ipynb #25e76529
 class PixelCache:
     "All pictures of a list as one block of bytes: `cache[indices]` is a (B, H, W, 3) uint8 tensor. `.bad` says what could not be read."
-    def __init__(self,
-        items,               # N of `Item`
-        size:tuple[int,int], # (H, W) in pixels
-        dir=None,            # folder for the block; None keeps it in memory
-        max_bad:float=0.,    # share of pictures that may be unreadable; they stay black and are told
-        progress:bool=False, # show a bar while decoding
+
+    def __init__(
+        self,
+        items,  # N of `Item`
+        size: tuple[int, int],  # (H, W) in pixels
+        dir=None,  # folder for the block; None keeps it in memory
+        max_bad: float = 0.0,  # share of pictures that may be unreadable; they stay black and are told
+        progress: bool = False,  # show a bar while decoding
     ):
         self.items, self.size = list(items), tuple(size)
-        self.limit, shape = int(max_bad*len(self.items)), (len(self.items), *self.size, 3)
-        if dir is None: self.x, self.bad = self.in_memory(shape, progress)
-        else: self.x, self.bad = self.on_disk(Path(dir).expanduser()/f'{_fingerprint(self.items, self.size)}.npy', shape, progress)
-        for why in self.bad.values(): warnings.warn(f'left out: {why}', stacklevel=2)
+        self.limit, shape = int(max_bad * len(self.items)), (len(self.items), *self.size, 3)
+        if dir is None:
+            self.x, self.bad = self.in_memory(shape, progress)
+        else:
+            self.x, self.bad = self.on_disk(
+                Path(dir).expanduser() / f'{_fingerprint(self.items, self.size)}.npy', shape, progress
+            )
+        for why in self.bad.values():
+            warnings.warn(f'left out: {why}', stacklevel=2)
 
     def in_memory(self, shape, progress):
         x = np.empty(shape, np.uint8)
-        with _decode_bar(len(self), progress) as bar: return x, decode(self.items, x, self.limit, bar)
+        with _decode_bar(len(self), progress) as bar:
+            return x, decode(self.items, x, self.limit, bar)
 
     def on_disk(self, file, shape, progress):
         found = _open_block(file, self.items, shape)
         if found is None:
             _make_block(file, self.items, shape, self.limit, progress)
             found = _open_block(file, self.items, shape)
-            if found is None: raise InputError(f'{file} changed while it was made; expected pictures that stay as they are: start again')
-        if len(found[1]) > self.limit: raise InputError(_too_many(found[1], len(self.items), self.limit))
+            if found is None:
+                raise InputError(
+                    f'{file} changed while it was made; expected pictures that stay as they are: start again'
+                )
+        if len(found[1]) > self.limit:
+            raise InputError(_too_many(found[1], len(self.items), self.limit))
         return np.asarray(found[0]), found[1]
 
-    def __len__(self): return len(self.items)
-    def __getitem__(self, idx) -> Tensor: return torch.from_numpy(self.x.take(idx, axis=0))
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, idx) -> Tensor:
+        return torch.from_numpy(self.x.take(idx, axis=0))
 
 # %% ../../nbs/data/04_loaders.ipynb #613956cb
 class PixelStream:
     "Pictures decoded each time they are asked for: `stream[indices]` is a (B, H, W, 3) uint8 tensor. Raises `InputError` past `max_bad`."
-    def __init__(self,
-        items,               # N of `Item`
-        size:tuple[int,int], # (H, W) in pixels
-        max_bad:float=0.,    # share of pictures that may be unreadable
-    ):
-        self.items, self.size, self.limit, self.bad = list(items), tuple(size), int(max_bad*len(items)), {}
 
-    def __len__(self): return len(self.items)
+    def __init__(
+        self,
+        items,  # N of `Item`
+        size: tuple[int, int],  # (H, W) in pixels
+        max_bad: float = 0.0,  # share of pictures that may be unreadable
+    ):
+        self.items = list(items)
+        self.size = tuple(size)
+        self.limit = int(max_bad * len(items))
+        self.bad = {}
+
+    def __len__(self):
+        return len(self.items)
+
     def __getitem__(self, idx) -> Tensor:
         idx = [int(k) for k in idx]
         part = [self.items[k] for k in idx]
         wrong = decode(part, out := np.empty((len(idx), *self.size, 3), np.uint8), len(idx), step=8)
-        for j,why in wrong.items():
-            if idx[j] not in self.bad: warnings.warn(f'left out: {why}', stacklevel=2)
+        for j, why in wrong.items():
+            if idx[j] not in self.bad:
+                warnings.warn(f'left out: {why}', stacklevel=2)
             self.bad[idx[j]] = why
-            if len(self.bad) > self.limit: raise InputError(_too_many(self.bad, len(self), self.limit))
+            if len(self.bad) > self.limit:
+                raise InputError(_too_many(self.bad, len(self), self.limit))
             twin = next((m for m in range(len(part)) if m not in wrong and part[m].pid == part[j].pid), None)
-            if twin is not None: out[j] = out[twin]
+            if twin is not None:
+                out[j] = out[twin]
         return torch.from_numpy(out)
 
 # %% ../../nbs/data/04_loaders.ipynb #a051040a
 def n_identities(
-    batch_size:int, # pictures in a batch
-    K:int,          # pictures of each identity
-) -> int: # P, identities in a batch
+    batch_size: int,  # pictures in a batch
+    K: int,  # pictures of each identity
+) -> int:  # P, identities in a batch
     "P = batch size / K. Raises `InputError` when K does not divide the batch size."
-    if K < 1: raise InputError(f'K is {K}; expected at least one picture of each identity')
+    if K < 1:
+        raise InputError(f'K is {K}; expected at least one picture of each identity')
     if batch_size < K or batch_size % K:
-        raise InputError(f'a batch of {batch_size} does not divide by K = {K}; expected a multiple of it: take {max(1, batch_size//K)*K}')
-    return batch_size//K
+        raise InputError(
+            f'a batch of {batch_size} does not divide by K = {K}; expected a multiple of it: take '
+            f'{max(1, batch_size // K) * K}'
+        )
+    return batch_size // K
 
 # %% ../../nbs/data/04_loaders.ipynb #7136223c
 def pk_chunks(
-    labels, # (N,) one per picture; negative ones are left out
-    K:int,  # pictures in a chunk
-    rng,    # numpy generator
-) -> dict[int,list]: # label -> chunks, each K indices
+    labels,  # (N,) one per picture; negative ones are left out
+    K: int,  # pictures in a chunk
+    rng,  # numpy generator
+) -> dict[int, list]:  # label -> chunks, each K indices
     "Each label's pictures, shuffled and cut into chunks of K."
     labels, cut = np.asarray(labels), {}
     order = np.argsort(labels, kind='stable')
-    for own in np.split(order, np.flatnonzero(np.diff(labels[order]))+1):
-        if labels[own[0]] < 0: continue
+    for own in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        if labels[own[0]] < 0:
+            continue
         own = rng.permutation(own) if len(own) >= K else rng.choice(own, K)
-        cut[int(labels[own[0]])] = own[:len(own)//K*K].reshape(-1, K).tolist()
+        cut[int(labels[own[0]])] = own[: len(own) // K * K].reshape(-1, K).tolist()
     return cut
 
 # %% ../../nbs/data/04_loaders.ipynb #6bf6228d
 def pk_batches(
-    labels,   # (N,) one per picture; negative ones are left out
-    P:int,    # identities in a batch
-    K:int,    # pictures of each
-    seed:int, # of the run
-    epoch:int, # counted from 0
-) -> list[list[int]]: # batches of P*K indices, K neighbours share a label
+    labels,  # (N,) one per picture; negative ones are left out
+    P: int,  # identities in a batch
+    K: int,  # pictures of each
+    seed: int,  # of the run
+    epoch: int,  # counted from 0
+) -> list[list[int]]:  # batches of P*K indices, K neighbours share a label
     "The batches of one epoch; the same seed and epoch give the same batches."
     rng = np.random.default_rng([seed, epoch])
     left, batches = pk_chunks(labels, K, rng), []
     while len(left) >= P:
         drawn = rng.choice(list(left), P, replace=False).tolist()
         batches.append([i for p in drawn for i in left[p].pop()])
-        left = {p:c for p,c in left.items() if c}
+        left = {p: c for p, c in left.items() if c}
     return batches
 
 # %% ../../nbs/data/04_loaders.ipynb #5b6a13ef
 class PKSampler:
     "Lists of P×K indices: P identities, K pictures of each. Raises `InputError` when there are fewer than P identities."
-    def __init__(self,
-        labels,     # (N,) one per picture; negative ones are left out
-        P:int=16,   # identities in a batch
-        K:int=4,    # pictures of each
-        seed:int=0, # of the run
+
+    def __init__(
+        self,
+        labels,  # (N,) one per picture; negative ones are left out
+        P: int = 16,  # identities in a batch
+        K: int = 4,  # pictures of each
+        seed: int = 0,  # of the run
     ):
         n = len({int(l) for l in labels if l >= 0})
-        if n < P: raise InputError(f'{n} identities, but a batch takes P = {P}; expected at least as many: take a smaller batch, which is P·K, or more identities')
-        self.labels, self.P, self.K, self.seed = np.asarray(labels), P, K, seed
+        if n < P:
+            raise InputError(
+                f'{n} identities, but a batch takes P = {P}; expected at least as many: take a smaller batch, which '
+                'is P·K, or more identities'
+            )
+        self.labels = np.asarray(labels)
+        self.P = P
+        self.K = K
+        self.seed = seed
         self.epoch = self.done = self.start = 0
 
-    def set_epoch(self, epoch:int):
-        if epoch != self.epoch: self.epoch, self.done, self.start = epoch, 0, 0
+    def set_epoch(self, epoch: int):
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.done = 0
+            self.start = 0
 
-    def batches(self): return pk_batches(self.labels, self.P, self.K, self.seed, self.epoch)
-    def __len__(self): return len(self.batches())
+    def batches(self):
+        return pk_batches(self.labels, self.P, self.K, self.seed, self.epoch)
+
+    def __len__(self):
+        return len(self.batches())
+
     def __iter__(self):
         self.done, self.start = self.start, 0
-        for batch in self.batches()[self.done:]:
+        for batch in self.batches()[self.done :]:
             self.done += 1
             yield batch
-        self.epoch, self.done = self.epoch+1, 0
+        self.epoch, self.done = self.epoch + 1, 0
 
-    def state_dict(self): return dict(epoch=self.epoch, done=self.done)
-    def load_state_dict(self, s): self.epoch, self.start, self.done = s['epoch'], s['done'], s['done']
+    def state_dict(self):
+        return dict(epoch=self.epoch, done=self.done)
+
+    def load_state_dict(self, s):
+        self.epoch = s['epoch']
+        self.start = s['done']
+        self.done = s['done']
 
 # %% ../../nbs/data/04_loaders.ipynb #cbed7e48
 def _batch_generator(
-    *numbers:int, # such as seed, epoch, batch
-) -> torch.Generator: # on the CPU
+    *numbers: int,  # such as seed, epoch, batch
+) -> torch.Generator:  # on the CPU
     "A generator that depends on these numbers alone."
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
@@ -305,92 +392,125 @@ def _batch_generator(
 # %% ../../nbs/data/04_loaders.ipynb #9b147484
 class TrainLoader:
     "Yields (x, y): this process's part of P×K augmented pictures (B, 3, H, W), and the labels of all P×K. `last` has the indices of all."
-    def __init__(self,
-        pixels:PixelCache, # N pictures
-        labels,            # N labels; negative ones are left out
-        sampler:PKSampler, # over the same labels
-        aug,               # called as aug(bytes, generator); with `part` when there are several
-        device=None,       # where the batch goes before it is augmented
-        part=(0, 1),       # which part of each batch is taken, of how many
-    ):
-        self.pixels, self.sampler, self.device, self.part, self.last = pixels, sampler, device, part, None
-        self.aug = partial(aug, part=part) if part[1] > 1 else aug
-        if sampler.P % part[1]: raise InputError(f'{sampler.P} identities in a batch do not divide by {part[1]} processes; expected a multiple: take another batch size or K')
-        self.labels = torch.as_tensor(labels).long()
-        self.n_ids = int(self.labels.max())+1
 
-    def __len__(self): return len(self.sampler)
+    def __init__(
+        self,
+        pixels: PixelCache,  # N pictures
+        labels,  # N labels; negative ones are left out
+        sampler: PKSampler,  # over the same labels
+        aug,  # called as aug(bytes, generator); with `part` when there are several
+        device=None,  # where the batch goes before it is augmented
+        part=(0, 1),  # which part of each batch is taken, of how many
+    ):
+        self.pixels = pixels
+        self.sampler = sampler
+        self.device = device
+        self.part = part
+        self.last = None
+        self.aug = partial(aug, part=part) if part[1] > 1 else aug
+        if sampler.P % part[1]:
+            raise InputError(
+                f'{sampler.P} identities in a batch do not divide by {part[1]} processes; expected a multiple: take '
+                'another batch size or K'
+            )
+        self.labels = torch.as_tensor(labels).long()
+        self.n_ids = int(self.labels.max()) + 1
+
+    def __len__(self):
+        return len(self.sampler)
+
     def __iter__(self):
         s, (r, n) = self.sampler, self.part
         for self.last in s:
-            own = self.last[r*len(self.last)//n:(r+1)*len(self.last)//n]
+            own = self.last[r * len(self.last) // n : (r + 1) * len(self.last) // n]
             x = to_device(self.pixels[own], self.device)
             yield self.aug(x, _batch_generator(s.seed, s.epoch, s.done)), to_device(self.labels[self.last], self.device)
 
-    def set_epoch(self, epoch:int): self.sampler.set_epoch(epoch)
-    def state_dict(self): return self.sampler.state_dict()
-    def load_state_dict(self, s): self.sampler.load_state_dict(s)
+    def set_epoch(self, epoch: int):
+        self.sampler.set_epoch(epoch)
+
+    def state_dict(self):
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, s):
+        self.sampler.load_state_dict(s)
 
 # %% ../../nbs/data/04_loaders.ipynb #5ea2cb66
 def train_loader(
-    items,               # of `Item`
-    size:tuple[int,int], # (H, W) in pixels
-    P:int=16,            # identities in a batch
-    K:int=4,             # pictures of each
-    seed:int=0,          # of the run
-    dir=None,            # folder for decoded pictures; None keeps them in memory
-    flip:float=.5, pad:int=10, erase:float=.5, jitter=(0, 0, 0), fill=FILL, # as in `augment`
-    device=None,         # where batches go
-    cached:bool=True,    # decode once; False decodes for each batch and ignores `dir`
-    max_bad:float=.001,  # share of pictures that may be unreadable; they are told and left out
-    progress:bool=False, # show a bar while decoding
-    part=(0, 1),         # as in `TrainLoader`
+    items,  # of `Item`
+    size: tuple[int, int],  # (H, W) in pixels
+    P: int = 16,  # identities in a batch
+    K: int = 4,  # pictures of each
+    seed: int = 0,  # of the run
+    dir=None,  # folder for decoded pictures; None keeps them in memory
+    flip: float = 0.5,
+    pad: int = 10,
+    random_erasing: float = 0.5,
+    jitter=(0, 0, 0),
+    fill=FILL,  # as in `augment`
+    device=None,  # where batches go
+    cached: bool = True,  # decode once; False decodes for each batch and ignores `dir`
+    max_bad: float = 0.001,  # share of pictures that may be unreadable; they are told and left out
+    progress: bool = False,  # show a bar while decoding
+    part=(0, 1),  # as in `TrainLoader`
 ) -> TrainLoader:
     "Batches of P identities × K pictures, labelled by `relabel`. Errors as `PKSampler`, `PixelCache` and `PixelStream`."
     labels, _ = relabel(items)
     pixels = PixelCache(items, size, dir, max_bad, progress) if cached else PixelStream(items, size, max_bad)
-    drawn = [-1 if k in pixels.bad else l for k,l in enumerate(labels)]
-    aug = partial(augment, flip=flip, pad=pad, erase=erase, jitter=jitter, fill=fill)
+    drawn = [-1 if k in pixels.bad else l for k, l in enumerate(labels)]
+    aug = partial(augment, flip=flip, pad=pad, random_erasing=random_erasing, jitter=jitter, fill=fill)
     return TrainLoader(pixels, labels, PKSampler(drawn, P, K, seed), aug, device, part)
 
 # %% ../../nbs/data/04_loaders.ipynb #5423da07
 class _InOrder:
     "Yields x (B, 3, H, W), normalised, in the order of `items`; the last batch may be smaller."
-    def __init__(self,
-        items,               # N of `Item`
-        size:tuple[int,int], # (H, W) in pixels
-        bs:int=128,          # pictures in a batch
-        dir=None,            # folder for decoded pictures
-        keep:int=2**30,      # without a folder: bytes that may stay in memory
-        device=None,         # where batches go
-        max_bad:float=0.,    # share of pictures that may be unreadable, and are black then
-        part=(0, 1),         # which part of the batches is given, of how many
-    ):
-        self.items, self.size, self.bs, self.device, self.part = list(items), tuple(size), bs, device, part
-        n = -(-len(self.items)//bs) # batches in all
-        self.rows = -(-n//part[1])*bs
-        first = min(part[0]*self.rows, max(n-1, 0)*bs)
-        own = self.items[first:first+self.rows]
-        fits = 3*len(own)*size[0]*size[1] <= keep
-        self.pixels = PixelCache(own, size, dir, max_bad) if dir is not None or fits else PixelStream(own, size, max_bad)
 
-    def __len__(self): return -(-len(self.pixels)//self.bs)
+    def __init__(
+        self,
+        items,  # N of `Item`
+        size: tuple[int, int],  # (H, W) in pixels
+        bs: int = 128,  # pictures in a batch
+        dir=None,  # folder for decoded pictures
+        keep: int = 2**30,  # without a folder: bytes that may stay in memory
+        device=None,  # where batches go
+        max_bad: float = 0.0,  # share of pictures that may be unreadable, and are black then
+        part=(0, 1),  # which part of the batches is given, of how many
+    ):
+        self.items = list(items)
+        self.size = tuple(size)
+        self.bs = bs
+        self.device = device
+        self.part = part
+        n = -(-len(self.items) // bs)  # batches in all
+        self.rows = -(-n // part[1]) * bs
+        first = min(part[0] * self.rows, max(n - 1, 0) * bs)
+        own = self.items[first : first + self.rows]
+        fits = 3 * len(own) * size[0] * size[1] <= keep
+        self.pixels = (
+            PixelCache(own, size, dir, max_bad) if dir is not None or fits else PixelStream(own, size, max_bad)
+        )
+
+    def __len__(self):
+        return -(-len(self.pixels) // self.bs)
+
     def __iter__(self):
         for lo in range(0, len(self.pixels), self.bs):
-            x = self.pixels[range(lo, min(lo+self.bs, len(self.pixels)))]
+            x = self.pixels[range(lo, min(lo + self.bs, len(self.pixels)))]
             yield normalise(rearrange(to_device(x, self.device), 'b h w c -> b c h w'))
 
 # %% ../../nbs/data/04_loaders.ipynb #eae77637
 def test_loader(
-    items,               # of `Item`
-    size:tuple[int,int], # (H, W) in pixels
-    bs:int=128,          # pictures in a batch
-    dir=None,            # folder for decoded pictures
-    keep:int=2**30,      # without a folder: bytes that may stay in memory
-    device=None,         # where batches go
-    max_bad:float=0.,    # share of pictures that may be unreadable, and are black then
-    part=(0, 1),         # as in `_InOrder`
+    items,  # of `Item`
+    size: tuple[int, int],  # (H, W) in pixels
+    bs: int = 128,  # pictures in a batch
+    dir=None,  # folder for decoded pictures
+    keep: int = 2**30,  # without a folder: bytes that may stay in memory
+    device=None,  # where batches go
+    max_bad: float = 0.0,  # share of pictures that may be unreadable, and are black then
+    part=(0, 1),  # as in `_InOrder`
 ) -> _InOrder:
     "Every picture once, in order, normalised. Errors as `PixelCache`."
     return _InOrder(items, size, bs, dir, keep, device, max_bad, part)
-test_loader.__test__ = False # its name must not make it a test
+
+
+test_loader.__test__ = False  # its name must not make it a test

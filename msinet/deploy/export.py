@@ -6,7 +6,8 @@
 __all__ = ['folded', 'Folded', 'fold', 'session', 'to_onnx', 'ExportConfig', 'run_export']
 
 # %% ../../nbs/deploy/31_export.ipynb #4da33e54
-import tempfile, warnings
+import tempfile
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +24,37 @@ from ..training.train import open_net
 # %% ../../nbs/deploy/31_export.ipynb #db038295
 @torch.no_grad()
 def folded(
-    conv:nn.Conv2d,    # without a bias
-    bn:nn.BatchNorm2d, # what follows it
-) -> nn.Conv2d: # both in one, with a bias
+    conv: nn.Conv2d,  # without a bias
+    bn: nn.BatchNorm2d,  # what follows it
+) -> nn.Conv2d:  # both in one, with a bias
     "A convolution and its batch normalisation as one convolution."
-    s = bn.weight.double()/(bn.running_var.double()+bn.eps).sqrt()
-    new = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
-    new.weight.data, new.bias.data = (s[:,None,None,None]*conv.weight.double()).to(conv.weight), (bn.bias.double()-s*bn.running_mean.double()).to(conv.weight)
+    s = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    new = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups
+    )
+    new.weight.data, new.bias.data = (
+        (s[:, None, None, None] * conv.weight.double()).to(conv.weight),
+        (bn.bias.double() - s * bn.running_mean.double()).to(conv.weight),
+    )
     return new
 
 # %% ../../nbs/deploy/31_export.ipynb #8b3364cd
 def _without_bn(
-    m:nn.Module, # a chain of layers, or one
-) -> nn.Module: # a copy
+    m: nn.Module,  # a chain of layers, or one
+) -> nn.Module:  # a copy
     "A chain with each batch normalisation folded into the convolution before it."
-    if not isinstance(m, nn.Sequential): return deepcopy(m)
+    if not isinstance(m, nn.Sequential):
+        return deepcopy(m)
     out = []
-    for l in m: out.append(folded(out.pop(), l) if isinstance(l, nn.BatchNorm2d) else _without_bn(l))
+    for l in m:
+        out.append(folded(out.pop(), l) if isinstance(l, nn.BatchNorm2d) else _without_bn(l))
     return nn.Sequential(*out)
 
 # %% ../../nbs/deploy/31_export.ipynb #cc10e718
 @torch.no_grad()
 def _joined(
-    convs:list, # of 1×1 convolutions with bias
-    dim:int,    # 0: same input, outputs stacked; 1: inputs stacked, outputs added
+    convs: list,  # of 1×1 convolutions with bias
+    dim: int,  # 0: same input, outputs stacked; 1: inputs stacked, outputs added
 ) -> nn.Conv2d:
     "Several 1×1 convolutions as one."
     w, biases = torch.cat([c.weight for c in convs], dim), [c.bias for c in convs]
@@ -57,105 +65,142 @@ def _joined(
 # %% ../../nbs/deploy/31_export.ipynb #011e5544
 class _FoldedAttention(nn.Module):
     "Cross attention, §3.2, as (γA + I)x."
-    def __init__(self, im:CrossAttention):
+
+    def __init__(self, im: CrossAttention):
         super().__init__()
         self.sign, self.gamma = im.sign, nn.Parameter(im.gamma.detach().clone())
 
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         q1, q2 = x1.flatten(2), x2.flatten(2)
-        e, I = self.sign*(q1 @ q2.mT), torch.eye(x1.shape[1], dtype=x1.dtype, device=x1.device)
-        mix = lambda e, q: (self.gamma*e.softmax(-1) + I) @ q
+        e, I = self.sign * (q1 @ q2.mT), torch.eye(x1.shape[1], dtype=x1.dtype, device=x1.device)
+        mix = lambda e, q: (self.gamma * e.softmax(-1) + I) @ q
         return mix(e, q1).view(x1.shape), mix(e.mT, q2).view(x2.shape)
 
 # %% ../../nbs/deploy/31_export.ipynb #426baeb9
 class _FoldedGate(nn.Module):
     "The channel gate, Eq. (4), in operations that take any number of images when written to a file."
-    def __init__(self, im:ChannelGate):
+
+    def __init__(self, im: ChannelGate):
         super().__init__()
         self.mlp = deepcopy(im.mlp)
 
-    def forward(self, x1:Tensor, x2:Tensor) -> tuple[Tensor,Tensor]:
-        g1, g2 = (self.mlp(x.mean((2,3), keepdim=True)).sigmoid() for x in (x1, x2))
-        return g1*x1, g2*x2
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        g1, g2 = (self.mlp(x.mean((2, 3), keepdim=True)).sigmoid() for x in (x1, x2))
+        return g1 * x1, g2 * x2
 
 # %% ../../nbs/deploy/31_export.ipynb #4ea2ad6f
 _FOLDED = {CrossAttention: _FoldedAttention, ChannelGate: _FoldedGate}
 
+
 class _FoldedCell(nn.Module):
     "A `Cell` for use: one opening, one closing convolution; two where branches are multiplied. Raises `InputError` for another fusing (Fig. 5c)."
-    def __init__(self, cell:Cell):
+
+    def __init__(self, cell: Cell):
         super().__init__()
-        if cell.fuse not in FUSES.values(): raise InputError('found a cell whose branches are not added, subtracted or multiplied, expected a fusing of FUSES: use the network as it is')
+        if cell.fuse not in FUSES.values():
+            raise InputError(
+                'found a cell whose branches are not added, subtracted or multiplied, expected a fusing of FUSES: use '
+                'the network as it is'
+            )
         plain = lambda *seqs: [folded(s.conv, s.bn) for s in seqs]
         self.open = _joined(plain(cell.open1, cell.open2), 0)
-        self.small1, self.large1, self.small2, self.large2 = map(_without_bn, (cell.small1, cell.large1, cell.small2, cell.large2))
+        self.small1, self.large1, self.small2, self.large2 = map(
+            _without_bn, (cell.small1, cell.large1, cell.small2, cell.large2)
+        )
         self.im1, self.im2 = (_FOLDED.get(type(im), deepcopy)(im) for im in (cell.im1, cell.im2))
         self.same, self.product = isinstance(cell.shortcut, nn.Identity), cell.fuse is torch.mul
         ends, side = plain(cell.close1, cell.close2), [] if self.same else plain(cell.shortcut)
         if cell.fuse is torch.sub:
-            for p in ends[1].parameters(): p.data.neg_()
-        self.close = nn.ModuleList(ends+side) if self.product else _joined(ends+side, 1)
+            for p in ends[1].parameters():
+                p.data.neg_()
+        self.close = nn.ModuleList(ends + side) if self.product else _joined(ends + side, 1)
 
-    def forward(self, x:Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.open(x).relu_().chunk(2, 1)
         x1, x2 = self.im1(self.small1(x1), self.large1(x2))
         x1, x2 = self.im2(self.small2(x1), self.large2(x2))
-        if self.product: return (self.close[0](x1)*self.close[1](x2)).add_(x if self.same else self.close[2](x)).relu_()
-        if self.same: return self.close(torch.cat([x1, x2], 1)).add_(x).relu_()
+        if self.product:
+            return (self.close[0](x1) * self.close[1](x2)).add_(x if self.same else self.close[2](x)).relu_()
+        if self.same:
+            return self.close(torch.cat([x1, x2], 1)).add_(x).relu_()
         return self.close(torch.cat([x1, x2, x], 1)).relu_()
 
 # %% ../../nbs/deploy/31_export.ipynb #bb64f306
 class _FoldedNeck(nn.Module):
     "The embedding of a neck, nothing else."
-    def __init__(self, neck:nn.Module, after_bn:bool=False):
+
+    def __init__(self, neck: nn.Module, after_bn: bool = False):
         super().__init__()
         after = lambda *m: nn.Sequential(*map(deepcopy, m)) if after_bn else nn.Identity()
         two = isinstance(neck, FBLNeck)
         self.whole, self.stripe = after(*([neck.fc, neck.bn] if two else [neck.bn])), None
-        if two: self.stripe, self.after_stripe = deepcopy(neck.stripe), after(neck.stripe_fc, neck.stripe_bn)
+        if two:
+            self.stripe, self.after_stripe = deepcopy(neck.stripe), after(neck.stripe_fc, neck.stripe_bn)
 
-    def forward(self, maps:list) -> Tensor: # (B, D)
-        f = self.whole(maps[-1].mean((2,3)))
-        if self.stripe is None: return f
-        x, w, b = maps[-2], self.stripe.weight.flatten(1), self.stripe.bias
-        h = x.shape[2]//2
-        fv = torch.cat([p.mean((2,3)) @ w.T + b for p in (x[:,:,:max(1,h)], x[:,:,h:])], 1)
+    def forward(self, maps: list) -> Tensor:  # (B, D)
+        f = self.whole(maps[-1].mean((2, 3)))
+        if self.stripe is None:
+            return f
+        x = maps[-2]
+        w = self.stripe.weight.flatten(1)
+        b = self.stripe.bias
+        h = x.shape[2] // 2
+        fv = torch.cat([p.mean((2, 3)) @ w.T + b for p in (x[:, :, : max(1, h)], x[:, :, h:])], 1)
         return torch.cat([f, self.after_stripe(fv)], 1)
 
 # %% ../../nbs/deploy/31_export.ipynb #28786b97
 class Folded(nn.Module):
     "A network for use: images to embeddings."
-    def __init__(self, net:ReIDNet):
+
+    def __init__(self, net: ReIDNet):
         super().__init__()
         b = net.backbone
         self.stem, self.neck = _without_bn(b.stem), _FoldedNeck(net.neck, net.after_bn)
-        self.stages = nn.ModuleList(nn.Sequential(_FoldedCell(s.cell1), _FoldedCell(s.cell2), _without_bn(s.down)) for s in b.stages)
+        self.stages = nn.ModuleList(
+            nn.Sequential(_FoldedCell(s.cell1), _FoldedCell(s.cell2), _without_bn(s.down)) for s in b.stages
+        )
 
-    def forward(self, x:Tensor) -> Tensor: # (B, 3, H, W) normalised images -> (B, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) normalised images -> (B, D)
         x, maps = self.stem(x), []
-        for s in self.stages: x = s(x); maps.append(x)
+        for s in self.stages:
+            x = s(x)
+            maps.append(x)
         return self.neck(maps)
 
 # %% ../../nbs/deploy/31_export.ipynb #48552312
 def fold(
-    net:ReIDNet, # an MSINet with one of its necks; stays as it is
-) -> nn.Module: # images (B, 3, H, W) to what `net.embed` gives in evaluation mode, channels last
+    net: ReIDNet,  # an MSINet with one of its necks; stays as it is
+) -> nn.Module:  # images (B, 3, H, W) to what `net.embed` gives in evaluation mode, channels last
     "The embedding of a trained network with everything constant worked out. Raises `InputError` for another kind of network."
-    if not isinstance(net, ReIDNet) or not isinstance(net.backbone, MSINet) or not isinstance(net.neck, (BNNeck, FBLNeck)):
-        raise InputError(f'found {type(getattr(net, "backbone", net)).__name__}, expected an MSINet in a ReIDNet: only its cells can be folded')
+    if (
+        not isinstance(net, ReIDNet)
+        or not isinstance(net.backbone, MSINet)
+        or not isinstance(net.neck, (BNNeck, FBLNeck))
+    ):
+        raise InputError(
+            f'found {type(getattr(net, "backbone", net)).__name__}, expected an MSINet in a ReIDNet: only its cells '
+            'can be folded'
+        )
     return Folded(net).eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 # %% ../../nbs/deploy/31_export.ipynb #1da70fa8
 def _onnx_tools():
     "ONNX Runtime. Raises `InputError` where a package is missing."
-    try: import onnx, onnxscript, onnxruntime # noqa: F401
-    except ImportError as e: raise InputError(f'package {e.name!r} is missing, expected onnx, onnxruntime and onnxscript: pip install onnx onnxruntime onnxscript') from None
+    try:
+        import onnx
+        import onnxscript
+        import onnxruntime  # noqa: F401
+    except ImportError as e:
+        raise InputError(
+            f'package {e.name!r} is missing, expected onnx, onnxruntime and onnxscript: pip install onnx onnxruntime '
+            'onnxscript'
+        ) from None
     return onnxruntime
 
 # %% ../../nbs/deploy/31_export.ipynb #c9e036ae
 def session(
-    path,          # of an .onnx file
-    threads:int=0, # CPU threads; 0 leaves it to ONNX Runtime
+    path,  # of an .onnx file
+    threads: int = 0,  # CPU threads; 0 leaves it to ONNX Runtime
 ):
     "An ONNX file as a function from images (B, 3, H, W) to embeddings."
     ort = _onnx_tools()
@@ -167,40 +212,55 @@ def session(
 # %% ../../nbs/deploy/31_export.ipynb #ebb54bc0
 @torch.no_grad()
 def to_onnx(
-    net:ReIDNet,         # as for `fold`
-    path,                # ends in .onnx
-    size:tuple[int,int], # (H, W) of the images
-    tol:float=1e-5,      # how far embeddings may differ, as a share of the largest number in them
+    net: ReIDNet,  # as for `fold`
+    path,  # ends in .onnx
+    size: tuple[int, int],  # (H, W) of the images
+    tol: float = 1e-5,  # how far embeddings may differ, as a share of the largest number in them
 ):
     "Write a network's embedding as ONNX. Raises `InputError` without the packages; `RuntimeError`, and no file, when the comparison fails."
     _onnx_tools()
     f, x = fold(deepcopy(net).cpu().float()), torch.randn(3, 3, *size)
     with tempfile.TemporaryDirectory() as dir, warnings.catch_warnings():
-        warnings.simplefilter('ignore') # the exporter's, about its own insides
-        tmp = Path(dir)/'model.onnx'
-        torch.onnx.export(f, (x[:2],), str(tmp), input_names=['image'], output_names=['embedding'], dynamo=True, external_data=False, verbose=False,
-                          dynamic_shapes=({0: torch.export.Dim('batch')},))
+        warnings.simplefilter('ignore')  # the exporter's, about its own insides
+        tmp = Path(dir) / 'model.onnx'
+        torch.onnx.export(
+            f,
+            (x[:2],),
+            str(tmp),
+            input_names=['image'],
+            output_names=['embedding'],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+        )
         want, given = deepcopy(f).double()(x.double()), session(tmp)(x)
-        off, own = (((e-want).abs().max()/want.abs().max()).item() for e in (given, f(x)))
-        if not off <= max(tol, 4*own): raise RuntimeError(f'the ONNX file differs from the network by {off:.1e}, expected at most {max(tol, 4*own):.1e}: nothing was written')
+        off, own = (((e - want).abs().max() / want.abs().max()).item() for e in (given, f(x)))
+        if not off <= max(tol, 4 * own):
+            raise RuntimeError(
+                f'the ONNX file differs from the network by {off:.1e}, expected at most {max(tol, 4 * own):.1e}: '
+                'nothing was written'
+            )
         write_atomic(path, tmp.read_bytes())
 
 # %% ../../nbs/deploy/31_export.ipynb #dbe20396
 @dataclass(frozen=True)
 class ExportConfig:
     "Write a trained network as ONNX, or as a model's folder for the Hugging Face hub."
-    run:str      # a run folder with model.safetensors, or such a file
-    out:str=''   # the file to write; empty: model.onnx beside the weights
-    hub:str=''   # a folder: write weights, configuration and card there instead
+
+    run: str  # a run folder with model.safetensors, or such a file
+    out: str = ''  # the file to write; empty: model.onnx beside the weights
+    hub: str = ''  # a folder: write weights, configuration and card there instead
 
 # %% ../../nbs/deploy/31_export.ipynb #2f6586ee
-def run_export(cfg:ExportConfig) -> Path: # the file, or the folder
+def run_export(cfg: ExportConfig) -> Path:  # the file, or the folder
     "`msinet export`"
     if cfg.hub:
-        from msinet.deploy.hub import to_hub # here, because its library would slow the start of every command
+        from msinet.deploy.hub import to_hub  # here, because its library would slow the start of every command
+
         return to_hub(cfg.run, cfg.hub)
     net, about = open_net(cfg.run)
     run = Path(cfg.run)
-    path = Path(cfg.out) if cfg.out else (run if run.is_dir() else run.parent)/'model.onnx'
+    path = Path(cfg.out) if cfg.out else (run if run.is_dir() else run.parent) / 'model.onnx'
     to_onnx(net, path, about['size'])
     return path

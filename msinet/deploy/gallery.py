@@ -9,7 +9,10 @@ __all__ = ['weights_hash', 'image_embedding', 'image_embeddings', 'Matches', 'Ga
            'VerifyConfig', 'run_verify']
 
 # %% ../../nbs/deploy/31_gallery.ipynb #a054e82c
-import hashlib, json, os, re
+import hashlib
+import json
+import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,61 +28,66 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from ..core import def_device, InputError, write_json
-from ..vis import COL1, QUERY, RIGHT, show_images, style, WRONG
+from ..vis import COL1, QUERY, RIGHT, save_figure, show_images, style, WRONG
 from ..data.items import image_files, Item
 from ..rendering.world import get_data
 from ..data.augment import normalise
 from ..data.loaders import load_image, load_resized, test_loader
 from ..retrieval.evaluate import device_of, embed, first_k
 from ..retrieval.places import Embeddings, filtered_scores, valid_vectors
-from ..engine.checkpoint import save as save_figure
 from ..training.train import open_net
 from ..figures.run import run_data_spec
 
 # %% ../../nbs/deploy/31_gallery.ipynb #f0820abc
 def weights_hash(
-    net:nn.Module, # any network
-) -> str: # 24 hexadecimal digits
+    net: nn.Module,  # any network
+) -> str:  # 24 hexadecimal digits
     "Changes when any weight, buffer or name of the part that embeds does; classifiers don't count."
     h = hashlib.blake2b(digest_size=12)
-    for name,v in sorted(net.state_dict().items()):
-        if 'classifier' in name: continue
+    for name, v in sorted(net.state_dict().items()):
+        if 'classifier' in name:
+            continue
         v = v.detach().cpu().contiguous()
-        h.update(f'{name}{tuple(v.shape)}{v.dtype}'.encode()); h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(f'{name}{tuple(v.shape)}{v.dtype}'.encode())
+        h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/deploy/31_gallery.ipynb #8a1da338
 def _image_input(
-    picture,             # a file's path, a rendered picture's name, or (H, W, 3) uint8
-    size:tuple[int,int], # (H, W) of the network's input
-) -> Tensor: # (1, 3, H, W) normalised
+    picture,  # a file's path, a rendered picture's name, or (H, W, 3) uint8
+    size: tuple[int, int],  # (H, W) of the network's input
+) -> Tensor:  # (1, 3, H, W) normalised
     "One picture as the network sees it. Raises `InputError` for anything that isn't one."
-    if isinstance(picture, (str, Path)): x = load_resized(str(picture), size)
+    if isinstance(picture, (str, Path)):
+        x = load_resized(str(picture), size)
     else:
         x = np.asarray(picture)
-        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3: raise InputError(f'picture is {x.dtype} of shape {x.shape}; expected uint8 (H, W, 3)')
+        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
+            raise InputError(f'picture is {x.dtype} of shape {x.shape}; expected uint8 (H, W, 3)')
         x = np.asarray(Image.fromarray(x).resize(size[::-1], Image.Resampling.BILINEAR))
     return normalise(rearrange(torch.from_numpy(x.copy())[None], 'b h w c -> b c h w'))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #95807e16
 @torch.no_grad()
 def image_embedding(
-    net:nn.Module,       # with a method `embed`
-    picture,             # as for `_image_input`
-    size:tuple[int,int], # (H, W) of the network's input
-) -> Tensor: # (D,) of length 1, on the CPU
+    net: nn.Module,  # with a method `embed`
+    picture,  # as for `_image_input`
+    size: tuple[int, int],  # (H, W) of the network's input
+) -> Tensor:  # (D,) of length 1, on the CPU
     "One picture's unit vector. Errors as `_image_input` and `valid_vectors`."
     was = net.training
-    try: f = net.eval().embed(_image_input(picture, size).to(device_of(net))).float().cpu()
-    finally: net.train(was)
+    try:
+        f = net.eval().embed(_image_input(picture, size).to(device_of(net))).float().cpu()
+    finally:
+        net.train(was)
     return F.normalize(valid_vectors(f, 'picture', [picture if isinstance(picture, (str, Path)) else 'array']))[0]
 
 # %% ../../nbs/deploy/31_gallery.ipynb #07d78d4b
 def image_embeddings(
-    net:nn.Module,       # with a method `embed`
-    paths,               # N pictures
-    size:tuple[int,int], # (H, W) of the network's input
-) -> Tensor: # (N, D) of length 1, on the CPU
+    net: nn.Module,  # with a method `embed`
+    paths,  # N pictures
+    size: tuple[int, int],  # (H, W) of the network's input
+) -> Tensor:  # (N, D) of length 1, on the CPU
     "Unit vectors of many pictures. Errors as `embed` and `valid_vectors`."
     names = [str(p) for p in paths]
     f = embed(net, test_loader([Item(n, 0) for n in names], size)).f.cpu()
@@ -88,51 +96,71 @@ def image_embeddings(
 # %% ../../nbs/deploy/31_gallery.ipynb #ccf21ff4
 class Matches(NamedTuple):
     "The nearest pictures of a gallery."
-    names:list      # k names
-    dist:np.ndarray # (k,) Euclidean distances of unit vectors, 0 to 2
+
+    names: list  # k names
+    dist: np.ndarray  # (k,) Euclidean distances of unit vectors, 0 to 2
 
 # %% ../../nbs/deploy/31_gallery.ipynb #f6d796ae
 @dataclass(frozen=True)
 class Gallery:
     "Pictures that can be searched: unit vectors, names, and whose vectors they are."
-    f:Tensor             # (N, D) of length 1, on the CPU
-    names:tuple          # N names of pictures
-    model:str            # fingerprint of the network, by `weights_hash`
-    size:tuple[int,int]  # (H, W) of the network's input
-    run:str=''           # where the network is
-    index:object=None    # an approximate index of FAISS, from `approximate`
 
-    def __len__(self): return len(self.names)
-    def check(self, net:nn.Module):
+    f: Tensor  # (N, D) of length 1, on the CPU
+    names: tuple  # N names of pictures
+    model: str  # fingerprint of the network, by `weights_hash`
+    size: tuple[int, int]  # (H, W) of the network's input
+    run: str = ''  # where the network is
+    index: object = None  # an approximate index of FAISS, from `approximate`
+
+    def __len__(self):
+        return len(self.names)
+
+    def check(self, net: nn.Module):
         if (h := weights_hash(net)) != self.model:
-            raise InputError(f'the gallery was made by network {self.model}, this one is {h}; expected the same weights: index the pictures again, or take its network')
-    def query(self, net:nn.Module, picture, k:int=15) -> Matches:
+            raise InputError(
+                f'the gallery was made by network {self.model}, this one is {h}; expected the same weights: index the '
+                'pictures again, or take its network'
+            )
+
+    def query(self, net: nn.Module, picture, k: int = 15) -> Matches:
         self.check(net)
         return self.nearest(image_embedding(net, picture, self.size), k)
-    def nearest(self, q:Tensor, k:int=15) -> Matches:
-        if k < 1 or not len(self): raise InputError(f'{k} of {len(self)} pictures asked for; expected at least one of at least one')
-        rows = None if self.index is None else _candidates(self.index, q, 20*k)
+
+    def nearest(self, q: Tensor, k: int = 15) -> Matches:
+        if k < 1 or not len(self):
+            raise InputError(f'{k} of {len(self)} pictures asked for; expected at least one of at least one')
+        rows = None if self.index is None else _candidates(self.index, q, 20 * k)
         f = self.f if rows is None else self.f[rows]
-        best = first_k(-(f@q).numpy(), k)
-        dist = (f[best]-q).norm(dim=1).numpy()
+        best = first_k(-(f @ q).numpy(), k)
+        dist = (f[best] - q).norm(dim=1).numpy()
         return Matches([self.names[i if rows is None else rows[i]] for i in best], dist)
-    def add(self, net:nn.Module, paths):
+
+    def add(self, net: nn.Module, paths):
         self.check(net)
         names = tuple(str(p) for p in paths)
-        if twice := {*names} & {*self.names}: raise InputError(f'{len(twice)} pictures are in the gallery already, such as {min(twice)}: remove them first')
-        return replace(self, f=torch.cat([self.f, image_embeddings(net, names, self.size)]), names=self.names+names, index=None)
+        if twice := {*names} & {*self.names}:
+            raise InputError(
+                f'{len(twice)} pictures are in the gallery already, such as {min(twice)}: remove them first'
+            )
+        return replace(
+            self, f=torch.cat([self.f, image_embeddings(net, names, self.size)]), names=self.names + names, index=None
+        )
+
     def remove(self, names):
         gone = {str(n) for n in names}
-        if lost := gone-{*self.names}: raise InputError(f'{len(lost)} pictures are not in the gallery, such as {min(lost)}; expected names as they were added')
-        keep = [k for k,n in enumerate(self.names) if n not in gone]
+        if lost := gone - {*self.names}:
+            raise InputError(
+                f'{len(lost)} pictures are not in the gallery, such as {min(lost)}; expected names as they were added'
+            )
+        keep = [k for k, n in enumerate(self.names) if n not in gone]
         return replace(self, f=self.f[keep], names=tuple(self.names[k] for k in keep), index=None)
 
 # %% ../../nbs/deploy/31_gallery.ipynb #1dcedaab
 def index_folder(
-    net:nn.Module,       # with a method `embed`
-    root,                # a folder of pictures
-    size:tuple[int,int], # (H, W) of the network's input
-    run='',              # where the network is, remembered for later
+    net: nn.Module,  # with a method `embed`
+    root,  # a folder of pictures
+    size: tuple[int, int],  # (H, W) of the network's input
+    run='',  # where the network is, remembered for later
 ) -> Gallery:
     "Embed all pictures of a folder and below. Errors as `image_files` and `embed`."
     names = tuple(str(p) for p in image_files(root))
@@ -140,55 +168,71 @@ def index_folder(
 
 # %% ../../nbs/deploy/31_gallery.ipynb #fa9c4062
 def save_gallery(
-    g:Gallery,
-    dir, # a folder, made if need be
+    g: Gallery,
+    dir,  # a folder, made if need be
 ):
     "Write a gallery. An approximate index goes beside it."
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
-    aside = dir/f'.vectors.{os.getpid()}.npy' # millions of vectors: no second copy in memory
-    try: np.save(aside, g.f.numpy()); os.replace(aside, dir/'vectors.npy')
-    finally: aside.unlink(missing_ok=True)
-    if g.index is not None: _write_index(g.index, dir/'vectors.faiss')
-    else: (dir/'vectors.faiss').unlink(missing_ok=True)
-    write_json(dir/'gallery.json', dict(model=g.model, size=list(g.size), run=g.run, names=list(g.names)))
+    aside = dir / f'.vectors.{os.getpid()}.npy'  # millions of vectors: no second copy in memory
+    try:
+        np.save(aside, g.f.numpy())
+        os.replace(aside, dir / 'vectors.npy')
+    finally:
+        aside.unlink(missing_ok=True)
+    if g.index is not None:
+        _write_index(g.index, dir / 'vectors.faiss')
+    else:
+        (dir / 'vectors.faiss').unlink(missing_ok=True)
+    write_json(dir / 'gallery.json', dict(model=g.model, size=list(g.size), run=g.run, names=list(g.names)))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #b4f68cad
 def load_gallery(
-    dir,                # what `save_gallery` wrote
-    net:nn.Module=None, # refuse the gallery unless this network made it
+    dir,  # what `save_gallery` wrote
+    net: nn.Module = None,  # refuse the gallery unless this network made it
 ) -> Gallery:
     "Open a gallery. Raises `InputError` when there is none, its files don't belong together, or another network made it."
     dir = Path(dir)
-    if not (dir/'gallery.json').is_file(): raise InputError(f'{dir} holds no gallery (no gallery.json); expected a folder written by save_gallery')
-    about = json.loads((dir/'gallery.json').read_text())
-    f = torch.from_numpy(np.load(dir/'vectors.npy', mmap_mode='c'))
-    if len(f) != len(about['names']): raise InputError(f"{dir} has {len(f)} vectors and {len(about['names'])} names; expected as many of both: index the pictures again")
-    index = _read_index(dir/'vectors.faiss') if (dir/'vectors.faiss').is_file() else None
+    if not (dir / 'gallery.json').is_file():
+        raise InputError(f'{dir} holds no gallery (no gallery.json); expected a folder written by save_gallery')
+    about = json.loads((dir / 'gallery.json').read_text())
+    f = torch.from_numpy(np.load(dir / 'vectors.npy', mmap_mode='c'))
+    if len(f) != len(about['names']):
+        raise InputError(
+            f"{dir} has {len(f)} vectors and {len(about['names'])} names; expected as many of both: index the "
+            "pictures again"
+        )
+    index = _read_index(dir / 'vectors.faiss') if (dir / 'vectors.faiss').is_file() else None
     g = Gallery(f, tuple(about['names']), about['model'], tuple(about['size']), about['run'], index)
-    if net is not None: g.check(net)
+    if net is not None:
+        g.check(net)
     return g
 
 # %% ../../nbs/deploy/31_gallery.ipynb #5fa8dac1
 def match_strip(
-    picture, # what was asked, as for `_image_input`
-    a:Matches,
+    picture,  # what was asked, as for `_image_input`
+    a: Matches,
 ):
     "A picture and the nearest ones of a gallery, from left to right, with their distances."
     asked = load_image(str(picture)) if isinstance(picture, (str, Path)) else picture
     ims, titles = [asked, *map(load_image, a.names)], ['asked', *(f'{d:.2f}' for d in a.dist)]
-    return show_images(ims, titles, cols=len(ims), colors=[QUERY, *[None]*len(a.names)])
+    return show_images(ims, titles, cols=len(ims), colors=[QUERY, *[None] * len(a.names)])
 
 # %% ../../nbs/deploy/31_gallery.ipynb #65f373c9
 def _faiss_module():
     "FAISS. Raises `InputError` when it isn't installed."
-    try: import faiss
-    except ImportError: raise InputError('FAISS is not installed; expected for an approximate index only: pip install faiss-cpu, or leave the gallery exact') from None
+    try:
+        import faiss
+    except ImportError:
+        raise InputError(
+            'FAISS is not installed; expected for an approximate index only: pip install faiss-cpu, or leave the '
+            'gallery exact'
+        ) from None
     return faiss
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e8d9dc1f
 def _write_index(
-    index, # of `approximate`
+    index,  # of `approximate`
     path,  # a file
 ):
     "Write an index. Errors as `_faiss_module`."
@@ -196,115 +240,153 @@ def _write_index(
 
 # %% ../../nbs/deploy/31_gallery.ipynb #3dd5a65e
 def _read_index(
-    path, # what `_write_index` wrote
+    path,  # what `_write_index` wrote
 ):
     "Read an index. Errors as `_faiss_module`."
     return _faiss_module().read_index(str(path))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #200d7ef1
 def approximate(
-    g:Gallery,
-    cells:int=None, # cells; None: about 4·√N
-    parts:int=96,   # bytes of a vector's code; must divide its length
-    visit:int=32,   # cells that a question looks into
-    train:int=100_000, # vectors that cells and codes are learnt from, at most
-) -> Gallery: # with an index
+    g: Gallery,
+    cells: int = None,  # cells; None: about 4·√N
+    parts: int = 96,  # bytes of a vector's code; must divide its length
+    visit: int = 32,  # cells that a question looks into
+    train: int = 100_000,  # vectors that cells and codes are learnt from, at most
+) -> Gallery:  # with an index
     "Give a gallery an inverted index of product codes (IVF-PQ). Raises `InputError` without FAISS, or for a code that doesn't fit."
-    faiss, (N,D) = _faiss_module(), g.f.shape
-    if D % parts or N < 256: raise InputError(f'{N} vectors of length {D} in codes of {parts}; expected 256 vectors or more, and a length that {parts} divides: change parts')
-    cells = cells or min(int(4*N**.5), N//39)
+    faiss, (N, D) = _faiss_module(), g.f.shape
+    if D % parts or N < 256:
+        raise InputError(
+            f'{N} vectors of length {D} in codes of {parts}; expected 256 vectors or more, and a length that {parts} '
+            'divides: change parts'
+        )
+    cells = cells or min(int(4 * N**0.5), N // 39)
     index = faiss.IndexIVFPQ(faiss.IndexFlatIP(D), D, max(1, cells), parts, 8, faiss.METRIC_INNER_PRODUCT)
     index.train(g.f[torch.randperm(N, generator=torch.Generator().manual_seed(0))[:train]].numpy())
-    for part in g.f.split(65536): index.add(part.numpy())
+    for part in g.f.split(65536):
+        index.add(part.numpy())
     index.nprobe = visit
     return replace(g, index=index)
 
 # %% ../../nbs/deploy/31_gallery.ipynb #b9ae301f
 def _candidates(
-    index,   # of `approximate`
-    q:Tensor, # (D,)
-    k:int,   # how many
-) -> np.ndarray: # (≤ k,) places in the gallery, ascending
+    index,  # of `approximate`
+    q: Tensor,  # (D,)
+    k: int,  # how many
+) -> np.ndarray:  # (≤ k,) places in the gallery, ascending
     "Which pictures are worth an exact look."
     _, idx = index.search(q[None].numpy(), k)
     return np.sort(idx[0][idx[0] >= 0])
 
 # %% ../../nbs/deploy/31_gallery.ipynb #3f5a1e4c
 def recall(
-    g:Gallery, # with an index
-    q:Tensor,  # (Q, D) of length 1
-    k:int=15,
-) -> float: # in [0, 1]
+    g: Gallery,  # with an index
+    q: Tensor,  # (Q, D) of length 1
+    k: int = 15,
+) -> float:  # in [0, 1]
     "Share of the exact first k that the index finds, mean over questions."
     exact = replace(g, index=None)
-    return float(np.mean([len({*g.nearest(x, k).names} & {*exact.nearest(x, k).names})/min(k, len(g)) for x in q]))
+    return float(np.mean([len({*g.nearest(x, k).names} & {*exact.nearest(x, k).names}) / min(k, len(g)) for x in q]))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #85bef011
 def pair_distances(
-    q:Embeddings, g:Embeddings, # of a validation set, unit vectors
-    same_cam_ok:bool=False,     # are pictures by one camera true pairs?
-    n:int=200_000,              # false pairs, drawn at random
-    seed:int=0,                 # of the draw
-) -> tuple[np.ndarray,np.ndarray]: # distances of true pairs, of false pairs, both sorted
+    q: Embeddings,
+    g: Embeddings,  # of a validation set, unit vectors
+    same_cam_ok: bool = False,  # are pictures by one camera true pairs?
+    n: int = 200_000,  # false pairs, drawn at random
+    seed: int = 0,  # of the draw
+) -> tuple[np.ndarray, np.ndarray]:  # distances of true pairs, of false pairs, both sorted
     "Distances of pairs of known identity. Raises `InputError` when there are no pairs of a kind."
-    true = [np.stack([match.row+part.start, match.col]) for part,_,match in filtered_scores(q, g, same_cam_ok)]
-    row, col = np.random.default_rng(seed).integers(0, [[len(q.f)], [len(g.f)]], (2,n))
+    true = [np.stack([match.row + part.start, match.col]) for part, _, match in filtered_scores(q, g, same_cam_ok)]
+    row, col = np.random.default_rng(seed).integers(0, [[len(q.f)], [len(g.f)]], (2, n))
     other = q.pid.cpu().numpy()[row] != g.pid.cpu().numpy()[col]
-    far = lambda row, col: np.sort(np.concatenate([(q.f[r]-g.f[c]).norm(dim=1).cpu().numpy() for r,c in zip(torch.from_numpy(row).split(8192), torch.from_numpy(col).split(8192))]))
+    far = lambda row, col: np.sort(
+        np.concatenate(
+            [
+                (q.f[r] - g.f[c]).norm(dim=1).cpu().numpy()
+                for r, c in zip(torch.from_numpy(row).split(8192), torch.from_numpy(col).split(8192))
+            ]
+        )
+    )
     pairs = dict(true=np.concatenate(true, 1), false=np.stack([row[other], col[other]]))
-    for kind,p in pairs.items():
-        if not p.size: raise InputError(f'the validation set has no {kind} pairs; expected some: take a set with several identities, each seen by several cameras')
+    for kind, p in pairs.items():
+        if not p.size:
+            raise InputError(
+                f'the validation set has no {kind} pairs; expected some: take a set with several identities, each '
+                'seen by several cameras'
+            )
     return tuple(far(*p) for p in pairs.values())
 
 # %% ../../nbs/deploy/31_gallery.ipynb #69ecff03
 def threshold(
-    false:np.ndarray, # (n,) sorted distances of false pairs
-    fmr:float=.01,    # false-match rate that is allowed
-) -> float: # say "same" to what is nearer
+    false: np.ndarray,  # (n,) sorted distances of false pairs
+    fmr: float = 0.01,  # false-match rate that is allowed
+) -> float:  # say "same" to what is nearer
     "The largest threshold that keeps the rate. Raises `InputError` for a rate that so few pairs can't show."
-    if not 1/len(false) <= fmr < 1: raise InputError(f'a false-match rate of {fmr} cannot be seen in {len(false)} false pairs; expected at least {1/len(false):.2g}: take more pairs or allow more')
-    return float(false[int(fmr*len(false)+1e-9)])
+    if not 1 / len(false) <= fmr < 1:
+        raise InputError(
+            f'a false-match rate of {fmr} cannot be seen in {len(false)} false pairs; expected at least '
+            f'{1 / len(false):.2g}: take more pairs or allow more'
+        )
+    return float(false[int(fmr * len(false) + 1e-9)])
 
 # %% ../../nbs/deploy/31_gallery.ipynb #b474488b
 def rate_interval(
-    k:int, n:int,   # errors, trials
-    level:float=.95, # how sure
-) -> tuple[float,float]:
+    k: int,
+    n: int,  # errors, trials
+    level: float = 0.95,  # how sure
+) -> tuple[float, float]:
     "Clopper-Pearson interval of a rate."
-    a = (1-level)/2
-    return (float(special.betaincinv(k, n-k+1, a)) if k else 0., float(special.betaincinv(k+1, n-k, 1-a)) if k < n else 1.)
+    a = (1 - level) / 2
+    return (
+        float(special.betaincinv(k, n - k + 1, a)) if k else 0.0,
+        float(special.betaincinv(k + 1, n - k, 1 - a)) if k < n else 1.0,
+    )
 
 # %% ../../nbs/deploy/31_gallery.ipynb #d1c78371
 @dataclass(frozen=True)
 class Verification:
     "Whether two pictures show the same one, and how sure that is."
-    same:bool             # nearer than the threshold?
-    distance:float        # of their unit vectors, 0 to 2
-    threshold:float       # from the validation set
-    fmr:float             # share of its false pairs that are nearer than the threshold
-    fmr_interval:tuple[float,float] # of that rate, 95 %
-    tmr:float             # share of its true pairs that are nearer than the threshold
-    nearer_false:float    # share of its false pairs that are nearer than these two
-    nearer_true:float     # share of its true pairs that are nearer than these two
+
+    same: bool  # nearer than the threshold?
+    distance: float  # of their unit vectors, 0 to 2
+    threshold: float  # from the validation set
+    fmr: float  # share of its false pairs that are nearer than the threshold
+    fmr_interval: tuple[float, float]  # of that rate, 95 %
+    tmr: float  # share of its true pairs that are nearer than the threshold
+    nearer_false: float  # share of its false pairs that are nearer than these two
+    nearer_true: float  # share of its true pairs that are nearer than these two
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e1cdc228
 def judge_distance(
-    d:float,                           # distance of two pictures
-    true:np.ndarray, false:np.ndarray, # sorted distances of pairs, from `pair_distances`
-    fmr:float=.01,                     # false-match rate that is allowed
+    d: float,  # distance of two pictures
+    true: np.ndarray,
+    false: np.ndarray,  # sorted distances of pairs, from `pair_distances`
+    fmr: float = 0.01,  # false-match rate that is allowed
 ) -> Verification:
     "Judge a distance by pairs of known identity. Errors as `threshold`."
     t = threshold(false, fmr)
-    share = lambda x, at: float(np.searchsorted(x, at)/len(x))
-    return Verification(bool(d < t), float(d), t, share(false, t), rate_interval(int(np.searchsorted(false, t)), len(false)), share(true, t), share(false, d), share(true, d))
+    share = lambda x, at: float(np.searchsorted(x, at) / len(x))
+    return Verification(
+        bool(d < t),
+        float(d),
+        t,
+        share(false, t),
+        rate_interval(int(np.searchsorted(false, t)), len(false)),
+        share(true, t),
+        share(false, d),
+        share(true, d),
+    )
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e7f75b65
 def verify(
-    net:nn.Module,                     # with a method `embed`
-    a, b,                              # two pictures, as for `_image_input`
-    size:tuple[int,int],               # (H, W) of the network's input
-    true:np.ndarray, false:np.ndarray, # sorted distances of pairs, from `pair_distances`, by the same network
-    fmr:float=.01,                     # false-match rate that is allowed
+    net: nn.Module,  # with a method `embed`
+    a,
+    b,  # two pictures, as for `_image_input`
+    size: tuple[int, int],  # (H, W) of the network's input
+    true: np.ndarray,
+    false: np.ndarray,  # sorted distances of pairs, from `pair_distances`, by the same network
+    fmr: float = 0.01,  # false-match rate that is allowed
 ) -> Verification:
     "Do two pictures show the same one? Errors as `_image_input` and `threshold`."
     d = (image_embedding(net, a, size) - image_embedding(net, b, size)).norm().item()
@@ -313,58 +395,71 @@ def verify(
 # %% ../../nbs/deploy/31_gallery.ipynb #e8f9e694
 @style()
 def pair_plot(
-    true:np.ndarray, false:np.ndarray, # distances of pairs
-    v:Verification,                         # of two pictures
-    ax=None,                           # where
+    true: np.ndarray,
+    false: np.ndarray,  # distances of pairs
+    v: Verification,  # of two pictures
+    ax=None,  # where
 ):
     "Both heaps of distances, the threshold, and where two pictures lie."
-    ax = ax or plt.subplots(figsize=(COL1,2), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(COL1, 2), layout='constrained')[1]
     bins = np.linspace(0, max(true.max(), false.max(), v.distance), 50)
-    for x,color,name in ((true,RIGHT,'true pairs'), (false,WRONG,'false pairs')): ax.hist(x, bins, density=True, color=color, alpha=.5, label=name)
+    for x, color, name in ((true, RIGHT, 'true pairs'), (false, WRONG, 'false pairs')):
+        ax.hist(x, bins, density=True, color=color, alpha=0.5, label=name)
     ax.axvline(v.threshold, color='black', ls='--', lw=1, label=f'threshold {v.threshold:.2f}')
     ax.axvline(v.distance, color=QUERY, lw=2, label=f'these two {v.distance:.2f}')
-    ax.set(xlabel='distance', ylabel='density', yticks=[]); ax.spines[['top','right','left']].set_visible(False); ax.legend(frameon=False)
+    ax.set(xlabel='distance', ylabel='density', yticks=[])
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.legend(frameon=False)
     return ax
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e8c6fda2
 @dataclass(frozen=True)
 class QueryConfig:
     "Find a picture in a gallery: the nearest as a strip and as JSON."
-    gallery:str     # folder of the gallery
-    image:str       # picture to ask with
-    index:str=''    # folder of pictures to index into the gallery first
-    run:str=''      # the network: a run folder or its weights; empty takes the one that made the gallery
-    hide:str=''     # a regular expression: pictures whose names it finds are no answers, e.g. _cam1 for those of the asking camera
-    k:int=15        # how many
-    out:str=''      # name of the .png and .json without ending; empty: `answer` in the gallery's folder
-    device:str=''   # cpu, cuda, mps; empty takes the best
+
+    gallery: str  # folder of the gallery
+    image: str  # picture to ask with
+    index: str = ''  # folder of pictures to index into the gallery first
+    run: str = ''  # the network: a run folder or its weights; empty takes the one that made the gallery
+    exclude: str = ''  # a regular expression: pictures whose names it finds are no answers, e.g. _cam1 for those of the asking camera
+    k: int = 15  # how many
+    out: str = ''  # name of the .png and .json without ending; empty: `answer` in the gallery's folder
+    device: str = ''  # cpu, cuda, mps; empty takes the best
 
 # %% ../../nbs/deploy/31_gallery.ipynb #c0ffee31
 def excluded(
-    names,       # of a gallery
-    image,       # the picture that is asked about
-    pattern:str, # a regular expression; empty hides nothing
-) -> list: # of names
+    names,  # of a gallery
+    image,  # the picture that is asked about
+    pattern: str,  # a regular expression; empty hides nothing
+) -> list:  # of names
     "Pictures that are no answers: the asking one itself, and those whose file names fit. Raises `InputError` for a pattern that isn't one."
-    try: fits = re.compile(pattern).search if pattern else lambda name: False
-    except re.error as e: raise InputError(f'hide {pattern!r} is no regular expression ({e}); expected one such as _cam1') from None
+    try:
+        fits = re.compile(pattern).search if pattern else lambda name: False
+    except re.error as e:
+        raise InputError(f'hide {pattern!r} is no regular expression ({e}); expected one such as _cam1') from None
     asked = Path(image)
-    return [n for n in names if fits(Path(n).name) or Path(n).name == asked.name and Path(n).resolve() == asked.resolve()]
+    return [
+        n for n in names if fits(Path(n).name) or Path(n).name == asked.name and Path(n).resolve() == asked.resolve()
+    ]
 
 # %% ../../nbs/deploy/31_gallery.ipynb #45b970ae
 def run_query(
-    cfg:QueryConfig,
-) -> dict: # image, names, distances, and the files written
+    cfg: QueryConfig,
+) -> dict:  # image, names, distances, and the files written
     "`msinet query`. Raises `InputError` for anything that can't be opened, and for a network that didn't make the gallery."
     run = cfg.run or ('' if cfg.index else load_gallery(cfg.gallery).run)
-    if not run: raise InputError('no network is named; expected --run with a run folder that holds model.safetensors')
+    if not run:
+        raise InputError('no network is named; expected --run with a run folder that holds model.safetensors')
     net, about = open_net(run)
     net = net.to(def_device(cfg.device))
-    if cfg.index: save_gallery(index_folder(net, cfg.index, about['size'], Path(run).resolve()), cfg.gallery)
+    if cfg.index:
+        save_gallery(index_folder(net, cfg.index, about['size'], Path(run).resolve()), cfg.gallery)
     g = load_gallery(cfg.gallery, net)
-    gone = excluded(g.names, cfg.image, cfg.hide)
-    a = (g.remove(gone) if gone else g).query(net, cfg.image, cfg.k) # the rest is compared one by one, an index knows nothing of what is gone
-    name = cfg.out or str(Path(cfg.gallery)/'answer')
+    gone = excluded(g.names, cfg.image, cfg.exclude)
+    a = (g.remove(gone) if gone else g).query(
+        net, cfg.image, cfg.k
+    )  # the rest is compared one by one, an index knows nothing of what is gone
+    name = cfg.out or str(Path(cfg.gallery) / 'answer')
     _, png = save_figure(match_strip(cfg.image, a), Path(name).name, Path(name).parent)
     answer = dict(image=cfg.image, names=a.names, distances=[round(float(d), 6) for d in a.dist])
     write_json(f'{name}.json', answer)
@@ -374,25 +469,28 @@ def run_query(
 @dataclass(frozen=True)
 class VerifyConfig:
     "Do two pictures show the same one? With a threshold measured on a set."
-    a:tyro.conf.Positional[str] # a picture
-    b:tyro.conf.Positional[str] # another
-    run:str         # the network: a run folder or its weights
-    data:str=''     # pairs of known identity for the threshold, as for `train`; empty: the run's own test part
-    fmr:float=.01   # false-match rate that is allowed
-    out:str=''      # name of the histogram and the .json without ending; empty writes none
-    device:str=''   # cpu, cuda, mps; empty takes the best
+
+    a: tyro.conf.Positional[str]  # a picture
+    b: tyro.conf.Positional[str]  # another
+    run: str  # the network: a run folder or its weights
+    data: str = ''  # pairs of known identity for the threshold, as for `train`; empty: the run's own test part
+    fmr: float = 0.01  # false-match rate that is allowed
+    out: str = ''  # name of the histogram and the .json without ending; empty writes none
+    device: str = ''  # cpu, cuda, mps; empty takes the best
 
 # %% ../../nbs/deploy/31_gallery.ipynb #a8497900
 def run_verify(
-    cfg:VerifyConfig,
-) -> dict: # the set that the threshold comes from, and the fields of a `Verification`
+    cfg: VerifyConfig,
+) -> dict:  # the set that the threshold comes from, and the fields of a `Verification`
     "`msinet compare`. Raises `InputError` for anything that can't be opened, and for a rate that the set can't show."
     net, about = open_net(cfg.run)
     spec = cfg.data or run_data_spec(cfg.run)
     net, data = net.to(def_device(cfg.device)), get_data(spec, about['size'])
+
     def unit(items):
         e = embed(net, test_loader(items, about['size']))
         return e._replace(f=F.normalize(valid_vectors(e.f, 'validation', [i.path for i in items])))
+
     true, false = pair_distances(unit(data.query), unit(data.gallery), data.same_cam_ok)
     v = verify(net, cfg.a, cfg.b, about['size'], true, false, cfg.fmr)
     said = dict(data=spec, **asdict(v))

@@ -6,7 +6,6 @@
 __all__ = ['HubNet', 'card', 'to_hub', 'built', 'load_hub']
 
 # %% ../../nbs/deploy/31_hub.ipynb #df4a2978
-import json
 from pathlib import Path
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -20,85 +19,164 @@ from ..training.train import build_with_weights, network, open_net
 # %% ../../nbs/deploy/31_hub.ipynb #3450e5ce
 _WEIGHTS = 'model.safetensors'
 
+
 class HubNet(ReIDNet, PyTorchModelHubMixin):
     "A network that the Hugging Face hub can keep: `HubNet.from_pretrained(folder)`, `.save_pretrained(folder)`."
-    def __init__(self,
-        backbone:str='msinet',          # or the name of a compared network
-        genotype:str=TABLE1,            # of MSINet
-        channels=(64, 256, 384, 512),   # of the stem and the three stages
-        rho:int=3,                      # scale ratio of the branches
-        size=(256, 128),                # (H, W) of the images in pixels
-        n_ids:int=0,                    # identities of its classifiers; 0 for none
-        fuse:str='sum',                 # how branches become one
-        after_bn:bool=False,            # embed by normalised features, as a network that was trained without identities
+
+    def __init__(
+        self,
+        backbone: str = 'msinet',  # or the name of a compared network
+        genotype: str = TABLE1,  # of MSINet
+        channels=(64, 256, 384, 512),  # of the stem and the three stages
+        rho: int = 3,  # scale ratio of the branches
+        size=(256, 128),  # (H, W) of the images in pixels
+        n_ids: int = 0,  # identities of its classifiers; 0 for none
+        fuse: str = 'sum',  # how branches become one
+        after_bn: bool = False,  # embed by normalised features, as a network that was trained without identities
     ):
         net = network(backbone, genotype, tuple(channels), rho, tuple(size), n_ids, lookup(FUSES, fuse, 'fuse'))
         super().__init__(net.backbone, net.neck)
         self.size, self.after_bn = tuple(size), after_bn
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, map_location='cpu', strict=True, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, **words):
+    def _from_pretrained(
+        cls,
+        *,
+        model_id,
+        map_location='cpu',
+        strict=True,
+        revision=None,
+        cache_dir=None,
+        force_download=False,
+        local_files_only=False,
+        token=None,
+        **words,
+    ):
         folder = Path(model_id)
-        file = folder/_WEIGHTS if folder.is_dir() else hf_hub_download(str(model_id), _WEIGHTS, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+        file = (
+            folder / _WEIGHTS
+            if folder.is_dir()
+            else hf_hub_download(
+                str(model_id),
+                _WEIGHTS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        )
         return built(words, file, model_id).to(map_location)
 
 # %% ../../nbs/deploy/31_hub.ipynb #d1b27a38
 def card(
-    about:dict,   # as from `open_net`
-    metrics:dict, # name -> dict with mAP, R1, ...
-    data:str,     # what it was trained on
-    params:int,   # of the network
-) -> str: # Markdown, with the hub's header
+    about: dict,  # as from `open_net`
+    metrics: dict,  # name -> dict with mAP, R1, ...
+    data: str,  # what it was trained on
+    params: int,  # of the network
+) -> str:  # Markdown, with the hub's header
     "The card of a model's folder."
-    rows = [f"| {n} | {100*m['mAP']:.1f} | {100*m['R1']:.1f} | {100*m['R5']:.1f} |" for n,m in metrics.items() if isinstance(m, dict) and {'mAP','R1','R5'} <= {*m}]
+    rows = [
+        f"| {n} | {100 * m['mAP']:.1f} | {100 * m['R1']:.1f} | {100 * m['R5']:.1f} |"
+        for n, m in metrics.items()
+        if isinstance(m, dict) and {'mAP', 'R1', 'R5'} <= {*m}
+    ]
     word = f"genotype `{about['genotype']}`, " if about.get('genotype') else ''
     plain = one_line(data).replace('`', "'")
-    return '\n'.join(['---', 'library_name: msinet', 'license: apache-2.0', 'tags: [object-reidentification, msinet]', '---', '', f"# {about.get('backbone', 'msinet')} for object re-identification", '',
-        f"{word}{params:,} parameters, images of {about['size'][0]}×{about['size'][1]} pixels. Trained on `{plain}`.", '', '| percent | mAP | R1 | R5 |', '|---|---:|---:|---:|', *rows, '',
-        '```python', 'from msinet.deploy.hub import load', 'net = load("this folder")', 'f = net.embed(images) # (B, 3, H, W), normalised -> (B, D)', '```', '',
-        'For research. Not for finding or watching people who have not agreed to it; on other cameras than those it was trained on it is much worse than the table says.', ''])
+    return '\n'.join(
+        [
+            '---',
+            'library_name: msinet',
+            'license: apache-2.0',
+            'tags: [object-reidentification, msinet]',
+            '---',
+            '',
+            f"# {about.get('backbone', 'msinet')} for object re-identification",
+            '',
+            f"{word}{params:,} parameters, images of {about['size'][0]}×{about['size'][1]} pixels. Trained on "
+            f"`{plain}`.",
+            '',
+            '| percent | mAP | R1 | R5 |',
+            '|---|---:|---:|---:|',
+            *rows,
+            '',
+            '```python',
+            'from msinet.deploy.hub import load',
+            'net = load("this folder")',
+            'f = net.embed(images) # (B, 3, H, W), normalised -> (B, D)',
+            '```',
+            '',
+            'For research. Not for finding or watching people who have not agreed to it; on other cameras than those '
+            'it was trained on it is much worse than the table says.',
+            '',
+        ]
+    )
 
 # %% ../../nbs/deploy/31_hub.ipynb #2478fbf6
 def to_hub(
-    run, # a run's folder with model.safetensors, or such a file
-    dir, # the model's folder, made if need be
+    run,  # a run's folder with model.safetensors, or such a file
+    dir,  # the model's folder, made if need be
 ) -> Path:
     "Write a trained network as a model's folder: weights, configuration, card. Raises `InputError` when there is no network, or the folder can't be written."
     net, about = open_net(run)
     run, dir = Path(run), Path(dir)
     home = run if run.is_dir() else run.parent
-    if dir.resolve() == home.resolve(): raise InputError(f'{dir} is the run itself, expected another folder for the model: its config.json would be written over')
-    n_ids = len(net.state_dict().get('neck.classifier.weight', ())) # none where it was trained without identities
-    config = {k: about[k] for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn') if about.get(k) is not None} | dict(n_ids=n_ids)
+    if dir.resolve() == home.resolve():
+        raise InputError(
+            f'{dir} is the run itself, expected another folder for the model: its config.json would be written over'
+        )
+    n_ids = len(net.state_dict().get('neck.classifier.weight', ()))  # none where it was trained without identities
+    config = {
+        k: about[k]
+        for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn')
+        if about.get(k) is not None
+    } | dict(n_ids=n_ids)
     run_said = read_run_json(home, 'config')
     c = next((run_said[k] for k in ('train', 'usl', 'uda') if run_said.get(k)), {})
-    plain = lambda spec: spec.partition('=')[0] + ('=…' if '=/' in spec or '=~' in spec else spec[len(spec.partition('=')[0]):]) # no paths of this computer
+    plain = lambda spec: (
+        spec.partition('=')[0] + ('=…' if '=/' in spec or '=~' in spec else spec[len(spec.partition('=')[0]) :])
+    )  # no paths of this computer
     data = ' and '.join(plain(c[k]) for k in ('source', 'data') if c.get(k))
     try:
-        save_weights(net, dir/'model.safetensors', about)
-        write_json(dir/'config.json', config)
-        write_atomic(dir/'README.md', card(about, read_run_json(home, 'metrics'), data or 'unknown', n_params(net, skip=['classifier'])).encode())
-    except OSError as e: raise InputError(f'{dir} cannot be written ({e.strerror or e}), expected a folder with room: give another') from None
+        save_weights(net, dir / 'model.safetensors', about)
+        write_json(dir / 'config.json', config)
+        write_atomic(
+            dir / 'README.md',
+            card(about, read_run_json(home, 'metrics'), data or 'unknown', n_params(net, skip=['classifier'])).encode(),
+        )
+    except OSError as e:
+        raise InputError(
+            f'{dir} cannot be written ({e.strerror or e}), expected a folder with room: give another'
+        ) from None
     return dir
 
 # %% ../../nbs/deploy/31_hub.ipynb #b01dface
 def built(
-    config:dict, # arguments of `HubNet`
-    file,        # of weights
-    where,       # both come from, for messages
-) -> HubNet: # in eval mode
+    config: dict,  # arguments of `HubNet`
+    file,  # of weights
+    where,  # both come from, for messages
+) -> HubNet:  # in eval mode
     "A network with its weights, whose shapes are compared before anything is built. Raises `InputError` when they don't belong together."
     sd, _ = load_weights(file)
-    try: return build_with_weights(lambda: HubNet(**config), sd, config.get('rho', 3)).eval()
-    except InputError: raise
+    try:
+        return build_with_weights(lambda: HubNet(**config), sd, config.get('rho', 3)).eval()
+    except InputError:
+        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{where} is not what its config.json says ({' '.join(str(e).split())[:160]}), expected weights of that network") from None
+        raise InputError(
+            f"{where} is not what its config.json says ({' '.join(str(e).split())[:160]}), expected weights of "
+            "that network"
+        ) from None
 
 # %% ../../nbs/deploy/31_hub.ipynb #6716524a
 def load_hub(
-    dir, # a model's folder on this computer
-) -> HubNet: # in eval mode
+    dir,  # a model's folder on this computer
+) -> HubNet:  # in eval mode
     "A network out of its folder, without the internet. Raises `InputError` when the folder holds none."
     dir = Path(dir)
-    if not (dir/'config.json').is_file() or not (dir/_WEIGHTS).is_file(): raise InputError(f'{dir} holds no model (config.json and model.safetensors), expected a folder that `msinet export --hub` wrote')
-    return built(read_run_json(dir, 'config'), dir/_WEIGHTS, dir)
+    if not (dir / 'config.json').is_file() or not (dir / _WEIGHTS).is_file():
+        raise InputError(
+            f'{dir} holds no model (config.json and model.safetensors), expected a folder that `msinet export '
+            '--hub` wrote'
+        )
+    return built(read_run_json(dir, 'config'), dir / _WEIGHTS, dir)

@@ -6,7 +6,9 @@
 __all__ = ['CheckResult', 'difference', 'check', 'Exercise', 'exercises']
 
 # %% ../../nbs/docs/53_lesson.ipynb #857b7274
-import html, json, re
+import html
+import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,113 +20,154 @@ from ..core import InputError
 # %% ../../nbs/docs/53_lesson.ipynb #9b661a97
 class CheckResult(NamedTuple):
     "What is said about an answer: a coloured line in a notebook, a line of text elsewhere."
-    right:bool|None # None: not answered yet
-    text:str        # why
 
-    def __repr__(self): return f'{ {True: "✓ right", False: "✗ not yet", None: "… not answered yet"}[self.right]}: {self.text}'
+    right: bool | None  # None: not answered yet
+    text: str  # why
+
+    def __repr__(self):
+        return f'{ {True: "✓ right", False: "✗ not yet", None: "… not answered yet"}[self.right] }: {self.text}'
+
     def _repr_html_(self):
         color = {True: '#1a9850', False: '#d73027', None: '#666666'}[self.right]
         return f'<div style="border-left:4px solid {color}; padding:.2em .8em; margin:.3em 0">{html.escape(repr(self))}</div>'
 
 # %% ../../nbs/docs/53_lesson.ipynb #a2c89626
 def _kind_of(
-    x, # an answer
+    x,  # an answer
 ) -> str:
     "What an answer is, in words."
-    if x is None: return 'nothing (None)'
-    if isinstance(x, (bool, np.bool_)) or str(getattr(x, 'dtype', '')).endswith('bool') and _as_array(x).size == 1: return 'yes or no'
-    if isinstance(x, str): return 'a text'
-    if callable(x): return 'a function'
+    if x is None:
+        return 'nothing (None)'
+    if isinstance(x, (bool, np.bool_)) or str(getattr(x, 'dtype', '')).endswith('bool') and _as_array(x).size == 1:
+        return 'yes or no'
+    if isinstance(x, str):
+        return 'a text'
+    if callable(x):
+        return 'a function'
     a = _as_array(x)
     return 'something else' if a is None else 'a number' if a.size == 1 else f'numbers of shape {a.shape}'
 
 # %% ../../nbs/docs/53_lesson.ipynb #e9e5f5a2
 def _as_array(
-    x, # an answer
-) -> np.ndarray|None: # float64; None when there are no numbers in it
+    x,  # an answer
+) -> np.ndarray | None:  # float64; None when there are no numbers in it
     "The numbers of an answer."
-    if isinstance(x, Tensor): x = x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu()
-    try: return np.asarray(x, float)
-    except (TypeError, ValueError): return None
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().float() if x.is_floating_point() else x.detach().cpu()
+    try:
+        return np.asarray(x, float)
+    except (TypeError, ValueError):
+        return None
 
 # %% ../../nbs/docs/53_lesson.ipynb #0c7bc2cc
 def difference(
-    found, wanted, # two answers
-    tol:float=1e-3, # as a share of the larger number
-) -> str: # empty when they are the same
+    found,
+    wanted,  # two answers
+    tol: float = 1e-3,  # as a share of the larger number
+) -> str:  # empty when they are the same
     "In what an answer differs from the one wanted, without giving that away."
-    if _kind_of(found) != _kind_of(wanted): return f'found {_kind_of(found)}, expected {_kind_of(wanted)}'
-    if isinstance(wanted, str): return '' if ''.join(found.split()).lower() == ''.join(wanted.split()).lower() else f'found {found!r}, expected another text'
-    if _kind_of(wanted) == 'yes or no': return '' if bool(found) == bool(wanted) else f'found {bool(found)}, expected the other'
+    if _kind_of(found) != _kind_of(wanted):
+        return f'found {_kind_of(found)}, expected {_kind_of(wanted)}'
+    if isinstance(wanted, str):
+        return (
+            ''
+            if ''.join(found.split()).lower() == ''.join(wanted.split()).lower()
+            else f'found {found!r}, expected another text'
+        )
+    if _kind_of(wanted) == 'yes or no':
+        return '' if bool(found) == bool(wanted) else f'found {bool(found)}, expected the other'
     a, b = _as_array(found).reshape(-1), _as_array(wanted).reshape(-1)
-    off = np.flatnonzero(~np.isclose(a, b, rtol=tol, atol=tol*1e-3, equal_nan=True))
-    if not len(off): return ''
+    off = np.flatnonzero(~np.isclose(a, b, rtol=tol, atol=tol * 1e-3, equal_nan=True))
+    if not len(off):
+        return ''
     way = 'a larger' if b[off[0]] > a[off[0]] else 'a smaller' if b[off[0]] < a[off[0]] else 'another'
-    return f'found {a[off[0]]:.5g}' + (f' at place {off[0]+1} of {len(a)}' if len(a) > 1 else '') + f', expected {way} number'
+    return (
+        f'found {a[off[0]]:.5g}'
+        + (f' at place {off[0] + 1} of {len(a)}' if len(a) > 1 else '')
+        + f', expected {way} number'
+    )
 
 # %% ../../nbs/docs/53_lesson.ipynb #26d0afa8
 def _answer_values(
-    f,    # an answer, or a function
-    on,   # tuples of arguments; () where no function is asked for
-): # f itself, or what it gives for each example; `InputError` for what it raised
+    f,  # an answer, or a function
+    on,  # tuples of arguments; () where no function is asked for
+):  # f itself, or what it gives for each example; `InputError` for what it raised
     "What is compared: an answer, or all that a function gives."
-    if not on or not callable(f): return f
-    try: out = [f(*args) for args in on]
-    except Exception as e: raise InputError(f'your function stopped with {type(e).__name__}: {e}') from None
+    if not on or not callable(f):
+        return f
+    try:
+        out = [f(*args) for args in on]
+    except Exception as e:
+        raise InputError(f'your function stopped with {type(e).__name__}: {e}') from None
     return ... if any(o is ... for o in out) else out
 
 # %% ../../nbs/docs/53_lesson.ipynb #735c9c68
 def _first_difference(
-    found, wanted, # of `_answer_values`
-    on,            # as there
-) -> str: # empty when they are the same
+    found,
+    wanted,  # of `_answer_values`
+    on,  # as there
+) -> str:  # empty when they are the same
     "The first example at which they differ, or the difference of two answers."
-    if not on: return difference(found, wanted)
-    if not isinstance(found, list): return f'found {_kind_of(found)}, expected a function'
-    for args,a,b in zip(on, found, wanted):
-        several = isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) # each result on its own
+    if not on:
+        return difference(found, wanted)
+    if not isinstance(found, list):
+        return f'found {_kind_of(found)}, expected a function'
+    for args, a, b in zip(on, found, wanted):
+        several = isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b)  # each result on its own
         said = next((s for s in map(difference, a, b) if s), '') if several else difference(a, b)
-        if said: return f'example {next(i for i,x in enumerate(on, 1) if x is args)} of {len(on)}: {said}'
+        if said:
+            return f'example {next(i for i, x in enumerate(on, 1) if x is args)} of {len(on)}: {said}'
     return ''
 
 # %% ../../nbs/docs/53_lesson.ipynb #9c3de0e0
 def check(
-    answer,   # what the reader wrote; `...` while there is nothing
-    right,    # the right answer, or a right function
-    why:str,  # said when it is right
-    wrong=(), # (wrong answer, what it mixes up) pairs
-    on=(),    # for functions: tuples of arguments to try
+    answer,  # what the reader wrote; `...` while there is nothing
+    right,  # the right answer, or a right function
+    why: str,  # said when it is right
+    wrong=(),  # (wrong answer, what it mixes up) pairs
+    on=(),  # for functions: tuples of arguments to try
 ) -> CheckResult:
     "What is to be said about an answer. Never raises for a wrong one."
-    try: found = _answer_values(answer, on)
-    except InputError as e: return CheckResult(False, str(e))
-    if found is ...: return CheckResult(None, 'write your line in place of the three dots, run the cell, then this one')
+    try:
+        found = _answer_values(answer, on)
+    except InputError as e:
+        return CheckResult(False, str(e))
+    if found is ...:
+        return CheckResult(None, 'write your line in place of the three dots, run the cell, then this one')
     said = _first_difference(found, _answer_values(right, on), on)
-    if not said: return CheckResult(True, why)
-    return CheckResult(False, next((text for w,text in wrong if not _first_difference(found, _answer_values(w, on), on)), said))
+    if not said:
+        return CheckResult(True, why)
+    return CheckResult(
+        False, next((text for w, text in wrong if not _first_difference(found, _answer_values(w, on), on)), said)
+    )
 
 # %% ../../nbs/docs/53_lesson.ipynb #ca040a65
 class Exercise(NamedTuple):
     "An exercise as it stands in a notebook."
-    title:str    # its heading
-    question:str # the words below it
-    place:int    # number of its answer cell
-    check:str    # code of the check cell
-    solution:str # code in the folded cell
+
+    title: str  # its heading
+    question: str  # the words below it
+    place: int  # number of its answer cell
+    check: str  # code of the check cell
+    solution: str  # code in the folded cell
 
 # %% ../../nbs/docs/53_lesson.ipynb #a1280ea4
 def exercises(
-    path, # a notebook
+    path,  # a notebook
 ) -> list[Exercise]:
     "The exercises of a notebook in order. Raises `InputError` where one is incomplete."
     cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    src, out = [re.sub(r'(?m)^#\|.*\n', '', ''.join(c['source'])) for c in cells], [] # without nbdev's directives
-    for i,s in enumerate(src):
-        if cells[i]['cell_type'] != 'code' or not re.match(r'answer = |def answer\(', s): continue
-        after = [*src[i+1:i+3], '', '']
-        title, _, question = src[i-1].partition('\n')
+    src, out = [re.sub(r'(?m)^#\|.*\n', '', ''.join(c['source'])) for c in cells], []  # without nbdev's directives
+    for i, s in enumerate(src):
+        if cells[i]['cell_type'] != 'code' or not re.match(r'answer = |def answer\(', s):
+            continue
+        after = [*src[i + 1 : i + 3], '', '']
+        title, _, question = src[i - 1].partition('\n')
         code = re.search(r'<summary>Solution</summary>.*?```python\n(.*?)```', after[1], re.S)
         if not (title.startswith('### ') and after[0].startswith('check(answer') and code):
-            raise InputError(f'the answer cell after {title!r} is not between a heading ###, check(answer, ...) and a solution; expected these four cells in this order')
+            raise InputError(
+                f'the answer cell after {title!r} is not between a heading ###, check(answer, ...) and a solution; '
+                'expected these four cells in this order'
+            )
         out.append(Exercise(title[4:], question.strip(), i, after[0], code[1]))
     return out

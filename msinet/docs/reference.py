@@ -6,39 +6,43 @@
 __all__ = ['fields_of', 'with_fields']
 
 # %% ../../nbs/docs/54_reference.ipynb #bd54b1fb
-import ast, inspect
+import ast
+import inspect
 from dataclasses import is_dataclass
 from importlib import import_module
 
 # %% ../../nbs/docs/54_reference.ipynb #af15997a
 def _exported(
-    cls:type, # of the library, or of the notebook that runs
+    cls: type,  # of the library, or of the notebook that runs
 ):
     "The class as the library has it; None where it has none with these fields."
-    if cls.__module__ != '__main__': return cls
+    if cls.__module__ != '__main__':
+        return cls
     known = import_module('msinet._modidx').d['syms']
-    twins = [getattr(import_module(m), cls.__name__) for m,names in known.items() if f'{m}.{cls.__name__}' in names]
+    twins = [getattr(import_module(m), cls.__name__) for m, names in known.items() if f'{m}.{cls.__name__}' in names]
     return next((t for t in twins if [*t.__annotations__] == [*cls.__annotations__]), None)
 
 # %% ../../nbs/docs/54_reference.ipynb #27df1eca
 def fields_of(
-    cls, # anything
-) -> str: # lines of code; empty for all but named tuples and dataclasses
+    cls,  # anything
+) -> str:  # lines of code; empty for all but named tuples and dataclasses
     "The head of a class and its fields, as they are written."
-    if not inspect.isclass(cls) or not (is_dataclass(cls) or hasattr(cls, '_fields')) or not (cls := _exported(cls)): return ''
+    if not inspect.isclass(cls) or not (is_dataclass(cls) or hasattr(cls, '_fields')) or not (cls := _exported(cls)):
+        return ''
     source = inspect.getsource(cls)
     rows = [b for b in ast.parse(source).body[0].body if isinstance(b, ast.AnnAssign)]
     head = next(line for line in source.splitlines() if line.startswith('class '))
-    return '\n'.join([head, *source.splitlines()[rows[0].lineno-1:rows[-1].end_lineno]]) if rows else ''
+    return '\n'.join([head, *source.splitlines()[rows[0].lineno - 1 : rows[-1].end_lineno]]) if rows else ''
 
 # %% ../../nbs/docs/54_reference.ipynb #1e09bcb2
 def with_fields(
-    sym,           # what is shown
-    name=None,     # instead of its own
-    title_level=3, # of the heading
+    sym,  # what is shown
+    name=None,  # instead of its own
+    title_level=3,  # of the heading
 ):
     "What `show_doc` shows of a name, a class with the words beside its fields."
-    from nbdev.showdoc import BasicMarkdownRenderer # a tool for those who work on the kit; others have none
+    from nbdev.showdoc import BasicMarkdownRenderer  # a tool for those who work on the kit; others have none
+
     shown = BasicMarkdownRenderer(sym, name=name, title_level=title_level)
     shown.dm = fields_of(sym) or shown.dm
     return shown

@@ -8,7 +8,15 @@ __all__ = ['CELL_NAMES', 'add_checksum', 'check_checksum', 'to_bytes', 'save', '
            'save_weights', 'load_weights', 'from_official', 'unwrap_state_dict']
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #566b02bc
-import hashlib, io, json, os, pickletools, re, shutil, struct, warnings
+import hashlib
+import io
+import json
+import os
+import pickletools
+import re
+import shutil
+import struct
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,8 +30,9 @@ from .learner import Callback, Learner
 # %% ../../nbs/engine/21_checkpoint.ipynb #ea7be350
 _SEAL = b'sha256:'
 
+
 def add_checksum(
-    data:bytes, # a zip archive without a comment
+    data: bytes,  # a zip archive without a comment
 ) -> bytes:
     "The archive with its checksum as its comment."
     note = _SEAL + hashlib.sha256(data).hexdigest().encode()
@@ -31,18 +40,20 @@ def add_checksum(
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #7ab0e3e2
 def check_checksum(
-    data:bytes, # of a file
-) -> bytes: # without the seal; as it was where there is none
+    data: bytes,  # of a file
+) -> bytes:  # without the seal; as it was where there is none
     "The archive behind a seal. Raises `ValueError` when the seal doesn't fit."
-    n = len(_SEAL)+64
-    if data[-n:-64] != _SEAL: return data
-    plain = data[:-n-2] + b'\0\0'
-    if hashlib.sha256(plain).hexdigest().encode() != data[-64:]: raise ValueError('its checksum differs: the file was damaged after it was written')
+    n = len(_SEAL) + 64
+    if data[-n:-64] != _SEAL:
+        return data
+    plain = data[: -n - 2] + b'\0\0'
+    if hashlib.sha256(plain).hexdigest().encode() != data[-64:]:
+        raise ValueError('its checksum differs: the file was damaged after it was written')
     return plain
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #9fe12686
 def to_bytes(
-    obj, # tensors, plain values, lists and dicts of them
+    obj,  # tensors, plain values, lists and dicts of them
 ) -> bytes:
     "A state as the bytes of a sealed file."
     b = io.BytesIO()
@@ -51,7 +62,7 @@ def to_bytes(
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #43203dea
 def save(
-    obj, # tensors, plain values, lists and dicts of them
+    obj,  # tensors, plain values, lists and dicts of them
     path,
 ):
     "Store a state whole, with its checksum."
@@ -59,19 +70,25 @@ def save(
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #92c30f11
 def load(
-    path, # what `save_figure` wrote, or another tool's checkpoint of tensors and plain values
+    path,  # what `save_figure` wrote, or another tool's checkpoint of tensors and plain values
 ):
     "Open a state without running anything that it might hold. Raises `InputError` for what isn't one, and for a damaged one."
     path = Path(path)
-    if not path.is_file(): raise InputError(f'no checkpoint at {path}, expected a file: give its path, or the run folder that holds it')
-    try: return torch.load(io.BytesIO(check_checksum(path.read_bytes())), map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{path} is no checkpoint of tensors and plain values ({_load_error_reason(e, path)}): use one that was written by this kit or by torch.save(state_dict)') from None
+    if not path.is_file():
+        raise InputError(f'no checkpoint at {path}, expected a file: give its path, or the run folder that holds it')
+    try:
+        return torch.load(io.BytesIO(check_checksum(path.read_bytes())), map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise InputError(
+            f'{path} is no checkpoint of tensors and plain values ({_load_error_reason(e, path)}): use one that was '
+            'written by this kit or by torch.save(state_dict)'
+        ) from None
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #d77490e4
 def _load_error_reason(
-    e:Exception, # of `torch.load`
-    path,        # of the file
-) -> str: # a few words
+    e: Exception,  # of `torch.load`
+    path,  # of the file
+) -> str:  # a few words
     "Why a file isn't opened: which code it wants to run, or what is wrong with it."
     text = ' '.join(str(e).split())
     code = re.search(r'GLOBAL (\S+)|Unsupported class (\S+)', text)
@@ -80,242 +97,389 @@ def _load_error_reason(
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #9f8546d1
 def _pickle_global(
-    data:bytes, # a bare pickle
-) -> str: # '' where it names none
+    data: bytes,  # a bare pickle
+) -> str:  # '' where it names none
     "The first function that a pickle names, read without running it."
     words = []
     try:
-        for op,arg,_ in pickletools.genops(data):
-            if op.name == 'GLOBAL': return arg.replace(' ', '.')
-            if op.name == 'STACK_GLOBAL': return '.'.join(words[-2:])
-            if isinstance(arg, str): words.append(arg)
-    except Exception: pass # no pickle
+        for op, arg, _ in pickletools.genops(data):
+            if op.name == 'GLOBAL':
+                return arg.replace(' ', '.')
+            if op.name == 'STACK_GLOBAL':
+                return '.'.join(words[-2:])
+            if isinstance(arg, str):
+                words.append(arg)
+    except Exception:
+        pass  # no pickle
     return ''
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #40e22c7d
-def stateful_parts(learn:Learner) -> dict:
+def stateful_parts(learn: Learner) -> dict:
     "What of a learner has a state: the step, the batches, callbacks."
     named = dict(step=learn.step, dl=learn.dl, **{type(c).__name__: c for c in learn.cbs})
-    return {k: p for k,p in named.items() if hasattr(p, 'state_dict')}
+    return {k: p for k, p in named.items() if hasattr(p, 'state_dict')}
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #3672bd21
 def checkpoint_paths(
-    path,      # the newest, e.g. 'run/search.pt'
-    keep:int=9, # at most
-) -> list[Path]: # newest first, then the best
+    path,  # the newest, e.g. 'run/search.pt'
+    keep: int = 9,  # at most
+) -> list[Path]:  # newest first, then the best
     "Where a run's states are, whether they are there or not."
     path = Path(path)
     return [path, *(path.with_name(f'{path.stem}.{k}{path.suffix}') for k in (*range(1, keep), 'best'))]
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #ea09565e
 def _link_or_copy(
-    path:Path, other:Path, # other is replaced
+    path: Path,
+    other: Path,  # other is replaced
 ):
     "Give a file another name, too; a copy where the disk knows no second names."
     aside = other.with_name(f'.{other.name}.{os.getpid()}')
     aside.unlink(missing_ok=True)
     try:
-        try: os.link(path, aside)
-        except OSError: shutil.copyfile(path, aside)
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
         os.replace(aside, other)
-    finally: aside.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #0293ecc2
 class Checkpoint(Callback):
     "Store the whole run after every so many epochs, and after the last. A full disk is reported, and the run goes on."
-    order = 100 # when everything else has written its row
-    def __init__(self,
-        path,        # the file, e.g. 'run/search.pt'
-        every:int=1, # epochs between
-        keep:int=2,  # how many of the last states stay
-        best=None,   # row -> how good its epoch was, None where that wasn't measured; the best one stays
-    ): self.path, self.every, self.keep, self.best, self.top, self.at = Path(path), every, keep, best, None, None
+
+    order = 100  # when everything else has written its row
+
+    def __init__(
+        self,
+        path,  # the file, e.g. 'run/search.pt'
+        every: int = 1,  # epochs between
+        keep: int = 2,  # how many of the last states stay
+        best=None,  # row -> how good its epoch was, None where that wasn't measured; the best one stays
+    ):
+        self.path = Path(path)
+        self.every = every
+        self.keep = keep
+        self.best = best
+        self.top = None
+        self.at = None
 
     def state(self, learn) -> dict:
-        outs = [{k: torch.as_tensor(v).detach().cpu() for k,v in o.items()} for o in learn.outs] # of the epoch that isn't over
-        return dict(epoch=learn.epoch, history=learn.history, outs=outs, best=self.top, rng=rng_state(), parts={k: p.state_dict() for k,p in stateful_parts(learn).items()})
+        outs = [
+            {k: torch.as_tensor(v).detach().cpu() for k, v in o.items()} for o in learn.outs
+        ]  # of the epoch that isn't over
+        return dict(
+            epoch=learn.epoch,
+            history=learn.history,
+            outs=outs,
+            best=self.top,
+            rng=rng_state(),
+            parts={k: p.state_dict() for k, p in stateful_parts(learn).items()},
+        )
 
     def rotate(self):
-        names = checkpoint_paths(self.path, self.keep)[:self.keep]
-        for old,new in list(zip(names, names[1:]))[::-1]:
-            if old.exists(): _link_or_copy(old, new)
+        names = checkpoint_paths(self.path, self.keep)[: self.keep]
+        for old, new in list(zip(names, names[1:]))[::-1]:
+            if old.exists():
+                _link_or_copy(old, new)
 
     def after_epoch(self, learn):
-        if learn.epoch % self.every == 0 or learn.epoch >= learn.epochs: self.store(learn)
+        if learn.epoch % self.every == 0 or learn.epoch >= learn.epochs:
+            self.store(learn)
 
-    def store(self, learn): # now, in the middle of an epoch too; `at` says of which epoch and step the file is
-        if self.at == (learn.epoch, len(learn.outs)): return
-        for c in learn.cbs: getattr(c, 'flush', lambda learn: None)(learn) # what is looked at late
+    def store(self, learn):  # now, in the middle of an epoch too; `at` says of which epoch and step the file is
+        if self.at == (learn.epoch, len(learn.outs)):
+            return
+        for c in learn.cbs:
+            getattr(c, 'flush', lambda learn: None)(learn)  # what is looked at late
         good = self.best(learn.row) if self.best and learn.row and not learn.outs else None
         better = good is not None and (self.top is None or good > self.top)
-        if better: self.top = good
+        if better:
+            self.top = good
         with warn_on_write_error(self.path):
             write_atomic(self.path, to_bytes(self.state(learn)), self.rotate)
             self.at = learn.epoch, len(learn.outs)
-            if better: _link_or_copy(self.path, checkpoint_paths(self.path)[-1])
+            if better:
+                _link_or_copy(self.path, checkpoint_paths(self.path)[-1])
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #27557e52
 def newest(
-    path, # what `Checkpoint` wrote, by its plain name
-): # a state, or None where there is none
+    path,  # what `Checkpoint` wrote, by its plain name
+):  # a state, or None where there is none
     "The newest state that is whole. Warns about damaged ones that it passes over; raises `InputError` when all are damaged."
     bad = []
     for p in checkpoint_paths(path):
-        if not p.is_file(): continue
-        try: s = load(p)
-        except InputError as e: bad.append(str(e)); continue
-        if bad: warnings.warn(f"{bad[0].split(': use')[0]}; going on from {p.name} after epoch {s['epoch']}", stacklevel=3)
+        if not p.is_file():
+            continue
+        try:
+            s = load(p)
+        except InputError as e:
+            bad.append(str(e))
+            continue
+        if bad:
+            warnings.warn(f"{bad[0].split(': use')[0]}; going on from {p.name} after epoch {s['epoch']}", stacklevel=3)
         return s
-    if bad: raise InputError(f'{len(bad)} of {len(bad)} checkpoints are damaged, such as {bad[0].split(": use")[0]}; expected one that is whole: remove them to start anew')
+    if bad:
+        raise InputError(
+            f'{len(bad)} of {len(bad)} checkpoints are damaged, such as {bad[0].split(": use")[0]}; expected one that '
+            'is whole: remove them to start anew'
+        )
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #22c27306
 def load_checkpoint(
-    learn:Learner, # built as for a new run
-    path,          # what `Checkpoint` wrote
-) -> bool: # whether there was something to go on from
+    learn: Learner,  # built as for a new run
+    path,  # what `Checkpoint` wrote
+) -> bool:  # whether there was something to go on from
     "Bring a run back to where its newest whole checkpoint stands, in the middle of an epoch too. Raises `InputError` when none fits."
     s = newest(path)
-    if s is None: return False
+    if s is None:
+        return False
     try:
-        for k,p in stateful_parts(learn).items():
-            if k in s['parts'] or k in ('step', 'dl'): p.load_state_dict(s['parts'][k]) # older files know fewer callbacks
+        for k, p in stateful_parts(learn).items():
+            if k in s['parts'] or k in ('step', 'dl'):
+                p.load_state_dict(s['parts'][k])  # older files know fewer callbacks
         place = next((p.device for p in learn.net.parameters()), torch.device('cpu'))
         learn.epoch, learn.history = s['epoch'], s['history']
-        learn.carried = [{k: v.to(place) for k,v in o.items()} for o in s.get('outs', [])] # older files are of whole epochs
+        learn.carried = [
+            {k: v.to(place) for k, v in o.items()} for o in s.get('outs', [])
+        ]  # older files are of whole epochs
         set_rng_state(s['rng'])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise InputError(f"{path} does not fit this run ({' '.join(str(e).split())[:160]}); expected the configuration that it was made with: take that, or another --out") from None
+        raise InputError(
+            f"{path} does not fit this run ({' '.join(str(e).split())[:160]}); expected the configuration that it was "
+            "made with: take that, or another --out"
+        ) from None
     for c in learn.cbs:
-        if isinstance(c, Checkpoint): c.top = s.get('best')
+        if isinstance(c, Checkpoint):
+            c.top = s.get('best')
     return True
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #0e08e6a7
 def run_folder(
-    out:str,            # the folder; empty takes the next free `runs/<kind>-N`
-    kind:str,           # 'search', 'train' or 'demo'
-    resume:bool=False,  # go on with the run that is there, or start one where none is
-) -> Path: # not made yet
+    out: str,  # the folder; empty takes the next free `runs/<kind>-N`
+    kind: str,  # 'search', 'train' or 'demo'
+    resume: bool = False,  # go on with the run that is there, or start one where none is
+) -> Path:  # not made yet
     "Where a run goes. Raises `InputError` when a run is there already and it isn't to be resumed."
     if not out:
         n = next(n for n in range(1, 10**6) if not Path(f'runs/{kind}-{n}').exists())
         return Path(f'runs/{kind}-{n}')
     path = Path(out)
-    if path.exists() and not path.is_dir(): raise InputError(f'{path} is a file, expected a folder for the run: give another --out')
-    if (path/'config.json').exists() and not resume:
+    if path.exists() and not path.is_dir():
+        raise InputError(f'{path} is a file, expected a folder for the run: give another --out')
+    if (path / 'config.json').exists() and not resume:
         raise InputError(f'{path} holds a run already: give another --out, or --resume to go on with it')
     return path
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #27c9df43
 def read_run_json(
     run,  # a run's folder
-    name:str, # config or environment
-) -> dict: # empty where the file is missing or no JSON, as in a folder that is half made
+    name: str,  # config or environment
+) -> dict:  # empty where the file is missing or no JSON, as in a folder that is half made
     "What a run's folder says about it."
-    try: d = json.loads((Path(run)/f'{name}.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return {}
+    try:
+        d = json.loads((Path(run) / f'{name}.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
     return d if isinstance(d, dict) else {}
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #3113338c
 def write_run_metadata(
-    run,         # the run's folder, made if need be
-    about:dict,  # regime -> its configuration as a dict, e.g. {'search': asdict(cfg)}
-    device=None, # where it computes
+    run,  # the run's folder, made if need be
+    about: dict,  # regime -> its configuration as a dict, e.g. {'search': asdict(cfg)}
+    device=None,  # where it computes
     marks=None,  # regime -> fingerprints of its data
 ):
     "Write `config.json` and `environment.json`; regimes that are there already stay."
-    write_json(Path(run)/'config.json', {**read_run_json(run, 'config'), **about})
+    write_json(Path(run) / 'config.json', {**read_run_json(run, 'config'), **about})
     data = {**(read_run_json(run, 'environment').get('data') or {}), **(marks or {})}
-    write_json(Path(run)/'environment.json', environment(device) | (dict(data=data) if data else {}))
+    write_json(Path(run) / 'environment.json', environment(device) | (dict(data=data) if data else {}))
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #d1697388
-_MAY_CHANGE = ('preset', 'data', 'source', 'target', 'watch', 'workers', 'out', 'resume', 'epochs', 'every', 'evaluate', 'cache', 'cache_dir', 'device', 'threads', 'weights', 'fresh_classifiers') # without a word
-_WARN_ON_CHANGE = ('lr', 'lr_alpha', 'wd', 'wd_alpha', 'warmup', 'drops', 'drops_alpha', 'precision', 'channels_last', 'compile', 'accumulate', 'recompute', 'sync_bn', 'erase', 'pad', 'jitter') # with a warning
+_MAY_CHANGE = (
+    'preset',
+    'data',
+    'source',
+    'target',
+    'watch',
+    'workers',
+    'out',
+    'resume',
+    'epochs',
+    'eval_every',
+    'evaluate',
+    'cache',
+    'cache_dir',
+    'device',
+    'threads',
+    'weights',
+    'fresh_classifiers',
+)  # without a word
+_WARN_ON_CHANGE = (
+    'lr',
+    'lr_alpha',
+    'wd',
+    'wd_alpha',
+    'warmup',
+    'milestones',
+    'milestones_alpha',
+    'precision',
+    'channels_last',
+    'compile',
+    'accumulate',
+    'recompute',
+    'sync_bn',
+    'random_erasing',
+    'pad',
+    'jitter',
+)  # with a warning
+
 
 def check_same(
-    run,          # a run's folder
-    kind:str,     # search, train
-    about:dict,   # its configuration now
-    marks:dict={}, # fingerprints of its data now
+    run,  # a run's folder
+    kind: str,  # search, train
+    about: dict,  # its configuration now
+    marks: dict = {},  # fingerprints of its data now
 ):
     "Warns of settings that differ from those that a run began with. Raises `InputError` where it would be another run."
     plain = json.loads(json.dumps(about, default=str))
-    old, then = read_run_json(run, 'config').get(kind) or {}, (read_run_json(run, 'environment').get('data') or {}).get(kind) or {}
+    old, then = (
+        read_run_json(run, 'config').get(kind) or {},
+        (read_run_json(run, 'environment').get('data') or {}).get(kind) or {},
+    )
     other = [k for k in plain if k in old and old[k] != plain[k] and k not in _MAY_CHANGE]
     for k in other:
-        if k not in _WARN_ON_CHANGE: raise InputError(f'{k} is {plain[k]}, but the run in {run} began with {old[k]}; expected the same: go on with that, or give another --out')
-    for k,m in marks.items():
-        if then.get(k, m) != m: raise InputError(f'the pictures of {k} are not those that the run in {run} began with (mark {m}, then {then[k]}); expected the same: complete the copy, or give another --out')
-    if other: warnings.warn('going on with ' + ', '.join(f'{k} {plain[k]} instead of {old[k]}' for k in other), stacklevel=3)
+        if k not in _WARN_ON_CHANGE:
+            raise InputError(
+                f'{k} is {plain[k]}, but the run in {run} began with {old[k]}; expected the same: go on with that, or '
+                'give another --out'
+            )
+    for k, m in marks.items():
+        if then.get(k, m) != m:
+            raise InputError(
+                f'the pictures of {k} are not those that the run in {run} began with (mark {m}, then {then[k]}); '
+                'expected the same: complete the copy, or give another --out'
+            )
+    if other:
+        warnings.warn('going on with ' + ', '.join(f'{k} {plain[k]} instead of {old[k]}' for k in other), stacklevel=3)
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #351645c4
 def save_weights(
-    net:nn.Module, # the network
-    path,          # ends in .safetensors
-    about:dict,    # plain values: how to build the network again
+    net: nn.Module,  # the network
+    path,  # ends in .safetensors
+    about: dict,  # plain values: how to build the network again
 ):
     "Store weights and what they belong to."
-    sd = {k: v.detach().cpu().contiguous() for k,v in net.state_dict().items()}
+    sd = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
     write_atomic(path, to_safetensors(sd, metadata=dict(msinet=json.dumps(about))))
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #41e4b5c5
 def load_weights(
-    path, # what `save_weights` wrote
-) -> tuple[dict,dict]: # state dict, what was said about it
+    path,  # what `save_weights` wrote
+) -> tuple[dict, dict]:  # state dict, what was said about it
     "Weights and what they belong to. Raises `InputError` when the file is missing or is no such file."
-    if not Path(path).is_file(): raise InputError(f'no weights at {path}, expected a .safetensors file: train first, or give the run folder that holds it')
+    if not Path(path).is_file():
+        raise InputError(
+            f'no weights at {path}, expected a .safetensors file: train first, or give the run folder that holds it'
+        )
     try:
-        with safe_open(str(path), 'pt') as f: sd, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('msinet', '{}'))
-        if not isinstance(about, dict): raise ValueError('what is said about it is no table')
+        with safe_open(str(path), 'pt') as f:
+            sd, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('msinet', '{}'))
+        if not isinstance(about, dict):
+            raise ValueError('what is said about it is no table')
         return sd, about
-    except Exception as e: raise InputError(f'{path} is no .safetensors file ({str(e)[:100]}): give one that this kit wrote') from None
+    except Exception as e:
+        raise InputError(f'{path} is no .safetensors file ({str(e)[:100]}): give one that this kit wrote') from None
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #d00e0a2e
-CELL_NAMES = [(r'^conv1a', 'open1'), (r'^conv1b', 'open2'), (r'^conv4a', 'close1'), (r'^conv4b', 'close2'), (r'^downsample', 'shortcut'),
-              (r'^conv2a', 'small1'), (r'^conv3a', 'small2'), (r'^conv2b', 'large1'), (r'^conv3b', 'large2'),
-              (r'^(small\d|large\d\.\d)\.conv1', r'\1.mix'), (r'^(small\d|large\d\.\d)\.conv2', r'\1.each'),
-              (r'^_op2s\.', 'im1.ops.'), (r'^_op3s\.', 'im2.ops.'), (r'^_op2\.', 'im1.'), (r'^_op3\.', 'im2.'),
-              (r'\.ops\.0\.', '.ops.N.'), (r'\.ops\.1\.', '.ops.G.'), (r'\.ops\.2\.', '.ops.A.'), (r'\.ops\.3\.', '.ops.E.'),
-              (r'\.fc1\.', '.mlp.0.'), (r'\.fc2\.', '.mlp.2.')]
-_NECK_NAMES = dict(head='bn', fc='fc', classifier='classifier', f_conv='stripe', f_head='stripe_bn', f_fc='stripe_fc', f_classifier='stripe_classifier')
-_CELL_PLACE = {0:(0,1), 1:(0,2), 3:(1,1), 4:(1,2), 6:(2,1), 7:(2,2)}
+CELL_NAMES = [
+    (r'^conv1a', 'open1'),
+    (r'^conv1b', 'open2'),
+    (r'^conv4a', 'close1'),
+    (r'^conv4b', 'close2'),
+    (r'^downsample', 'shortcut'),
+    (r'^conv2a', 'small1'),
+    (r'^conv3a', 'small2'),
+    (r'^conv2b', 'large1'),
+    (r'^conv3b', 'large2'),
+    (r'^(small\d|large\d\.\d)\.conv1', r'\1.mix'),
+    (r'^(small\d|large\d\.\d)\.conv2', r'\1.each'),
+    (r'^_op2s\.', 'im1.ops.'),
+    (r'^_op3s\.', 'im2.ops.'),
+    (r'^_op2\.', 'im1.'),
+    (r'^_op3\.', 'im2.'),
+    (r'\.ops\.0\.', '.ops.N.'),
+    (r'\.ops\.1\.', '.ops.G.'),
+    (r'\.ops\.2\.', '.ops.A.'),
+    (r'\.ops\.3\.', '.ops.E.'),
+    (r'\.fc1\.', '.mlp.0.'),
+    (r'\.fc2\.', '.mlp.2.'),
+]
+_NECK_NAMES = dict(
+    head='bn',
+    fc='fc',
+    classifier='classifier',
+    f_conv='stripe',
+    f_head='stripe_bn',
+    f_fc='stripe_fc',
+    f_classifier='stripe_classifier',
+)
+_CELL_PLACE = {0: (0, 1), 1: (0, 2), 3: (1, 1), 4: (1, 2), 6: (2, 1), 7: (2, 2)}
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #8f7c518a
 def _map_official_key(
-    key:str, # of a released state dict
-) -> str: # ours, '' for what is not part of the network, None for what is not known
+    key: str,  # of a released state dict
+) -> str:  # ours, '' for what is not part of the network, None for what is not known
     "What the released `key` is called here."
     first, _, rest = key.partition('.')
-    if first == 'conv1': return f'backbone.stem.conv.{rest}'
-    if first in _NECK_NAMES: return f'neck.{_NECK_NAMES[first]}.{rest}'
-    if first in ('align_module', '_criterion'): return ''
+    if first == 'conv1':
+        return f'backbone.stem.conv.{rest}'
+    if first in _NECK_NAMES:
+        return f'neck.{_NECK_NAMES[first]}.{rest}'
+    if first in ('align_module', '_criterion'):
+        return ''
     m = re.match(r'cells\.(\d)\.(.+)', key)
-    if not m: return None
+    if not m:
+        return None
     i, inner = int(m[1]), m[2]
-    if i in (2, 5): return f"backbone.stages.{i//3}.down.mix.{inner.removeprefix('0.')}"
-    if i not in _CELL_PLACE: return None
-    for pat,new in CELL_NAMES: inner = re.sub(pat, new, inner)
+    if i in (2, 5):
+        return f"backbone.stages.{i // 3}.down.mix.{inner.removeprefix('0.')}"
+    if i not in _CELL_PLACE:
+        return None
+    for pat, new in CELL_NAMES:
+        inner = re.sub(pat, new, inner)
     return 'backbone.stages.{}.cell{}.{}'.format(*_CELL_PLACE[i], inner)
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #fe625d8d
 def from_official(
-    state_dict:dict,  # released: bare, under the key 'state_dict', or saved from several devices ('module.' before each name)
-    unused:list=None, # gets the names that are known and not part of the network
-) -> dict: # for `ReIDNet(derived(), FBLNeck(channels, n_ids)).load_state_dict`, strictly
+    state_dict: dict,  # released: bare, under the key 'state_dict', or saved from several devices ('module.' before each name)
+    unused: list = None,  # gets the names that are known and not part of the network
+) -> dict:  # for `ReIDNet(derived(), FBLNeck(channels, n_ids)).load_state_dict`, strictly
     "Rename released weights. Raises `InputError` when a name is not known: then it is another network's file."
     sd = unwrap_state_dict(state_dict)
     twice = [k for k in sd if f'module.{k}' in sd]
-    if twice: raise InputError(f"{twice[0]!r} is there with and without 'module.', expected each tensor once: remove one of them")
+    if twice:
+        raise InputError(
+            f"{twice[0]!r} is there with and without 'module.', expected each tensor once: remove one of them"
+        )
     names = {k: _map_official_key(k.removeprefix('module.')) for k in sd}
-    odd = [k for k,n in names.items() if n is None]
-    if odd: raise InputError(f'{len(odd)} of {len(sd)} names are not of the released MSINet, the first is {odd[0]!r}: expected names such as cells.0.conv1a.conv.weight')
-    if unused is not None: unused += [k for k,n in names.items() if not n]
-    return {n: sd[k] for k,n in names.items() if n}
+    odd = [k for k, n in names.items() if n is None]
+    if odd:
+        raise InputError(
+            f'{len(odd)} of {len(sd)} names are not of the released MSINet, the first is {odd[0]!r}: expected names '
+            'such as cells.0.conv1a.conv.weight'
+        )
+    if unused is not None:
+        unused += [k for k, n in names.items() if not n]
+    return {n: sd[k] for k, n in names.items() if n}
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #3702a881
 def unwrap_state_dict(
-    state_dict, # of a file, or under its key 'state_dict'
-) -> dict: # name -> tensor
+    state_dict,  # of a file, or under its key 'state_dict'
+) -> dict:  # name -> tensor
     "The tensors of a file. Raises `InputError` when it holds none, or something else by a tensor's name."
     sd = state_dict.get('state_dict', state_dict) if isinstance(state_dict, dict) else state_dict
-    if not isinstance(sd, dict) or not sd or not all(isinstance(k, str) for k in sd): raise InputError(f'found {type(sd).__name__} without names, expected a state dict: names and tensors')
+    if not isinstance(sd, dict) or not sd or not all(isinstance(k, str) for k in sd):
+        raise InputError(f'found {type(sd).__name__} without names, expected a state dict: names and tensors')
     return sd

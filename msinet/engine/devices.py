@@ -8,7 +8,11 @@ __all__ = ['check_precision', 'accelerator', 'rank_and_world_size', 'require_sin
            'gather_fn', 'answer', 'spawn', 'launch']
 
 # %% ../../nbs/engine/20_devices.ipynb #1140ca2e
-import os, pickle, sys, tempfile, time
+import os
+import pickle
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -23,221 +27,273 @@ from ..ops import to_float32
 
 # %% ../../nbs/engine/20_devices.ipynb #a5fe4c75
 def check_precision(
-    device:torch.device,
-    precision:str, # 'no', 'bf16' or 'fp16'
+    device: torch.device,
+    precision: str,  # 'no', 'bf16' or 'fp16'
 ):
     "Raises `InputError` for a precision that the device lacks."
     kinds = dict(no=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-    if precision not in kinds: raise InputError(f"precision {precision!r} is not there, expected one of {', '.join(kinds)}: leave it out to take no")
-    try: there = not (precision == 'fp16' and device.type == 'cpu') and (one := torch.ones(1, 1, device=device, dtype=kinds[precision])) @ one is not None
-    except (RuntimeError, TypeError): there = False
-    if not there: raise InputError(f"precision {precision} is not there on {device.type}, expected {'no or bf16' if precision == 'fp16' else 'no'}: give another, or another device")
+    if precision not in kinds:
+        raise InputError(
+            f"precision {precision!r} is not there, expected one of {', '.join(kinds)}: leave it out to take no"
+        )
+    try:
+        there = (
+            not (precision == 'fp16' and device.type == 'cpu')
+            and (one := torch.ones(1, 1, device=device, dtype=kinds[precision])) @ one is not None
+        )
+    except (RuntimeError, TypeError):
+        there = False
+    if not there:
+        raise InputError(
+            f"precision {precision} is not there on {device.type}, expected "
+            f"{'no or bf16' if precision == 'fp16' else 'no'}: give another, or another device"
+        )
 
 # %% ../../nbs/engine/20_devices.ipynb #71b60427
 def accelerator(
-    device:str='',       # 'cpu', 'cuda', 'mps'; empty takes the best there is
-    precision:str='no',  # of the network's forward pass: 'no' is float32, 'bf16', 'fp16'
-    accumulate:int=1,    # parts of a batch that are computed one after another
-) -> Accelerator: # for this process, one of those that were launched
+    device: str = '',  # 'cpu', 'cuda', 'mps'; empty takes the best there is
+    precision: str = 'no',  # of the network's forward pass: 'no' is float32, 'bf16', 'fp16'
+    accumulate: int = 1,  # parts of a batch that are computed one after another
+) -> Accelerator:  # for this process, one of those that were launched
     "Accelerate's view of the device and of the other processes. Raises `InputError` for a device or precision that is not there."
-    if accumulate < 1: raise InputError(f'a batch in {accumulate} parts is not possible, expected 1 or more: leave accumulate out')
+    if accumulate < 1:
+        raise InputError(f'a batch in {accumulate} parts is not possible, expected 1 or more: leave accumulate out')
     where = def_device(device or ('cpu' if parse_flag_from_env('ACCELERATE_USE_CPU') else ''))
     check_precision(where, precision)
-    AcceleratorState._reset_state(True) # a notebook may ask again, for another precision
+    AcceleratorState._reset_state(True)  # a notebook may ask again, for another precision
     alone = int(os.environ.get('WORLD_SIZE', 1)) == 1
     with patch_environment(**(dict(accelerate_torch_device=str(where)) if alone else {})):
         return Accelerator(mixed_precision=precision, cpu=where.type == 'cpu', gradient_accumulation_steps=accumulate)
 
 # %% ../../nbs/engine/20_devices.ipynb #1e7d3bcf
-def rank_and_world_size() -> tuple[int,int]: # which process this is, of how many
+def rank_and_world_size() -> tuple[int, int]:  # which process this is, of how many
     "This process's place among those that share a batch."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 # %% ../../nbs/engine/20_devices.ipynb #4a082db2
 def require_single_process(
-    why:str, # what can't be shared
+    why: str,  # what can't be shared
 ):
     "Raises `InputError` when several processes run what is for one."
-    if rank_and_world_size()[1] > 1: raise InputError(f'{rank_and_world_size()[1]} processes, expected one: {why}')
+    if rank_and_world_size()[1] > 1:
+        raise InputError(f'{rank_and_world_size()[1]} processes, expected one: {why}')
 
 # %% ../../nbs/engine/20_devices.ipynb #78840fcb
 def broadcast_from_main(
-    f, # () -> something that can be pickled
+    f,  # () -> something that can be pickled
 ):
     "What `f()` gives on the first process, on all of them; its `InputError` too."
-    if rank_and_world_size()[1] == 1: return f()
+    if rank_and_world_size()[1] == 1:
+        return f()
     said = [None, None]
     if rank_and_world_size()[0] == 0:
-        try: said[0] = f()
-        except InputError as e: said[1] = str(e)
+        try:
+            said[0] = f()
+        except InputError as e:
+            said[1] = str(e)
     dist.broadcast_object_list(said)
-    if said[1] is not None: raise InputError(said[1])
+    if said[1] is not None:
+        raise InputError(said[1])
     return said[0]
 
 # %% ../../nbs/engine/20_devices.ipynb #1e29b1fa
 class _Gather(torch.autograd.Function):
     "All processes' tensors in a row; backward, the sum over processes of what came back at this one's place."
+
     @staticmethod
-    def forward(ctx, t:Tensor):
+    def forward(ctx, t: Tensor):
         parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(rank_and_world_size()[1])]
         dist.all_gather(parts, t.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad:Tensor):
+    def backward(ctx, grad: Tensor):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(rank_and_world_size()[1])[rank_and_world_size()[0]]
 
 # %% ../../nbs/engine/20_devices.ipynb #5d0f1d55
 def gather(
-    t:Tensor, # (n, ...), as many rows on each process
-) -> Tensor: # (processes·n, ...), in the order of the processes
+    t: Tensor,  # (n, ...), as many rows on each process
+) -> Tensor:  # (processes·n, ...), in the order of the processes
     "The tensors of all processes, one after another, with a gradient. On a single process `t` itself."
     return t if rank_and_world_size()[1] == 1 else _Gather.apply(t)
 
 # %% ../../nbs/engine/20_devices.ipynb #ef598cd0
 @torch.no_grad()
 def share_grads(
-    params, # the same ones on all processes
+    params,  # the same ones on all processes
 ):
     "Each gradient becomes its mean over all processes, in one message."
     grads = [p.grad for p in params if p.grad is not None]
-    if rank_and_world_size()[1] == 1 or not grads: return
+    if rank_and_world_size()[1] == 1 or not grads:
+        return
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= rank_and_world_size()[1]
-    torch._foreach_copy_(grads, [f.view(g.shape) for f,g in zip(flat.split([g.numel() for g in grads]), grads)])
+    torch._foreach_copy_(grads, [f.view(g.shape) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
 # %% ../../nbs/engine/20_devices.ipynb #bf3e0f19
 def check_batch_split(
-    P:int,               # identities in a batch
-    n:int,               # processes
-    accumulate:int=1,    # parts, one after another
-    least:int=1,         # identities that a part must have, of all processes together
+    P: int,  # identities in a batch
+    n: int,  # processes
+    accumulate: int = 1,  # parts, one after another
+    least: int = 1,  # identities that a part must have, of all processes together
 ):
     "Raises `InputError` unless each process gets whole identities in each part."
-    if P % (n*accumulate) or P//accumulate < least:
-        raise InputError(f'{P} identities in a batch do not divide into {n} processes × {accumulate} parts of {least} or more; expected a multiple of {n*accumulate}: take another batch, K or accumulate')
+    if P % (n * accumulate) or P // accumulate < least:
+        raise InputError(
+            f'{P} identities in a batch do not divide into {n} processes × {accumulate} parts of {least} or more; '
+            f'expected a multiple of {n * accumulate}: take another batch, K or accumulate'
+        )
 
 # %% ../../nbs/engine/20_devices.ipynb #45f28f96
 def split_batch(
-    batch,      # (x, y): this process's pictures and the labels of all processes' pictures
-    n:int,      # parts
-) -> list: # of (x, y), again this process's pictures and the labels of what `gather` makes of them
+    batch,  # (x, y): this process's pictures and the labels of all processes' pictures
+    n: int,  # parts
+) -> list:  # of (x, y), again this process's pictures and the labels of what `gather` makes of them
     "Cut a batch into parts that are computed one after another."
     x, y = batch
     ys = y.view(rank_and_world_size()[1], n, -1)
-    return [(xi, ys[:,i].flatten()) for i,xi in enumerate(x.chunk(n))] if n > 1 else [batch]
+    return [(xi, ys[:, i].flatten()) for i, xi in enumerate(x.chunk(n))] if n > 1 else [batch]
 
 # %% ../../nbs/engine/20_devices.ipynb #cc4116d4
 def pooled_stats(
-    stats:Tensor, # (W, 2, C): mean and variance of parts of one size
-) -> tuple[Tensor,Tensor]: # (C,) mean, (C,) variance
+    stats: Tensor,  # (W, 2, C): mean and variance of parts of one size
+) -> tuple[Tensor, Tensor]:  # (C,) mean, (C,) variance
     "Mean and variance of everything, from those of its parts."
     means, variances = stats.unbind(1)
     mean = means.mean(0)
-    return mean, (variances + (means-mean).square()).mean(0)
+    return mean, (variances + (means - mean).square()).mean(0)
 
 # %% ../../nbs/engine/20_devices.ipynb #3cfde95f
 class SyncBN(nn.BatchNorm2d):
     "Batch normalisation by the mean and variance of all processes' parts, which have equal sizes. Takes any (B, C, ...)."
-    def _check_input_dim(self, x): pass
 
-    def forward(self, x:Tensor) -> Tensor:
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
         n = rank_and_world_size()[1]
-        if not self.training or n == 1: return super().forward(x)
+        if not self.training or n == 1:
+            return super().forward(x)
         t, dims = to_float32(x), [d for d in range(x.ndim) if d != 1]
-        wide = lambda v: v.view(1, -1, *[1]*(x.ndim-2))
+        wide = lambda v: v.view(1, -1, *[1] * (x.ndim - 2))
         mean, var = pooled_stats(gather(torch.stack([t.mean(dims), t.var(dims, correction=0)])[None]))
-        self.remember(mean, var, n*x.numel()//x.shape[1])
-        return ((t-wide(mean))*wide((var+self.eps).rsqrt()*self.weight) + wide(self.bias)).to(x.dtype)
+        self.remember(mean, var, n * x.numel() // x.shape[1])
+        return ((t - wide(mean)) * wide((var + self.eps).rsqrt() * self.weight) + wide(self.bias)).to(x.dtype)
 
     @torch.no_grad()
-    def remember(self, mean:Tensor, var:Tensor, count:int):
+    def remember(self, mean: Tensor, var: Tensor, count: int):
         self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var*count/(count-1), self.momentum)
-        if self.num_batches_tracked is not None: self.num_batches_tracked += 1
+        self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
 
 # %% ../../nbs/engine/20_devices.ipynb #9a8419bc
 def sync_bn(
-    net:nn.Module, # changed in place; names, parameters and buffers stay
+    net: nn.Module,  # changed in place; names, parameters and buffers stay
 ):
     "Let every batch normalisation see all processes' parts. Nothing changes on a single process."
-    if rank_and_world_size()[1] == 1: return
+    if rank_and_world_size()[1] == 1:
+        return
     for m in list(net.modules()):
-        for name,bn in m.named_children():
-            if not isinstance(bn, nn.modules.batchnorm._BatchNorm): continue
+        for name, bn in m.named_children():
+            if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+                continue
             new = SyncBN(bn.num_features, bn.eps, bn.momentum).train(bn.training)
             new._parameters, new._buffers = bn._parameters, bn._buffers
             setattr(m, name, new)
 
 # %% ../../nbs/engine/20_devices.ipynb #1d415bbd
 def scaler(
-    acc:Accelerator,
-) -> dict: # empty unless the precision is fp16
+    acc: Accelerator,
+) -> dict:  # empty unless the precision is fp16
     "The loss scale, for a step's state."
     return dict(scaler=acc.scaler) if acc.scaler is not None else {}
 
 # %% ../../nbs/engine/20_devices.ipynb #547bcc1c
 def gather_fn(
-    acc:Accelerator,
-): # `gather`, or None where there is one process
+    acc: Accelerator,
+):  # `gather`, or None where there is one process
     "How pictures that several processes embedded come together, for `embed`."
     return gather if acc.num_processes > 1 else None
 
 # %% ../../nbs/engine/20_devices.ipynb #a185b47c
-def answer(f, args:tuple, dir:str):
+def answer(f, args: tuple, dir: str):
     "In a process that was started: call `f`, and leave in `dir` what it gave or why it failed."
     r = int(os.environ['RANK'])
-    try: out = f(*args)
+    try:
+        out = f(*args)
     except Exception as e:
-        try: said = pickle.dumps(e)
-        except Exception: said = pickle.dumps(RuntimeError(f'{type(e).__name__}: {e}'))
-        (Path(dir)/f'error{r}').write_bytes(said)
+        try:
+            said = pickle.dumps(e)
+        except Exception:
+            said = pickle.dumps(RuntimeError(f'{type(e).__name__}: {e}'))
+        (Path(dir) / f'error{r}').write_bytes(said)
         raise
-    if r == 0: torch.save(out, Path(dir)/'out')
+    if r == 0:
+        torch.save(out, Path(dir) / 'out')
 
 # %% ../../nbs/engine/20_devices.ipynb #ba94d76e
-def _beside_others(r:int, f, args:tuple, dir:str, n:int):
+def _beside_others(r: int, f, args: tuple, dir: str, n: int):
     "The r-th of n processes on a processor."
     os.environ.update(RANK=str(r), LOCAL_RANK=str(r))
     dist.init_process_group('gloo', rank=r, world_size=n, store=dist.FileStore(f'{dir}/meet', n))
-    try: answer(f, args, dir)
-    finally: dist.destroy_process_group()
+    try:
+        answer(f, args, dir)
+    finally:
+        dist.destroy_process_group()
 
 # %% ../../nbs/engine/20_devices.ipynb #6a069af8
-def spawn(f, args:tuple, dir:str, n:int, limit:float):
+def spawn(f, args: tuple, dir: str, n: int, limit: float):
     "Start n processes on this machine's processor, and wait for them, at most so many seconds."
-    env = dict(world_size=n, local_world_size=n, master_addr='127.0.0.1', accelerate_use_cpu='yes',
-               omp_num_threads=os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1)//n)))
-    if sys.platform == 'linux': env['gloo_socket_ifname'] = 'lo'
+    env = dict(
+        world_size=n,
+        local_world_size=n,
+        master_addr='127.0.0.1',
+        accelerate_use_cpu='yes',
+        omp_num_threads=os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1) // n)),
+    )
+    if sys.platform == 'linux':
+        env['gloo_socket_ifname'] = 'lo'
     with patch_environment(**env):
-        started = torch.multiprocessing.start_processes(_beside_others, (f, args, dir, n), n, join=False, start_method='spawn')
+        started = torch.multiprocessing.start_processes(
+            _beside_others, (f, args, dir, n), n, join=False, start_method='spawn'
+        )
     end = time.monotonic() + (limit or float('inf'))
     try:
         while not started.join(1):
-            if time.monotonic() > end: raise TimeoutError(f'{n} processes were not done after {limit:.0f} s')
+            if time.monotonic() > end:
+                raise TimeoutError(f'{n} processes were not done after {limit:.0f} s')
     finally:
-        for p in started.processes: p.kill()
+        for p in started.processes:
+            p.kill()
 
 # %% ../../nbs/engine/20_devices.ipynb #4523c2a4
 def launch(
-    f,              # a function of a module, such as `train`
-    *args,          # what it is called with, such as a configuration
-    n:int=2,        # processes
-    cpu:bool=False, # on the processor, even where there are GPUs
-    limit:float=0,  # seconds after which processes on a processor are ended; 0 for none
-): # what `f` gave on the first process, on the CPU
+    f,  # a function of a module, such as `train`
+    *args,  # what it is called with, such as a configuration
+    n: int = 2,  # processes
+    cpu: bool = False,  # on the processor, even where there are GPUs
+    limit: float = 0,  # seconds after which processes on a processor are ended; 0 for none
+):  # what `f` gave on the first process, on the CPU
     "Call `f` in n processes at once. Raises what a process raised; `InputError` for fewer GPUs than processes."
     gpus = 0 if cpu else torch.cuda.device_count()
-    if 0 < gpus < n: raise InputError(f'{gpus} GPUs for {n} processes, expected one for each: take a smaller n, or cpu=True')
-    if not gpus and f.__module__ == '__main__': raise InputError(f'{f.__name__} is defined in the notebook, where new processes cannot find it; expected a function of a module: put it into a file and import it')
+    if 0 < gpus < n:
+        raise InputError(f'{gpus} GPUs for {n} processes, expected one for each: take a smaller n, or cpu=True')
+    if not gpus and f.__module__ == '__main__':
+        raise InputError(
+            f'{f.__name__} is defined in the notebook, where new processes cannot find it; expected a function of a '
+            'module: put it into a file and import it'
+        )
     AcceleratorState._reset_state(True)
     with tempfile.TemporaryDirectory() as d:
-        try: notebook_launcher(answer, (f, args, d), num_processes=n) if gpus else spawn(f, args, d, n, limit)
+        try:
+            notebook_launcher(answer, (f, args, d), num_processes=n) if gpus else spawn(f, args, d, n, limit)
         except Exception:
             first = min(Path(d).glob('error*'), key=lambda p: p.stat().st_mtime_ns, default=None)
-            if first is None: raise
+            if first is None:
+                raise
             raise pickle.loads(first.read_bytes()) from None
         return torch.load(f'{d}/out', map_location='cpu', weights_only=False)

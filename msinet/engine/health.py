@@ -21,109 +21,166 @@ from .learner import Callback
 
 # %% ../../nbs/engine/21_health.ipynb #cd33b054
 def alpha_sameness(
-    alpha:Tensor, # (12, 4)
-) -> float: # 0 to 1
+    alpha: Tensor,  # (12, 4)
+) -> float:  # 0 to 1
     "Share of slots that chose the most frequent interaction; 0 where nothing is chosen yet."
     chosen = alpha.argmax(1)[alpha.amax(1) > alpha.amin(1)]
-    return chosen.bincount().max().item()/len(alpha) if len(chosen) else 0.
+    return chosen.bincount().max().item() / len(alpha) if len(chosen) else 0.0
 
 # %% ../../nbs/engine/21_health.ipynb #4a706d42
 def _dead_rows(
-    now:Tensor, before:Tensor, # (n, d) the memory after an epoch, and before it
-) -> Tensor: # (n,) bool
+    now: Tensor,
+    before: Tensor,  # (n, d) the memory after an epoch, and before it
+) -> Tensor:  # (n,) bool
     "Rows that didn't move in an epoch, or are zero or no numbers."
     return (now == before).all(1) | (now == 0).all(1) | ~now.isfinite().all(1)
 
 # %% ../../nbs/engine/21_health.ipynb #208e189a
 def _spread_of(
-    f:Tensor, # (B, D) embeddings
-) -> float: # 0 where all distances are equal
+    f: Tensor,  # (B, D) embeddings
+) -> float:  # 0 where all distances are equal
     "Standard deviation of the distances between unit vectors as a share of their mean."
     d = torch.pdist(nn.functional.normalize(f.float()).cpu())
-    return (d.std(correction=0)/d.mean().clamp(min=1e-12)).item() if d.numel() and d.mean() > 1e-4 else 0.
+    return (d.std(correction=0) / d.mean().clamp(min=1e-12)).item() if d.numel() and d.mean() > 1e-4 else 0.0
 
 # %% ../../nbs/engine/21_health.ipynb #169f36a7
-LIMITS = dict(alpha_same=1., dead_rows=1, spread=.02) # warned at or above the first two, below the last
-_STILL = 5 # epochs after which a row that doesn't move is dead
+LIMITS = dict(alpha_same=1.0, dead_rows=1, spread=0.02)  # warned at or above the first two, below the last
+_STILL = 5  # epochs after which a row that doesn't move is dead
+
 
 @torch.no_grad()
 def _spread_in(
-    net:nn.Module, # with a method `embed`; its mode stays
-    x:Tensor,      # (B, 3, H, W) normalised pictures
+    net: nn.Module,  # with a method `embed`; its mode stays
+    x: Tensor,  # (B, 3, H, W) normalised pictures
 ) -> float:
     "Spread of a network's embeddings of a few pictures."
     was = [m for m in net.modules() if m.training]
-    try: return _spread_of(net.eval().embed(x.to(next(net.parameters()).device)))
+    try:
+        return _spread_of(net.eval().embed(x.to(next(net.parameters()).device)))
     finally:
-        for m in was: m.training = True
+        for m in was:
+            m.training = True
 
 # %% ../../nbs/engine/21_health.ipynb #eaccb51a
 def probe(
-    items, # training pictures
+    items,  # training pictures
     size,  # (H, W)
-    n:int=16, # how many
-) -> Tensor: # (n, 3, H, W) normalised
+    n: int = 16,  # how many
+) -> Tensor:  # (n, 3, H, W) normalised
     "A few pictures from all over a list, for `Health`."
-    return next(iter(test_loader([items[k] for k in np.linspace(0, len(items)-1, min(n, len(items))).astype(int)], size, n, max_bad=.001)))
+    return next(
+        iter(
+            test_loader(
+                [items[k] for k in np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)],
+                size,
+                n,
+                max_bad=0.001,
+            )
+        )
+    )
 
 # %% ../../nbs/engine/21_health.ipynb #1cde8c10
 class Health(Callback):
     "After each epoch: the share of the commonest interaction, dead rows of memories, the spread of embeddings."
-    order = 80 # before the log
-    def __init__(self,
-        net:nn.Module,  # with a method `embed`
-        x:Tensor,       # (B, 3, H, W) a few pictures of several identities
-        memories=(),    # those that are watched; what isn't a `Memory` is left out
+
+    order = 80  # before the log
+
+    def __init__(
+        self,
+        net: nn.Module,  # with a method `embed`
+        x: Tensor,  # (B, 3, H, W) a few pictures of several identities
+        memories=(),  # those that are watched; what isn't a `Memory` is left out
     ):
-        self.net, self.x, self.memories, self.told = net, x, [m for m in memories if isinstance(m, Memory)], set()
+        self.net = net
+        self.x = x
+        self.memories = [m for m in memories if isinstance(m, Memory)]
+        self.told = set()
         self.old = [m.c.detach().cpu().clone() for m in self.memories]
-        self.still = [torch.zeros(len(c), dtype=torch.int64) for c in self.old] # epochs in which a row didn't move
+        self.still = [torch.zeros(len(c), dtype=torch.int64) for c in self.old]  # epochs in which a row didn't move
 
     def after_epoch(self, learn):
-        for still,old,m in zip(self.still, self.old, self.memories):
+        for still, old, m in zip(self.still, self.old, self.memories):
             now = m.c.detach().cpu()
             dead = _dead_rows(now, old)
-            still[dead] += 1; still[~dead] = 0; old.copy_(now)
-        row = dict(alpha_same=alpha_sameness(alphas(self.net))) if any(isinstance(m, Mixed) for m in self.net.modules()) else {}
-        if self.memories: row['dead_rows'] = sum(int((s >= _STILL).sum()) for s in self.still)
+            still[dead] += 1
+            still[~dead] = 0
+            old.copy_(now)
+        row = (
+            dict(alpha_same=alpha_sameness(alphas(self.net)))
+            if any(isinstance(m, Mixed) for m in self.net.modules())
+            else {}
+        )
+        if self.memories:
+            row['dead_rows'] = sum(int((s >= _STILL).sum()) for s in self.still)
         learn.row.update(row, spread=_spread_in(self.net, self.x))
-        for kind,text in health_warnings(learn.row).items():
-            if kind not in self.told: warnings.warn(f'epoch {learn.epoch}: {text}', stacklevel=2)
+        for kind, text in health_warnings(learn.row).items():
+            if kind not in self.told:
+                warnings.warn(f'epoch {learn.epoch}: {text}', stacklevel=2)
             self.told.add(kind)
 
-    def state_dict(self): return dict(still=self.still, old=self.old, told=sorted(self.told))
-    def load_state_dict(self, s): self.still, self.old, self.told = s['still'], s['old'], set(s['told'])
+    def state_dict(self):
+        return dict(still=self.still, old=self.old, told=sorted(self.told))
+
+    def load_state_dict(self, s):
+        self.still = s['still']
+        self.old = s['old']
+        self.told = set(s['told'])
 
 # %% ../../nbs/engine/21_health.ipynb #19c0ba06
 def health_warnings(
-    row:dict, # of an epoch
-) -> dict: # kind -> what is wrong, and what to try
+    row: dict,  # of an epoch
+) -> dict:  # kind -> what is wrong, and what to try
     "What an epoch's numbers give to worry about."
-    said = dict(alpha_same='one interaction won in all slots: lower lr_alpha, search longer, or take another seed',
-                dead_rows=f"rows of the memory that did not move for {_STILL} epochs: {row.get('dead_rows')}; their identities are not drawn: look whether they have enough pictures, or take a smaller batch",
-                spread='all embeddings are nearly equal, and a ranking is an accident: lower lr, lengthen the warm-up, or check the data')
-    bad = dict(alpha_same=lambda v: v >= LIMITS['alpha_same'], dead_rows=lambda v: v >= LIMITS['dead_rows'], spread=lambda v: v < LIMITS['spread'])
-    return {k: t for k,t in said.items() if k in row and bad[k](row[k])}
+    said = dict(
+        alpha_same='one interaction won in all slots: lower lr_alpha, search longer, or take another seed',
+        dead_rows=f"rows of the memory that did not move for {_STILL} epochs: {row.get('dead_rows')}; their "
+        "identities are not drawn: look whether they have enough pictures, or take a smaller batch",
+        spread='all embeddings are nearly equal, and a ranking is an accident: lower lr, lengthen the warm-up, or '
+        'check the data',
+    )
+    bad = dict(
+        alpha_same=lambda v: v >= LIMITS['alpha_same'],
+        dead_rows=lambda v: v >= LIMITS['dead_rows'],
+        spread=lambda v: v < LIMITS['spread'],
+    )
+    return {k: t for k, t in said.items() if k in row and bad[k](row[k])}
 
 # %% ../../nbs/engine/21_health.ipynb #ee36ed7b
 def health_figure(
-    rows:list, # of one phase, as in history.jsonl
+    rows: list,  # of one phase, as in history.jsonl
 ):
     "The three numbers over the epochs, red where they are ill, the ill side shaded; None where none was kept."
-    names = dict(alpha_same='share of the commonest letter', dead_rows='dead rows of the memory', spread='spread of distances')
+    names = dict(
+        alpha_same='share of the commonest letter', dead_rows='dead rows of the memory', spread='spread of distances'
+    )
     kept = [k for k in names if any(k in r for r in rows)]
-    if not kept: return None
-    fig,axs = plt.subplots(1, len(kept), figsize=(COL2*len(kept)/3,1.9), layout='constrained', squeeze=False)
-    for ax,k in zip(axs[0], kept):
+    if not kept:
+        return None
+    fig, axs = plt.subplots(1, len(kept), figsize=(COL2 * len(kept) / 3, 1.9), layout='constrained', squeeze=False)
+    for ax, k in zip(axs[0], kept):
         own = [r for r in rows if k in r]
         ax.plot([r['epoch'] for r in own], [r[k] for r in own], color=QUERY, lw=1)
-        ax.scatter([r['epoch'] for r in own], [r[k] for r in own], c=[WRONG if k in health_warnings(r) else RIGHT for r in own], s=14, zorder=3)
+        ax.scatter(
+            [r['epoch'] for r in own],
+            [r[k] for r in own],
+            c=[WRONG if k in health_warnings(r) else RIGHT for r in own],
+            s=14,
+            zorder=3,
+        )
         most, least = (f([LIMITS[k], *(r[k] for r in own)]) for f in (max, min))
-        if k == 'spread': ax.set_yscale('log'); ax.set_ylim(max(least, LIMITS[k]/20)/2, 2*most)
-        else: ax.set_ylim(-.04*most, 1.2*most)
-        ax.axhspan(LIMITS[k], ax.get_ylim()[0 if k == 'spread' else 1], color=WRONG, alpha=.08, lw=0)
-        ax.axhline(LIMITS[k], color='black', ls='--', lw=.8)
-        ax.set(xlabel='epoch', title=names[k]); ax.title.set_fontsize(8); ax.tick_params(labelsize=8); ax.xaxis.label.set_fontsize(8); ax.xaxis.get_major_locator().set_params(integer=True)
-        if k == 'dead_rows': ax.yaxis.get_major_locator().set_params(integer=True)
-        ax.spines[['top','right']].set_visible(False)
+        if k == 'spread':
+            ax.set_yscale('log')
+            ax.set_ylim(max(least, LIMITS[k] / 20) / 2, 2 * most)
+        else:
+            ax.set_ylim(-0.04 * most, 1.2 * most)
+        ax.axhspan(LIMITS[k], ax.get_ylim()[0 if k == 'spread' else 1], color=WRONG, alpha=0.08, lw=0)
+        ax.axhline(LIMITS[k], color='black', ls='--', lw=0.8)
+        ax.set(xlabel='epoch', title=names[k])
+        ax.title.set_fontsize(8)
+        ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_fontsize(8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if k == 'dead_rows':
+            ax.yaxis.get_major_locator().set_params(integer=True)
+        ax.spines[['top', 'right']].set_visible(False)
     return fig

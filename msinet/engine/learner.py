@@ -7,7 +7,9 @@ __all__ = ['OPTIMISERS', 'Callback', 'Learner', 'mean_row', 'lr_at', 'Schedule',
            'adam', 'Log', 'read_log', 'Progress', 'NotFinite', 'last_batch_paths', 'Guard', 'Evaluate']
 
 # %% ../../nbs/engine/20_learner.ipynb #1c3ed0a1
-import json, math, time
+import json
+import math
+import time
 from pathlib import Path
 
 import torch
@@ -19,153 +21,229 @@ from ..core import InputError, warn_on_write_error, write_atomic
 # %% ../../nbs/engine/20_learner.ipynb #39d33604
 class Callback:
     "Hears the moments of a `Learner`. Override what you need; each gets the learner."
-    order = 0 # callbacks hear a moment in this order
-    def before_fit(self, learn): pass
-    def before_epoch(self, learn): pass
-    def after_batch(self, learn): pass
-    def after_epoch(self, learn): pass
-    def after_fit(self, learn): pass
+
+    order = 0  # callbacks hear a moment in this order
+
+    def before_fit(self, learn):
+        pass
+
+    def before_epoch(self, learn):
+        pass
+
+    def after_batch(self, learn):
+        pass
+
+    def after_epoch(self, learn):
+        pass
+
+    def after_fit(self, learn):
+        pass
 
 # %% ../../nbs/engine/20_learner.ipynb #373b38ce
 class Learner:
     "Owns epochs. `step` is the algorithm, `dl` gives batches, `cbs` watch."
-    def __init__(self,
-        net:nn.Module, # put into training mode before each epoch
-        step,          # batch -> dict of scalar tensors
-        dl,            # iterable of batches; told the epoch by `set_epoch` if it has one
-        cbs=(),        # callbacks
+
+    def __init__(
+        self,
+        net: nn.Module,  # put into training mode before each epoch
+        step,  # batch -> dict of scalar tensors
+        dl,  # iterable of batches; told the epoch by `set_epoch` if it has one
+        cbs=(),  # callbacks
     ):
-        self.net, self.step, self.dl, self.cbs = net, step, dl, sorted(cbs, key=lambda c: c.order)
-        self.epoch, self.epochs, self.history, self.row, self.outs, self.carried = 0, 0, [], {}, [], []
+        self.net = net
+        self.step = step
+        self.dl = dl
+        self.cbs = sorted(cbs, key=lambda c: c.order)
+        self.epoch = 0
+        self.epochs = 0
+        self.history = []
+        self.row = {}
+        self.outs = []
+        self.carried = []
 
-    def tell(self, moment:str):
-        for cb in self.cbs: getattr(cb, moment)(self)
+    def notify(self, moment: str):
+        for cb in self.cbs:
+            getattr(cb, moment)(self)
 
-    def fit(self,
-        epochs:int, # to reach in all; those already done, after a resume, count
+    def fit(
+        self,
+        epochs: int,  # to reach in all; those already done, after a resume, count
     ):
         self.epochs = epochs
-        self.tell('before_fit')
+        self.notify('before_fit')
         try:
-            while self.epoch < epochs: self.one_epoch()
-        finally: self.tell('after_fit')
+            while self.epoch < epochs:
+                self.one_epoch()
+        finally:
+            self.notify('after_fit')
         return self
 
     def one_epoch(self):
         self.net.train()
-        if hasattr(self.dl, 'set_epoch'): self.dl.set_epoch(self.epoch)
-        self.outs, self.carried = list(self.carried), [] # of an epoch that was left in its middle and taken up again
-        self.tell('before_epoch')
+        if hasattr(self.dl, 'set_epoch'):
+            self.dl.set_epoch(self.epoch)
+        self.outs, self.carried = list(self.carried), []  # of an epoch that was left in its middle and taken up again
+        self.notify('before_epoch')
         start = time.perf_counter()
         for batch in self.dl:
             self.out = self.step(batch)
             self.outs.append(self.out)
-            self.tell('after_batch')
-        if not self.outs: raise InputError('an epoch without a single batch: too few images for P×K, make P or K smaller')
+            self.notify('after_batch')
+        if not self.outs:
+            raise InputError('an epoch without a single batch: too few images for P×K, make P or K smaller')
         self.epoch += 1
-        self.row = dict(epoch=self.epoch, **mean_row(self.outs), seconds=round(time.perf_counter()-start, 3))
+        self.row = dict(epoch=self.epoch, **mean_row(self.outs), seconds=round(time.perf_counter() - start, 3))
         self.outs = []
         self.history.append(self.row)
-        self.tell('after_epoch')
+        self.notify('after_epoch')
 
 # %% ../../nbs/engine/20_learner.ipynb #98bd58c1
 def mean_row(
-    outs:list, # dicts of scalars with the same keys
-) -> dict: # plain floats
+    outs: list,  # dicts of scalars with the same keys
+) -> dict:  # plain floats
     "The mean of what an epoch's steps said; the device is asked once per key, not once per step."
-    return {k: torch.stack([torch.as_tensor(o[k], dtype=torch.float32) for o in outs]).cpu().double().mean().item() for k in outs[0]}
+    return {
+        k: torch.stack([torch.as_tensor(o[k], dtype=torch.float32) for o in outs]).cpu().double().mean().item()
+        for k in outs[0]
+    }
 
 # %% ../../nbs/engine/20_learner.ipynb #6ffa3787
 def lr_at(
-    epoch:int,              # 0 is the first
-    base:float,             # the rate between warm-up and first drop
-    warmup:int=10,          # epochs of linear climb
-    drops=(150, 225, 300),  # epochs at which the rate falls
-    factor:float=.1,        # to this share
-    start:float=.01,        # share of the base at epoch 0
+    epoch: int,  # 0 is the first
+    base: float,  # the rate between warm-up and first drop
+    warmup: int = 10,  # epochs of linear climb
+    milestones=(150, 225, 300),  # epochs at which the rate falls
+    factor: float = 0.1,  # to this share
+    start: float = 0.01,  # share of the base at epoch 0
 ) -> float:
     "Learning rate of an epoch: linear warm-up, then drops (§4.2)."
-    climb = start + (1-start)*epoch/warmup if epoch < warmup else 1.
-    return base*climb*factor**sum(epoch >= d for d in drops)
+    climb = start + (1 - start) * epoch / warmup if epoch < warmup else 1.0
+    return base * climb * factor ** sum(epoch >= d for d in milestones)
 
 # %% ../../nbs/engine/20_learner.ipynb #1eb42e72
 class Schedule(Callback):
     "Sets an optimiser's rate before each epoch."
-    def __init__(self,
-        opt, # the optimiser
-        f,   # epoch -> rate
-    ): self.opt, self.f = opt, f
+
+    def __init__(
+        self,
+        opt,  # the optimiser
+        f,  # epoch -> rate
+    ):
+        self.opt, self.f = opt, f
+
     def before_epoch(self, learn):
-        for g in self.opt.param_groups: g['lr'] = self.f(learn.epoch)
+        for g in self.opt.param_groups:
+            g['lr'] = self.f(learn.epoch)
 
 # %% ../../nbs/engine/20_learner.ipynb #706446e2
 def short_milestones(
-    epochs:int, # of the run
-) -> tuple: # two epochs
+    epochs: int,  # of the run
+) -> tuple:  # two epochs
     "Where the rate drops in a run of minutes: at 65 and 88 % of it."
-    return round(.65*epochs), round(.88*epochs)
+    return round(0.65 * epochs), round(0.88 * epochs)
 
 # %% ../../nbs/engine/20_learner.ipynb #80d1dad5
 def use_fused(
-    params, # a list
-): # True where they are all on a GPU, None elsewhere
+    params,  # a list
+):  # True where they are all on a GPU, None elsewhere
     "Whether an optimiser may be fused."
     return all(p.is_cuda for p in params) or None
 
 # %% ../../nbs/engine/20_learner.ipynb #bab2252a
-def sgd(params, lr:float, wd:float):
+def sgd(params, lr: float, wd: float):
     "Stochastic gradient descent with momentum .9."
-    return torch.optim.SGD(ps := list(params), lr, momentum=.9, weight_decay=wd, fused=use_fused(ps))
-def adamw(params, lr:float, wd:float):
+    return torch.optim.SGD(ps := list(params), lr, momentum=0.9, weight_decay=wd, fused=use_fused(ps))
+
+
+def adamw(params, lr: float, wd: float):
     "Adam whose weight decay leaves the gradient alone."
     return torch.optim.AdamW(ps := list(params), lr, weight_decay=wd, fused=use_fused(ps))
-def adam(params, lr:float, wd:float):
+
+
+def adam(params, lr: float, wd: float):
     "Adam, weight decay as a part of the gradient."
     return torch.optim.Adam(ps := list(params), lr, weight_decay=wd, fused=use_fused(ps))
+
+
 OPTIMISERS = dict(sgd=sgd, adamw=adamw, adam=adam)
 
 # %% ../../nbs/engine/20_learner.ipynb #0e271fd6
 class Log(Callback):
     "One line of JSON per epoch."
-    order = 90 # after those that add to the row
-    def __init__(self,
-        path,          # the file; rows of other phases in it stay
-        phase:str='',  # said in each row, e.g. 'search'
-    ): self.path, self.phase, self.kept = Path(path), phase, []
+
+    order = 90  # after those that add to the row
+
+    def __init__(
+        self,
+        path,  # the file; rows of other phases in it stay
+        phase: str = '',  # said in each row, e.g. 'search'
+    ):
+        self.path = Path(path)
+        self.phase = phase
+        self.kept = []
+
     def write(self, learn):
-        with warn_on_write_error(self.path): write_atomic(self.path, ''.join(json.dumps(r)+'\n' for r in self.kept + [dict(phase=self.phase, **r) for r in learn.history]).encode())
+        with warn_on_write_error(self.path):
+            write_atomic(
+                self.path,
+                ''.join(
+                    json.dumps(r) + '\n' for r in self.kept + [dict(phase=self.phase, **r) for r in learn.history]
+                ).encode(),
+            )
+
     def before_fit(self, learn):
-        self.kept = [r for r in read_log(self.path) if r.get('phase','') != self.phase]
+        self.kept = [r for r in read_log(self.path) if r.get('phase', '') != self.phase]
         self.write(learn)
-    def after_epoch(self, learn): self.write(learn)
+
+    def after_epoch(self, learn):
+        self.write(learn)
 
 # %% ../../nbs/engine/20_learner.ipynb #98c38064
 def read_log(
-    path, # of a history.jsonl
-) -> list: # of dicts; empty when there is no such file
+    path,  # of a history.jsonl
+) -> list:  # of dicts; empty when there is no such file
     "The rows that `Log` wrote. Lines that are no rows, such as half a line of a run that was killed, are left out."
     path = Path(path)
+
     def row(line):
-        try: return json.loads(line)
-        except ValueError: return None
+        try:
+            return json.loads(line)
+        except ValueError:
+            return None
+
     rows = [row(l) for l in path.read_text(encoding='utf-8', errors='replace').splitlines()] if path.exists() else []
     return [r for r in rows if isinstance(r, dict)]
 
 # %% ../../nbs/engine/20_learner.ipynb #54a2f2ce
 class Progress(Callback):
     "A bar over all batches of all epochs, with the remaining time and the running loss."
-    def __init__(self, title:str=''): self.title = title
+
+    def __init__(self, title: str = ''):
+        self.title = title
+
     def before_fit(self, learn):
-        self.n = len(learn.dl) # of an epoch; with identities of unequal size it is a guess
-        self.bar = tqdm(total=learn.epochs*self.n, initial=learn.epoch*self.n, desc=self.title, mininterval=.5, leave=True, disable=None, # no bar in a log file
-                        bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}')
+        self.n = len(learn.dl)  # of an epoch; with identities of unequal size it is a guess
+        self.bar = tqdm(
+            total=learn.epochs * self.n,
+            initial=learn.epoch * self.n,
+            desc=self.title,
+            mininterval=0.5,
+            leave=True,
+            disable=None,  # no bar in a log file
+            bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}',
+        )
         self.text = ''
-    def after_batch(self, learn): self.bar.update(min(1, self.bar.total-self.bar.n))
+
+    def after_batch(self, learn):
+        self.bar.update(min(1, self.bar.total - self.bar.n))
+
     def after_epoch(self, learn):
-        shown = {k: f'{v:.3g}' for k,v in learn.row.items() if isinstance(v, float) and k not in ('seconds','lr')}
-        self.bar.n = learn.epoch*self.n
+        shown = {k: f'{v:.3g}' for k, v in learn.row.items() if isinstance(v, float) and k not in ('seconds', 'lr')}
+        self.bar.n = learn.epoch * self.n
         self.bar.set_postfix(epoch=f'{learn.epoch}/{learn.epochs}', **shown)
-    def after_fit(self, learn): self.bar.close()
+
+    def after_fit(self, learn):
+        self.bar.close()
 
 # %% ../../nbs/engine/20_learner.ipynb #c637c7d4
 class NotFinite(FloatingPointError, InputError):
@@ -173,8 +251,8 @@ class NotFinite(FloatingPointError, InputError):
 
 # %% ../../nbs/engine/20_learner.ipynb #bf1e908b
 def last_batch_paths(
-    dl, # of batches, perhaps with the pictures' names
-) -> list[str]: # empty where the loader doesn't know them
+    dl,  # of batches, perhaps with the pictures' names
+) -> list[str]:  # empty where the loader doesn't know them
     "Which pictures are in the batch that a loader gave last."
     items = getattr(getattr(dl, 'pixels', None), 'items', None)
     return [items[i].path for i in dl.last] if items and getattr(dl, 'last', None) else []
@@ -182,18 +260,26 @@ def last_batch_paths(
 # %% ../../nbs/engine/20_learner.ipynb #2763e641
 class Guard(Callback):
     "Stop at the step whose losses or gradients aren't finite, before anything is saved over the last good state. Raises `NotFinite`."
+
     order = -90
-    def __init__(self,
-        others=(),        # more loaders that steps draw from
-        grads:bool=True,  # look at gradients, too; not with fp16, whose scale is found by overflowing
-    ): self.others, self.grads, self.late, self.step = others, grads, None, 0
 
-    def before_epoch(self, learn): self.step, self.late = len(learn.outs), None
+    def __init__(
+        self,
+        others=(),  # more loaders that steps draw from
+        grads: bool = True,  # look at gradients, too; not with fp16, whose scale is found by overflowing
+    ):
+        self.others = others
+        self.grads = grads
+        self.late = None
+        self.step = 0
 
-    def numbers(self, learn) -> dict: # name -> scalar tensor
+    def before_epoch(self, learn):
+        self.step, self.late = len(learn.outs), None
+
+    def numbers(self, learn) -> dict:  # name -> scalar tensor
         gs = [p.grad for p in learn.net.parameters() if p.grad is not None] if self.grads else []
         top = dict(gradient=torch.stack(torch._foreach_norm(gs, float('inf'))).amax()) if gs else {}
-        return {k: torch.as_tensor(v).detach().float() for k,v in learn.out.items()} | top
+        return {k: torch.as_tensor(v).detach().float() for k, v in learn.out.items()} | top
 
     def after_batch(self, learn):
         self.step += 1
@@ -204,40 +290,54 @@ class Guard(Callback):
             now = list(said), v.to('cpu', non_blocking=True), torch.cuda.Event(), *now[3:]
             now[2].record()
             now, self.late = self.late, now
-        if now: self.look(learn, *now)
+        if now:
+            self.look(learn, *now)
 
     def look(self, learn, keys, v, event, step, names):
-        if event is not None: event.synchronize()
-        bad = {k: x for k,x in zip(keys, v.tolist()) if not math.isfinite(x)}
-        if bad: raise NotFinite(_not_finite(*next(iter(bad.items())), learn.epoch, step, names))
+        if event is not None:
+            event.synchronize()
+        bad = {k: x for k, x in zip(keys, v.tolist()) if not math.isfinite(x)}
+        if bad:
+            raise NotFinite(_not_finite(*next(iter(bad.items())), learn.epoch, step, names))
 
-    def flush(self, learn): # before anything is saved
+    def flush(self, learn):  # before anything is saved
         late, self.late = self.late, None
-        if late: self.look(learn, *late)
+        if late:
+            self.look(learn, *late)
 
     def after_epoch(self, learn):
         self.flush(learn)
-        bad = [k for k,v in learn.row.items() if isinstance(v, float) and not math.isfinite(v)]
-        if bad: raise NotFinite(_not_finite(bad[0], learn.row[bad[0]], learn.epoch-1, self.step, []))
+        bad = [k for k, v in learn.row.items() if isinstance(v, float) and not math.isfinite(v)]
+        if bad:
+            raise NotFinite(_not_finite(bad[0], learn.row[bad[0]], learn.epoch - 1, self.step, []))
 
 # %% ../../nbs/engine/20_learner.ipynb #21af5f79
 def _not_finite(
-    what:str, x:float, # a loss's name and its value
-    epoch:int,         # epochs that are done
-    step:int,          # of the epoch that is not
-    names:list,        # pictures in its batch
-) -> str: # one line
+    what: str,
+    x: float,  # a loss's name and its value
+    epoch: int,  # epochs that are done
+    step: int,  # of the epoch that is not
+    names: list,  # pictures in its batch
+) -> str:  # one line
     "What to say, and what to try."
     batch = f"; in the batch: {', '.join(names)}" if names else ''
-    return (f'{what} is {x} in epoch {epoch+1}, step {step}, expected a number: lower the learning rate, lengthen the warm-up, or take precision no; '
-            f'{f"what was saved after epoch {epoch} is kept, and --resume goes on from there" if epoch else "nothing was saved yet"}{batch}')
+    return (
+        f'{what} is {x} in epoch {epoch + 1}, step {step}, expected a number: lower the learning rate, lengthen the '
+        'warm-up, or take precision no; '
+        f'{f"what was saved after epoch {epoch} is kept, and --resume goes on from there" if epoch else "nothing was saved yet"}{batch}'
+    )
 
 # %% ../../nbs/engine/20_learner.ipynb #b05fcd6a
 class Evaluate(Callback):
     "Every so many epochs, add the numbers of `f` to the row."
-    def __init__(self,
-        f,       # () -> dict of floats
-        every:int=0, # epochs between; 0 for never
-    ): self.f, self.every = f, every
+
+    def __init__(
+        self,
+        f,  # () -> dict of floats
+        eval_every: int = 0,  # epochs between; 0 for never
+    ):
+        self.f, self.eval_every = f, eval_every
+
     def after_epoch(self, learn):
-        if self.every and learn.epoch % self.every == 0: learn.row.update(self.f())
+        if self.eval_every and learn.epoch % self.eval_every == 0:
+            learn.row.update(self.f())

@@ -7,127 +7,181 @@ __all__ = ['process_start_time', 'Lock', 'Stopped', 'Signals', 'StopOnSignal', '
            'run_callbacks', 'start_or_resume']
 
 # %% ../../nbs/engine/21_lock.ipynb #8f08c66f
-import json, os, signal, socket, threading, time, warnings
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-try: import fcntl # Windows has none
-except ImportError: fcntl = None
+try:
+    import fcntl  # Windows has none
+except ImportError:
+    fcntl = None
 
 from ..core import InputError, n_params
 from .devices import broadcast_from_main, rank_and_world_size
 from .learner import Callback, Learner, Log, Progress
 from msinet.engine.checkpoint import (
-    check_same, Checkpoint, checkpoint_paths, load_checkpoint, run_folder, to_bytes,
+    check_same,
+    Checkpoint,
+    checkpoint_paths,
+    load_checkpoint,
+    run_folder,
+    to_bytes,
     write_run_metadata,
 )
 
 # %% ../../nbs/engine/21_lock.ipynb #173d01b4
 def process_start_time(
-    pid:int, # of a process on this machine
-) -> str: # '' where it doesn't live, or the system doesn't say
+    pid: int,  # of a process on this machine
+) -> str:  # '' where it doesn't live, or the system doesn't say
     "When a process began, as the system counts."
-    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
-    except (OSError, IndexError): return ''
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+    except (OSError, IndexError):
+        return ''
 
 # %% ../../nbs/engine/21_lock.ipynb #6577c069
 def _holder_alive(
-    who:dict,   # pid, born, host: what a lock says
-    age:float,  # seconds since the lock was touched
-    limit:float=300, # older ones of other machines are stale
+    who: dict,  # pid, born, host: what a lock says
+    age: float,  # seconds since the lock was touched
+    limit: float = 300,  # older ones of other machines are stale
 ) -> bool:
     "Is the process that holds a lock still there?"
-    if who.get('host') != socket.gethostname(): return age < limit
-    try: os.kill(int(who['pid']), 0)
-    except PermissionError: pass # somebody else's
-    except (OSError, KeyError, TypeError, ValueError, OverflowError): return False
+    if who.get('host') != socket.gethostname():
+        return age < limit
+    try:
+        os.kill(int(who['pid']), 0)
+    except PermissionError:
+        pass  # somebody else's
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        return False
     return not who.get('born') or not process_start_time(who['pid']) or who['born'] == process_start_time(who['pid'])
 
 # %% ../../nbs/engine/21_lock.ipynb #db00f571
 @contextmanager
 def _guarded(
-    path:Path, # of a lock, made if need be
+    path: Path,  # of a lock, made if need be
 ):
     "The open lock, and nobody else at it."
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if fcntl: fcntl.flock(fd, fcntl.LOCK_EX)
-            try: same = os.fstat(fd).st_ino == os.stat(path).st_ino # not one that was taken away meanwhile
-            except FileNotFoundError: same = False
-            if same: yield fd; return
-        finally: os.close(fd)
+            if fcntl:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                same = os.fstat(fd).st_ino == os.stat(path).st_ino  # not one that was taken away meanwhile
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield fd
+                return
+        finally:
+            os.close(fd)
 
 # %% ../../nbs/engine/21_lock.ipynb #f9668fce
 class Lock:
     "Takes a folder for this process, until `release`. Raises `InputError` when a living process has it, OSError when it can't be written."
-    def __init__(self,
-        dir,             # the folder, made if need be
-        beat:float=60,   # seconds between signs of life
+
+    def __init__(
+        self,
+        dir,  # the folder, made if need be
+        beat: float = 60,  # seconds between signs of life
     ):
         dir = Path(dir)
-        self.path, self.made = dir/'.lock', not dir.exists()
+        self.path, self.made = dir / '.lock', not dir.exists()
         self.over = threading.Event()
         dir.mkdir(parents=True, exist_ok=True)
         try:
-            with _guarded(self.path) as fd: self.take(fd)
-        except OSError: self.release(); raise
+            with _guarded(self.path) as fd:
+                self.take(fd)
+        except OSError:
+            self.release()
+            raise
         _sweep_asides(dir)
         threading.Thread(target=self.live, args=(beat,), daemon=True).start()
 
-    def take(self, fd:int):
-        try: who = json.loads(os.read(fd, 4096) or b'{}')
-        except ValueError: who = {} # killed while writing it
+    def take(self, fd: int):
+        try:
+            who = json.loads(os.read(fd, 4096) or b'{}')
+        except ValueError:
+            who = {}  # killed while writing it
         who = who if isinstance(who, dict) else {}
-        if who and _holder_alive(who, time.time()-os.fstat(fd).st_mtime):
-            raise InputError(f"{self.path.parent} is in use by process {who.get('pid')} on {who.get('host')}, expected one run per folder: wait for it, stop it, or give another --out")
-        if who: warnings.warn(f"{self.path.parent} was left by process {who.get('pid')} on {who.get('host')}, which is gone; taken over", stacklevel=4)
-        os.ftruncate(fd, 0); os.lseek(fd, 0, os.SEEK_SET)
-        os.write(fd, json.dumps(dict(pid=os.getpid(), born=process_start_time(os.getpid()), host=socket.gethostname())).encode())
+        if who and _holder_alive(who, time.time() - os.fstat(fd).st_mtime):
+            raise InputError(
+                f"{self.path.parent} is in use by process {who.get('pid')} on {who.get('host')}, expected one run per "
+                "folder: wait for it, stop it, or give another --out"
+            )
+        if who:
+            warnings.warn(
+                f"{self.path.parent} was left by process {who.get('pid')} on {who.get('host')}, which is gone; "
+                "taken over",
+                stacklevel=4,
+            )
+        os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+        os.write(
+            fd,
+            json.dumps(dict(pid=os.getpid(), born=process_start_time(os.getpid()), host=socket.gethostname())).encode(),
+        )
 
-    def live(self, beat:float):
+    def live(self, beat: float):
         while not self.over.wait(beat):
-            try: os.utime(self.path)
-            except OSError: pass
+            try:
+                os.utime(self.path)
+            except OSError:
+                pass
 
     def release(self):
         "Give the folder back; one that was made for nothing is removed."
         self.over.set()
         try:
-            with _guarded(self.path): self.path.unlink()
-            if self.made: self.path.parent.rmdir()
-        except OSError: pass # not empty, or gone
+            with _guarded(self.path):
+                self.path.unlink()
+            if self.made:
+                self.path.parent.rmdir()
+        except OSError:
+            pass  # not empty, or gone
 
 # %% ../../nbs/engine/21_lock.ipynb #eeac76c8
 def _sweep_asides(
-    dir:Path, # a folder that is ours
+    dir: Path,  # a folder that is ours
 ):
     "Remove what a killed run left half written: `.name.pid`."
     for p in dir.glob('.*'):
-        if p.suffix[1:].isdigit() and p.is_file(): p.unlink(missing_ok=True)
+        if p.suffix[1:].isdigit() and p.is_file():
+            p.unlink(missing_ok=True)
 
 # %% ../../nbs/engine/21_lock.ipynb #8c943206
 def _check_disk_space(
-    dir,    # a folder
-    size:int, # bytes of a file
-    n:int,    # files that will be there at once
+    dir,  # a folder
+    size: int,  # bytes of a file
+    n: int,  # files that will be there at once
 ):
     "Raises `InputError` when a folder can't take so many files of that size."
-    made = [Path(dir)/f'.room{k}.{os.getpid()}' for k in range(n)]
+    made = [Path(dir) / f'.room{k}.{os.getpid()}' for k in range(n)]
     try:
         for p in made:
             with p.open('wb') as f:
-                if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, max(1, size))
-                else: f.write(b'\0'*size)
-    except OSError as e: raise _unwritable(dir, e, f'room for {n} files of {size/1e6:.1f} MB') from None
+                if hasattr(os, 'posix_fallocate'):
+                    os.posix_fallocate(f.fileno(), 0, max(1, size))
+                else:
+                    f.write(b'\0' * size)
+    except OSError as e:
+        raise _unwritable(dir, e, f'room for {n} files of {size / 1e6:.1f} MB') from None
     finally:
-        for p in made: p.unlink(missing_ok=True)
+        for p in made:
+            p.unlink(missing_ok=True)
 
 # %% ../../nbs/engine/21_lock.ipynb #9a9221d9
 def _unwritable(
-    dir,       # a folder
-    e:OSError, # what happened
-    need='a folder that can be written', # what was expected
+    dir,  # a folder
+    e: OSError,  # what happened
+    need='a folder that can be written',  # what was expected
 ) -> InputError:
     "A disk's error in words."
     return InputError(f'{dir} cannot be written ({e.strerror or e}), expected {need}: make room, or give another --out')
@@ -135,129 +189,186 @@ def _unwritable(
 # %% ../../nbs/engine/21_lock.ipynb #5ccf8c88
 class Stopped(KeyboardInterrupt):
     "A run was told to stop. `.signum` is the signal."
-    def __init__(self, signum:int, text:str=''):
-        super().__init__(text or f'stopped by {signal.Signals(signum).name}; what was saved is in the run folder, --resume goes on')
+
+    def __init__(self, signum: int, text: str = ''):
+        super().__init__(
+            text or f'stopped by {signal.Signals(signum).name}; what was saved is in the run folder, --resume goes on'
+        )
         self.signum = signum
 
 # %% ../../nbs/engine/21_lock.ipynb #d19561d0
 class Signals:
-    "Inside the block, Ctrl-C and SIGTERM raise `Stopped`; while `gentle`, the first of them is only noted in `got`."
+    "Inside the block, Ctrl-C and SIGTERM raise `Stopped`; while `graceful`, the first of them is only noted in `got`."
+
     def __init__(self):
-        self.got, self.gentle, self.before = 0, False, {}
-        if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=self.deaf)
+        self.got = 0
+        self.graceful = False
+        self.before = {}
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(after_in_child=self.reset)
 
     def __enter__(self):
-        if threading.current_thread() is not threading.main_thread(): return self # others can't listen
+        if threading.current_thread() is not threading.main_thread():
+            return self  # others can't listen
         for s in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(s) not in (signal.SIG_IGN, None): self.before[s] = signal.signal(s, self.hear) # what is to be ignored, stays so
+            if signal.getsignal(s) not in (signal.SIG_IGN, None):
+                self.before[s] = signal.signal(s, self.handle)  # what is to be ignored, stays so
         return self
 
     def __exit__(self, *_):
-        while self.before: signal.signal(*self.before.popitem())
+        while self.before:
+            signal.signal(*self.before.popitem())
 
-    def hear(self, signum, frame):
-        if not self.gentle or self.got: raise Stopped(signum)
+    def handle(self, signum, frame):
+        if not self.graceful or self.got:
+            raise Stopped(signum)
         self.got = signum
 
-    def deaf(self): # in a helper that is forked inside the block
-        for s in self.before: signal.signal(s, signal.SIG_IGN if s == signal.SIGINT else signal.SIG_DFL)
+    def reset(self):  # in a helper that is forked inside the block
+        for s in self.before:
+            signal.signal(s, signal.SIG_IGN if s == signal.SIGINT else signal.SIG_DFL)
         self.before = {}
 
 # %% ../../nbs/engine/21_lock.ipynb #b801a2be
 class StopOnSignal(Callback):
     "After a batch or an epoch: if a signal came, store the run and leave. Raises `Stopped`."
-    order = 105 # after the checkpoint
-    def __init__(self,
-        signals:Signals,
-        inside:bool=True, # can an epoch be left in its middle?
-    ): self.signals, self.inside = signals, inside
 
-    def before_fit(self, learn): self.signals.gentle = self.inside and rank_and_world_size()[1] == 1
-    def after_fit(self, learn): self.signals.gentle = False
-    def after_batch(self, learn): self.ask(learn)
-    def after_epoch(self, learn): self.ask(learn)
+    order = 105  # after the checkpoint
+
+    def __init__(
+        self,
+        signals: Signals,
+        inside: bool = True,  # can an epoch be left in its middle?
+    ):
+        self.signals, self.inside = signals, inside
+
+    def before_fit(self, learn):
+        self.signals.graceful = self.inside and rank_and_world_size()[1] == 1
+
+    def after_fit(self, learn):
+        self.signals.graceful = False
+
+    def after_batch(self, learn):
+        self.ask(learn)
+
+    def after_epoch(self, learn):
+        self.ask(learn)
 
     def ask(self, learn):
-        if not self.signals.got: return
-        self.signals.gentle = False # whoever asks again doesn't want to wait
+        if not self.signals.got:
+            return
+        self.signals.graceful = False  # whoever asks again doesn't want to wait
         here, kept = (learn.epoch, len(learn.outs)), [c for c in learn.cbs if isinstance(c, Checkpoint)]
-        for c in kept: c.store(learn)
+        for c in kept:
+            c.store(learn)
         saved = 'the run is saved' if kept and all(c.at == here for c in kept) else 'what was saved before is kept'
-        where = f'in epoch {learn.epoch+1} after step {len(learn.outs)}' if learn.outs else f'after epoch {learn.epoch}'
-        raise Stopped(self.signals.got, f'stopped by {signal.Signals(self.signals.got).name} {where}; {saved}, --resume goes on')
+        where = (
+            f'in epoch {learn.epoch + 1} after step {len(learn.outs)}' if learn.outs else f'after epoch {learn.epoch}'
+        )
+        raise Stopped(
+            self.signals.got, f'stopped by {signal.Signals(self.signals.got).name} {where}; {saved}, --resume goes on'
+        )
 
 # %% ../../nbs/engine/21_lock.ipynb #42ba872d
 @contextmanager
 def locked_run_folder(
-    out:str, kind:str, resume:bool, # as for `run_folder`
+    out: str,
+    kind: str,
+    resume: bool,  # as for `run_folder`
 ):
     "The run's folder, locked until the block ends. Errors as `run_folder`, and `InputError` when it is in use or can't be written."
     held = []
+
     def take():
         for _ in range(100):
             run = run_folder(out, kind, resume)
-            try: lock = Lock(run)
+            try:
+                lock = Lock(run)
             except InputError:
-                if out: raise
-                time.sleep(.05) # somebody was faster: the next name
+                if out:
+                    raise
+                time.sleep(0.05)  # somebody was faster: the next name
                 continue
-            except OSError as e: raise _unwritable(run, e) from None
+            except OSError as e:
+                raise _unwritable(run, e) from None
             held.append(lock)
-            try: return run_folder(out or str(run), kind, resume) # it may be another's by now
+            try:
+                return run_folder(out or str(run), kind, resume)  # it may be another's by now
             except InputError:
                 held.pop().release()
-                if out: raise
+                if out:
+                    raise
         raise InputError('no free folder was found in 100 attempts, expected one: give --out')
-    try: yield broadcast_from_main(take)
+
+    try:
+        yield broadcast_from_main(take)
     finally:
-        for lock in held: lock.release()
+        for lock in held:
+            lock.release()
 
 # %% ../../nbs/engine/21_lock.ipynb #91afe33d
 @contextmanager
 def final_write(
-    run, # a run's folder
+    run,  # a run's folder
 ):
     "What is written at a run's end must be written. Raises `InputError` when it can't."
-    try: yield
-    except OSError as e: raise InputError(f'{run} cannot be written ({e.strerror or e}), expected room for the results; the epochs before are kept: make room, then --resume') from None
+    try:
+        yield
+    except OSError as e:
+        raise InputError(
+            f'{run} cannot be written ({e.strerror or e}), expected room for the results; the epochs before are kept: '
+            'make room, then --resume'
+        ) from None
 
 # %% ../../nbs/engine/21_lock.ipynb #85e04338
 def run_callbacks(
-    run:Path,        # the run's folder
-    kind:str,        # search, train
-    signals:Signals,
-    best,            # row -> how good an epoch was, or None
-    progress:bool=False, # show a bar
-    inside:bool=True, # as for `StopOnSignal`
-) -> list: # of callbacks, for the process that writes
+    run: Path,  # the run's folder
+    kind: str,  # search, train
+    signals: Signals,
+    best,  # row -> how good an epoch was, or None
+    progress: bool = False,  # show a bar
+    inside: bool = True,  # as for `StopOnSignal`
+) -> list:  # of callbacks, for the process that writes
     "What every run in a folder has: the log, checkpoints, an ear for signals, a bar."
-    return [Log(run/'history.jsonl', kind), Checkpoint(run/f'{kind}.pt', best=best), StopOnSignal(signals, inside)] + [Progress(kind)]*progress
+    return [
+        Log(run / 'history.jsonl', kind),
+        Checkpoint(run / f'{kind}.pt', best=best),
+        StopOnSignal(signals, inside),
+    ] + [Progress(kind)] * progress
 
 # %% ../../nbs/engine/21_lock.ipynb #7e210f43
 def _state_size(
-    learn:Learner,
-    c:Checkpoint,
-) -> int: # bytes, about
+    learn: Learner,
+    c: Checkpoint,
+) -> int:  # bytes, about
     "How large a checkpoint will be: as now, and what optimisers and histories add, two numbers per weight and a megabyte."
-    return len(to_bytes(c.state(learn))) + 8*n_params(learn.net) + 2**20
+    return len(to_bytes(c.state(learn))) + 8 * n_params(learn.net) + 2**20
 
 # %% ../../nbs/engine/21_lock.ipynb #c78790af
 def start_or_resume(
-    learn:Learner,
-    run:Path, kind:str, # the run's folder; search, train
-    about:dict,         # its configuration
-    marks:dict,         # fingerprints of its data
-    resume_it:bool,     # go on with what is there
-    device=None,        # where it computes
+    learn: Learner,
+    run: Path,
+    kind: str,  # the run's folder; search, train
+    about: dict,  # its configuration
+    marks: dict,  # fingerprints of its data
+    resume_it: bool,  # go on with what is there
+    device=None,  # where it computes
 ):
     "Before the first epoch: go on where a run stood, be sure of room, describe it. Raises `InputError`, and writes nothing, when any of it fails."
-    path = run/f'{kind}.pt'
+    path = run / f'{kind}.pt'
     if resume_it and any(p.is_file() for p in checkpoint_paths(path)):
         check_same(run, kind, about, marks)
         load_checkpoint(learn, path)
+
     def ready():
         for c in learn.cbs:
-            if isinstance(c, Checkpoint): _check_disk_space(run, _state_size(learn, c), c.keep + 2 - sum(p.is_file() for p in checkpoint_paths(path))) # those that stay, the best, the next
-        try: write_run_metadata(run, {kind: about}, device, {kind: marks})
-        except OSError as e: raise _unwritable(run, e) from None
+            if isinstance(c, Checkpoint):
+                _check_disk_space(
+                    run, _state_size(learn, c), c.keep + 2 - sum(p.is_file() for p in checkpoint_paths(path))
+                )  # those that stay, the best, the next
+        try:
+            write_run_metadata(run, {kind: about}, device, {kind: marks})
+        except OSError as e:
+            raise _unwritable(run, e) from None
+
     broadcast_from_main(ready)

@@ -17,45 +17,59 @@ from ..necks import ReIDNet
 # %% ../../nbs/figures/23_cam.ipynb #d6f2f73a
 class CloseTo:
     "What Grad-CAM shall explain: the cosine of an embedding with the query's."
-    def __init__(self,
-        q:Tensor, # (D,) embedding of the query
-    ): self.q = q.detach()
 
-    def __call__(self,
-        e:Tensor, # (D,) embedding of a gallery picture
-    ) -> Tensor: # scalar
+    def __init__(
+        self,
+        q: Tensor,  # (D,) embedding of the query
+    ):
+        self.q = q.detach()
+
+    def __call__(
+        self,
+        e: Tensor,  # (D,) embedding of a gallery picture
+    ) -> Tensor:  # scalar
         return cosine_similarity(e, self.q, -1)
 
 # %% ../../nbs/figures/23_cam.ipynb #afc28abe
 class _Embedder(nn.Module):
     "A ReID network whose forward pass is its embedding."
-    def __init__(self, net:ReIDNet): super().__init__(); self.net = net
-    def forward(self,
-        x:Tensor, # (B, 3, H, W)
-    ) -> Tensor: # (B, D)
+
+    def __init__(self, net: ReIDNet):
+        super().__init__()
+        self.net = net
+
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:  # (B, D)
         return self.net.embed(x)
 
 # %% ../../nbs/figures/23_cam.ipynb #49da3c9d
 def cam(
-    net:ReIDNet,
-    x:Tensor,    # (B, 3, H, W) normalised gallery pictures
-    q:Tensor,    # (D,) the query's embedding
+    net: ReIDNet,
+    x: Tensor,  # (B, 3, H, W) normalised gallery pictures
+    q: Tensor,  # (D,) the query's embedding
     layer=None,  # the module whose map is explained; the last cell unless given
-    method=None, # a class of `pytorch_grad_cam`; GradCAM unless given
-) -> np.ndarray: # (B, H, W), each from 0 to 1
+    method=None,  # a class of `pytorch_grad_cam`; GradCAM unless given
+) -> np.ndarray:  # (B, H, W), each from 0 to 1
     "Where the closeness of pictures to a query comes from."
     ensure_torchvision()
     from pytorch_grad_cam import GradCAM
+
     with (method or GradCAM)(_Embedder(net.eval()), [layer or net.backbone.cells[-1]]) as c:
-        return c(input_tensor=x, targets=[CloseTo(q)]*len(x))
+        return c(input_tensor=x, targets=[CloseTo(q)] * len(x))
 
 # %% ../../nbs/figures/23_cam.ipynb #6af12cff
 def object_share(
-    heat, # (B, h, w) 0 or more
-    m,    # (B, H, W) masks in [0, 1]; heat is stretched to their size
-) -> Tensor: # (B,) in [0, 1]; NaN where there is no heat
+    heat,  # (B, h, w) 0 or more
+    m,  # (B, H, W) masks in [0, 1]; heat is stretched to their size
+) -> Tensor:  # (B,) in [0, 1]; NaN where there is no heat
     "How much of each map lies on the object. Raises `InputError` when there isn't one mask per map."
     h, m = (torch.as_tensor(np.asarray(t)).float() for t in (heat, m))
-    if h.ndim != 3 or m.ndim != 3 or len(h) != len(m): raise InputError(f'heat has shape {tuple(h.shape)} and masks {tuple(m.shape)}, expected (B, h, w) and (B, H, W): give one mask per map')
-    h = interpolate(h[:,None], m.shape[-2:], mode='bilinear')[:,0]
-    return (h*m).sum((1,2))/h.sum((1,2))
+    if h.ndim != 3 or m.ndim != 3 or len(h) != len(m):
+        raise InputError(
+            f'heat has shape {tuple(h.shape)} and masks {tuple(m.shape)}, expected (B, h, w) and (B, H, W): give one '
+            'mask per map'
+        )
+    h = interpolate(h[:, None], m.shape[-2:], mode='bilinear')[:, 0]
+    return (h * m).sum((1, 2)) / h.sum((1, 2))

@@ -17,80 +17,102 @@ from ..vis import COL2, NETS, QUERY, RIGHT, style, WRONG
 # %% ../../nbs/figures/24_clusters.ipynb #ba975ff9
 _FATES = dict(kept=RIGHT, merged=WRONG, split=NETS[2], dissolved=QUERY)
 
+
 def cluster_fates(
-    y:Tensor, # (N,) clusters of an epoch; -1 for pictures in none
-    z:Tensor, # (N,) those of the next
-) -> dict: # name -> how many clusters of the first
+    y: Tensor,  # (N,) clusters of an epoch; -1 for pictures in none
+    z: Tensor,  # (N,) those of the next
+) -> dict:  # name -> how many clusters of the first
     "What became of each cluster."
-    n = int(y.max())+1
-    m = torch.zeros(n, int(z.max())+2, dtype=torch.long)
-    m.index_put_((y[y >= 0], z[y >= 0]+1), torch.tensor(1), accumulate=True) # column 0: in none
-    most, size = m[:,1:], m.sum(1)
-    half, to = (2*most.amax(1) >= size, most.argmax(1)) if most.shape[1] else (torch.zeros(n).bool(), torch.zeros(n).long())
+    n = int(y.max()) + 1
+    m = torch.zeros(n, int(z.max()) + 2, dtype=torch.long)
+    m.index_put_((y[y >= 0], z[y >= 0] + 1), torch.tensor(1), accumulate=True)  # column 0: in none
+    most, size = m[:, 1:], m.sum(1)
+    half, to = (
+        (2 * most.amax(1) >= size, most.argmax(1)) if most.shape[1] else (torch.zeros(n).bool(), torch.zeros(n).long())
+    )
     guests = torch.bincount(to[half], minlength=most.shape[1])
     alone = half & (guests[to] == 1) if most.shape[1] else half
-    gone = ~half & (2*m[:,0] > size)
-    return dict(kept=int(alone.sum()), merged=int((half & ~alone).sum()), split=int((~half & ~gone).sum()), dissolved=int(gone.sum()))
+    gone = ~half & (2 * m[:, 0] > size)
+    return dict(
+        kept=int(alone.sum()),
+        merged=int((half & ~alone).sum()),
+        split=int((~half & ~gone).sum()),
+        dissolved=int(gone.sum()),
+    )
 
 # %% ../../nbs/figures/24_clusters.ipynb #6c8dcfd2
 @style()
 def cluster_curves(
-    labels:Tensor, # (E, N) clusters of all epochs; -1 for pictures in none
-    true:Tensor,   # (N,) identities
-    ari, purity,   # E numbers each
+    labels: Tensor,  # (E, N) clusters of all epochs; -1 for pictures in none
+    true: Tensor,  # (N,) identities
+    ari,
+    purity,  # E numbers each
 ) -> Figure:
     "How clusters changed from epoch to epoch."
-    fig, axs = plt.subplots(1, 4, figsize=(COL2,1.6), layout='constrained')
-    fig.get_layout_engine().set(wspace=.06)
-    e, ids = np.arange(1, len(labels)+1), len(true.unique())
-    axs[0].plot(e, labels.amax(1)+1); axs[0].axhline(ids, color='k', ls=':', lw=.8, label='identities'); axs[0].legend(loc='lower left'); axs[0].set(title='clusters', ylim=(0,None))
-    axs[1].plot(e, (labels < 0).double().mean(1)); axs[1].set(title='share in no cluster', ylim=(0,1))
-    for v,name,ls in ((purity,'purity','--'), (ari,'ARI','-')): axs[2].plot(e, v, ls, label=name)
-    axs[2].set(title='in hindsight', ylim=(0,1)); axs[2].legend(loc='best')
-    rows, low = [cluster_fates(a, b) for a,b in zip(labels, labels[1:])], np.zeros(len(e)-1)
-    for name,c in _FATES.items():
+    fig, axs = plt.subplots(1, 4, figsize=(COL2, 1.6), layout='constrained')
+    fig.get_layout_engine().set(wspace=0.06)
+    e, ids = np.arange(1, len(labels) + 1), len(true.unique())
+    axs[0].plot(e, labels.amax(1) + 1)
+    axs[0].axhline(ids, color='k', ls=':', lw=0.8, label='identities')
+    axs[0].legend(loc='lower left')
+    axs[0].set(title='clusters', ylim=(0, None))
+    axs[1].plot(e, (labels < 0).double().mean(1))
+    axs[1].set(title='share in no cluster', ylim=(0, 1))
+    for v, name, ls in ((purity, 'purity', '--'), (ari, 'ARI', '-')):
+        axs[2].plot(e, v, ls, label=name)
+    axs[2].set(title='in hindsight', ylim=(0, 1))
+    axs[2].legend(loc='best')
+    rows, low = [cluster_fates(a, b) for a, b in zip(labels, labels[1:])], np.zeros(len(e) - 1)
+    for name, c in _FATES.items():
         n = np.array([r[name] for r in rows])
-        axs[3].bar(e[1:], n, bottom=low, color=c, label=name, width=.8); low = low+n
-    axs[3].set(title='fate of those before'); axs[3].legend(loc='upper left', bbox_to_anchor=(1,1))
-    for ax in axs: ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
+        axs[3].bar(e[1:], n, bottom=low, color=c, label=name, width=0.8)
+        low = low + n
+    axs[3].set(title='fate of those before')
+    axs[3].legend(loc='upper left', bbox_to_anchor=(1, 1))
+    for ax in axs:
+        ax.set_xlabel('epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 # %% ../../nbs/figures/24_clusters.ipynb #e0857a68
 def plane(
-    f:Tensor, # (E, W, D) features of W pictures in E epochs
-) -> Tensor: # (E, W, 2)
+    f: Tensor,  # (E, W, D) features of W pictures in E epochs
+) -> Tensor:  # (E, W, 2)
     "All epochs seen along the last one's two principal directions."
     f = f.float()
-    return (f-f[-1].mean(0))@torch.linalg.svd(f[-1]-f[-1].mean(0), full_matrices=False)[2][:2].T
+    return (f - f[-1].mean(0)) @ torch.linalg.svd(f[-1] - f[-1].mean(0), full_matrices=False)[2][:2].T
 
 # %% ../../nbs/figures/24_clusters.ipynb #3352b0b9
 @style()
 def cluster_map(
-    xy:Tensor,       # (W, 2) positions
-    identity:Tensor, # (W,) of each picture
-    cluster:Tensor,  # (W,) of each picture, -1 for none
-    title='',        # above both
-    box=None,        # (left, right, bottom, top); None fits
+    xy: Tensor,  # (W, 2) positions
+    identity: Tensor,  # (W,) of each picture
+    cluster: Tensor,  # (W,) of each picture, -1 for none
+    title='',  # above both
+    box=None,  # (left, right, bottom, top); None fits
 ) -> Figure:
     "The same points twice: coloured by who they show, and by which cluster they are in; grey is in none."
-    fig, axs = plt.subplots(1, 2, figsize=(COL2,3), layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(COL2, 3), layout='constrained')
     shades = np.array([*plt.get_cmap('tab20')(range(20)), *plt.get_cmap('tab20b')(range(20))])
     rank = lambda v: v.unique(return_inverse=True)[1].numpy()
-    for ax,v,name in zip(axs, (identity, cluster), ('identities', 'clusters')):
-        c = np.where((v.numpy() < 0)[:,None], .8, shades[rank(v)%40])
+    for ax, v, name in zip(axs, (identity, cluster), ('identities', 'clusters')):
+        c = np.where((v.numpy() < 0)[:, None], 0.8, shades[rank(v) % 40])
         ax.scatter(*xy.numpy().T, c=c, s=14, lw=0)
         ax.set(title=f'{len(v[v >= 0].unique())} {name}', xticks=[], yticks=[])
-        if box is not None: ax.set(xlim=box[:2], ylim=box[2:])
-    if title: fig.suptitle(title, fontsize=8)
+        if box is not None:
+            ax.set(xlim=box[:2], ylim=box[2:])
+    if title:
+        fig.suptitle(title, fontsize=8)
     return fig
 
 # %% ../../nbs/figures/24_clusters.ipynb #71bf7b4f
 def worst_cluster(
-    y:Tensor,    # (N,) clusters; -1 for pictures in none
-    true:Tensor, # (N,) identities
-) -> Tensor: # picture numbers of the cluster, by identity; empty when all are pure
+    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    true: Tensor,  # (N,) identities
+) -> Tensor:  # picture numbers of the cluster, by identity; empty when all are pure
     "The cluster with the most pictures outside its majority."
-    out = [(len(t := true[y == k])-torch.bincount(t).max()).item() for k in range(int(y.max())+1)]
-    if not out or not max(out): return torch.zeros(0, dtype=torch.long)
+    out = [(len(t := true[y == k]) - torch.bincount(t).max()).item() for k in range(int(y.max()) + 1)]
+    if not out or not max(out):
+        return torch.zeros(0, dtype=torch.long)
     own = (y == int(np.argmax(out))).nonzero().flatten()
     return own[true[own].argsort(stable=True)]

@@ -19,59 +19,78 @@ from ..vis import COL1, COL2, HEAT, NETS, OP_COLORS, op_letters, OP_NAMES, rgb, 
 # %% ../../nbs/figures/01_panels.ipynb #554204fd
 @style()
 def map_table(
-    maps,        # (R, K, h, w) maps, drawn as they are, or (R, K, H, W, 3) pictures in [0, 1]
-    rows,        # R texts
-    cols=None,   # K texts
-    images=None, # K pictures for a row on top, any form that `rgb` takes
-    vmax=None,   # the end of the scale; the largest value unless given
-    vmin=0.,     # its beginning
-    label='',    # of the colour bar
+    maps,  # (R, K, h, w) maps, drawn as they are, or (R, K, H, W, 3) pictures in [0, 1]
+    rows,  # R texts
+    cols=None,  # K texts
+    images=None,  # K pictures for a row on top, any form that `rgb` takes
+    vmax=None,  # the end of the scale; the largest value unless given
+    vmin=0.0,  # its beginning
+    label='',  # of the colour bar
     marks=None,  # {column: (row, column)} places of the maps to mark in all rows, in steps of the map
-    cmap=HEAT,   # colours of the maps
+    cmap=HEAT,  # colours of the maps
     width=COL2,  # inches
-    fig=None,    # figure or subfigure to draw in
+    fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Maps in rows and columns with one scale and one colour bar. Raises `InputError` when texts and maps don't match."
     m = maps.detach().cpu().numpy() if isinstance(maps, Tensor) else np.asarray(maps)
-    if m.ndim not in (4,5) or len(rows) != len(m): raise InputError(f'maps have shape {m.shape} with {len(rows)} row texts, expected (R, K, h, w) and R texts: stack the rows')
+    if m.ndim not in (4, 5) or len(rows) != len(m):
+        raise InputError(
+            f'maps have shape {m.shape} with {len(rows)} row texts, expected (R, K, h, w) and R texts: stack the rows'
+        )
     top = 0 if images is None else 1
-    tall = m.shape[2]/m.shape[3] if images is None else np.divide(*rgb(images[0]).shape[:2])
-    R, K, vmax = len(m)+top, m.shape[1], float(m.max()) if vmax is None else vmax
-    fig = fig or plt.figure(figsize=(width, R*tall*(width-.75)/K + .3), layout='constrained')
+    tall = m.shape[2] / m.shape[3] if images is None else np.divide(*rgb(images[0]).shape[:2])
+    R = len(m) + top
+    K = m.shape[1]
+    vmax = float(m.max()) if vmax is None else vmax
+    fig = fig or plt.figure(figsize=(width, R * tall * (width - 0.75) / K + 0.3), layout='constrained')
     axs = fig.subplots(R, K, squeeze=False)
-    for k in range(K if top else 0): axs[0,k].imshow(rgb(images[k]))
-    for r,row in enumerate(m):
-        for k,x in enumerate(row):
-            axs[r+top,k].imshow(x, cmap=cmap, vmin=vmin, vmax=vmax, aspect=tall*x.shape[1]/x.shape[0])
-            for color,mew in (('black',2.6),('white',1.2)) if marks and k in marks else (): axs[r+top,k].plot(*marks[k][::-1], 'o', mfc='none', mec=color, ms=6, mew=mew)
-    for ax in axs.flat: ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-    for ax,t in zip(axs[0], cols or ['']*K): ax.set_title(t, fontsize=7)
-    for ax,t in zip(axs[:,0], ['']*top + list(rows)): ax.set_ylabel(t, fontsize=7)
+    for k in range(K if top else 0):
+        axs[0, k].imshow(rgb(images[k]))
+    for r, row in enumerate(m):
+        for k, x in enumerate(row):
+            axs[r + top, k].imshow(x, cmap=cmap, vmin=vmin, vmax=vmax, aspect=tall * x.shape[1] / x.shape[0])
+            for color, mew in (('black', 2.6), ('white', 1.2)) if marks and k in marks else ():
+                axs[r + top, k].plot(*marks[k][::-1], 'o', mfc='none', mec=color, ms=6, mew=mew)
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for ax, t in zip(axs[0], cols or [''] * K):
+        ax.set_title(t, fontsize=7)
+    for ax, t in zip(axs[:, 0], [''] * top + list(rows)):
+        ax.set_ylabel(t, fontsize=7)
     if vmax is not None and (m.ndim == 4 or label):
-        bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(vmin, vmax), cmap), ax=axs, shrink=min(1, 1.6/(R*tall*(width-.75)/K)), aspect=18, pad=.01)
-        bar.set_label(label, fontsize=7); bar.ax.tick_params(labelsize=6); bar.outline.set_visible(False)
+        bar = fig.colorbar(
+            plt.cm.ScalarMappable(plt.Normalize(vmin, vmax), cmap),
+            ax=axs,
+            shrink=min(1, 1.6 / (R * tall * (width - 0.75) / K)),
+            aspect=18,
+            pad=0.01,
+        )
+        bar.set_label(label, fontsize=7)
+        bar.ax.tick_params(labelsize=6)
+        bar.outline.set_visible(False)
     return fig
 
 # %% ../../nbs/figures/01_panels.ipynb #674d47e0
 def doubt(
-    h, # (..., 4) alpha
-) -> Tensor: # (...) bits, 0 when settled, log2 of their number (2 of four) when even
+    h,  # (..., 4) alpha
+) -> Tensor:  # (...) bits, 0 when settled, log2 of their number (2 of four) when even
     "Entropy of the shares of Eq. (1)."
     w = torch.as_tensor(h).double().softmax(-1)
-    return -(w*w.clamp_min(1e-300).log2()).sum(-1)
+    return -(w * w.clamp_min(1e-300).log2()).sum(-1)
 
 # %% ../../nbs/figures/01_panels.ipynb #de17be2c
 def lead(
-    h, # (..., 4) alpha
-) -> Tensor: # (...) in [0, 1]
+    h,  # (..., 4) alpha
+) -> Tensor:  # (...) in [0, 1]
     "How far the largest share of Eq. (1) is ahead of the second."
     first, second = torch.as_tensor(h).double().softmax(-1).topk(2, -1).values.unbind(-1)
     return first - second
 
 # %% ../../nbs/figures/01_panels.ipynb #9cf6a5a9
 def settled(
-    h, # (E, S, 4) alpha after each epoch
-) -> Tensor: # (S,) epochs, from 1
+    h,  # (E, S, 4) alpha after each epoch
+) -> Tensor:  # (S,) epochs, from 1
     "The first epoch from which a slot's letter no longer changes."
     best = torch.as_tensor(h).argmax(-1)
     return (best != best[-1]).long().flip(0).cummax(0).values.sum(0) + 1
@@ -79,38 +98,64 @@ def settled(
 # %% ../../nbs/figures/01_panels.ipynb #b6896c80
 @style()
 def share_maps(
-    hs:dict,  # name of a search -> (E, 12, 4) alpha after each epoch
-    fig=None, # figure or subfigure to draw in
+    hs: dict,  # name of a search -> (E, 12, 4) alpha after each epoch
+    fig=None,  # figure or subfigure to draw in
 ) -> Figure:
     "Shares of Eq. (1) as heat maps: a row per search, a panel per interaction. Raises `InputError` for another shape."
-    ps = {k: torch.as_tensor(h).double().softmax(-1) for k,h in hs.items()}
+    ps = {k: torch.as_tensor(h).double().softmax(-1) for k, h in hs.items()}
     n = len(OP_COLORS)
-    if any(p.shape[1:] != (12,n) for p in ps.values()): raise InputError(f'alphas have shapes {[tuple(p.shape) for p in ps.values()]}, expected (E, 12, {n}) each: stack one alpha per epoch, a column for each of {op_letters()}')
-    fig = fig or plt.figure(figsize=(COL2, .35+1.35*len(ps)), layout='constrained')
+    if any(p.shape[1:] != (12, n) for p in ps.values()):
+        raise InputError(
+            f'alphas have shapes {[tuple(p.shape) for p in ps.values()]}, expected (E, 12, {n}) each: stack one alpha '
+            f'per epoch, a column for each of {op_letters()}'
+        )
+    fig = fig or plt.figure(figsize=(COL2, 0.35 + 1.35 * len(ps)), layout='constrained')
     axs, top = fig.subplots(len(ps), n, squeeze=False, sharey=True), max(p.max() for p in ps.values())
-    for row,(name,p) in zip(axs, ps.items()):
-        for ax,x in zip(row, p.permute(2,1,0)):
-            im = ax.imshow(x, cmap=HEAT, vmin=0, vmax=top, aspect='auto', extent=(.5,p.shape[0]+.5,12.5,.5), interpolation='nearest')
-            ax.spines[:].set_visible(False); ax.set(yticks=[1,4,8,12])
+    for row, (name, p) in zip(axs, ps.items()):
+        for ax, x in zip(row, p.permute(2, 1, 0)):
+            im = ax.imshow(
+                x,
+                cmap=HEAT,
+                vmin=0,
+                vmax=top,
+                aspect='auto',
+                extent=(0.5, p.shape[0] + 0.5, 12.5, 0.5),
+                interpolation='nearest',
+            )
+            ax.spines[:].set_visible(False)
+            ax.set(yticks=[1, 4, 8, 12])
             ax.xaxis.get_major_locator().set_params(integer=True, nbins=5, min_n_ticks=1)
         row[0].set_ylabel(f'{name}\nslot' if name else 'slot')
-    for ax,(o,c) in zip(axs[0], OP_COLORS.items()): ax.set_title(f'{o}  {OP_NAMES.get(o, "")}', color=c, weight='bold')
+    for ax, (o, c) in zip(axs[0], OP_COLORS.items()):
+        ax.set_title(f'{o}  {OP_NAMES.get(o, "")}', color=c, weight='bold')
     fig.supxlabel('epoch', fontsize=8)
-    bar = fig.colorbar(im, ax=axs, aspect=22, pad=.01); bar.set_label(r'share, softmax($\alpha$)', fontsize=7); bar.ax.tick_params(labelsize=6); bar.outline.set_visible(False)
+    bar = fig.colorbar(im, ax=axs, aspect=22, pad=0.01)
+    bar.set_label(r'share, softmax($\alpha$)', fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    bar.outline.set_visible(False)
     return fig
 
 # %% ../../nbs/figures/01_panels.ipynb #c8bbd3f7
 @style()
 def slot_dots(
-    values:dict, # name of a search -> (12,) one number per slot
-    y='',        # what the numbers are
-    ax=None,     # where
+    values: dict,  # name of a search -> (12,) one number per slot
+    y='',  # what the numbers are
+    ax=None,  # where
 ) -> Axes:
     "One number per slot for several searches, in the order of the network."
-    ax = ax or plt.subplots(figsize=(COL1,1.7), layout='constrained')[1]
-    for i,(name,v) in enumerate(values.items()):
-        ax.plot(np.arange(1,13)+.16*(i-(len(values)-1)/2), np.asarray(v), 'os^Dv'[i%5], color=NETS[i%len(NETS)], ms=3.5, label=name)
-    for x in range(2, 12, 2): ax.axvline(x+.5, color='#dddddd', lw=.6, zorder=0)
-    ax.set(xlabel='slot (a line after each cell)', ylabel=y, xticks=range(1,13), xlim=(.4,12.6))
-    if len(values) > 1: ax.legend(loc='upper left', bbox_to_anchor=(0,1.2), ncols=len(values), borderaxespad=0, handletextpad=.2)
+    ax = ax or plt.subplots(figsize=(COL1, 1.7), layout='constrained')[1]
+    for i, (name, v) in enumerate(values.items()):
+        ax.plot(
+            np.arange(1, 13) + 0.16 * (i - (len(values) - 1) / 2),
+            np.asarray(v),
+            'os^Dv'[i % 5],
+            color=NETS[i % len(NETS)],
+            ms=3.5,
+            label=name,
+        )
+    for x in range(2, 12, 2):
+        ax.axvline(x + 0.5, color='#dddddd', lw=0.6, zorder=0)
+    ax.set(xlabel='slot (a line after each cell)', ylabel=y, xticks=range(1, 13), xlim=(0.4, 12.6))
+    if len(values) > 1:
+        ax.legend(loc='upper left', bbox_to_anchor=(0, 1.2), ncols=len(values), borderaxespad=0, handletextpad=0.2)
     return ax

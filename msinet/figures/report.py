@@ -6,7 +6,8 @@
 __all__ = ['section', 'report']
 
 # %% ../../nbs/figures/30_report.ipynb #ff45b35c
-import html, json
+import html
+import json
 from pathlib import Path
 
 from ..core import one_line, write_atomic
@@ -30,47 +31,69 @@ pre { background:var(--card); border:1px solid var(--line); border-radius:6px; p
 
 # %% ../../nbs/figures/30_report.ipynb #f0efc5ae
 def _coloured_word(
-    genotype:str, # twelve letters
-) -> str: # HTML
+    genotype: str,  # twelve letters
+) -> str:  # HTML
     "A genotype in the colours of its interactions, a gap between cells."
-    return '<span class="word">' + ''.join(('<i></i>' if i and i%2 == 0 else '') + f'<b style="background:{OP_COLORS.get(o, QUERY)}">{o}</b>' for i,o in enumerate(genotype)) + '</span>'
+    return (
+        '<span class="word">'
+        + ''.join(
+            ('<i></i>' if i and i % 2 == 0 else '') + f'<b style="background:{OP_COLORS.get(o, QUERY)}">{o}</b>'
+            for i, o in enumerate(genotype)
+        )
+        + '</span>'
+    )
 
 # %% ../../nbs/figures/30_report.ipynb #024136b1
 def _metrics_html(
-    metrics:dict, # name -> dict with mAP, R1, ...
-) -> str: # HTML
+    metrics: dict,  # name -> dict with mAP, R1, ...
+) -> str:  # HTML
     "Retrieval figures in percent as a table."
-    keys = [k for k in ('mAP','R1','R5','R10','mINP')]
-    rows = {n: m for n,m in metrics.items() if isinstance(m, dict) and 'mAP' in m}
-    if not rows: return ''
+    keys = [k for k in ('mAP', 'R1', 'R5', 'R10', 'mINP')]
+    rows = {n: m for n, m in metrics.items() if isinstance(m, dict) and 'mAP' in m}
+    if not rows:
+        return ''
     names = dict(pixels='raw pixels', before='before training', after='after training')
-    body = ''.join(f'<tr><td>{html.escape(names.get(n, n))}</td>' + ''.join(f'<td>{100*m[k]:.1f}</td>' for k in keys) + '</tr>' for n,m in rows.items())
+    body = ''.join(
+        f'<tr><td>{html.escape(names.get(n, n))}</td>' + ''.join(f'<td>{100 * m[k]:.1f}</td>' for k in keys) + '</tr>'
+        for n, m in rows.items()
+    )
     return '<table><tr><th>percent</th>' + ''.join(f'<th>{k}</th>' for k in keys) + f'</tr>{body}</table>'
 
 # %% ../../nbs/figures/30_report.ipynb #886c007d
 def section(
-    title:str, # of the section
-    text:str,  # what to look at
+    title: str,  # of the section
+    text: str,  # what to look at
     fig=None,  # a figure; it is drawn into the page and closed
-) -> str: # HTML
+) -> str:  # HTML
     "One section of the page."
     img = f'<img alt="{html.escape(title)}" src="{data_uri(fig)}">' if fig is not None else ''
     return f'<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{img}'
 
 # %% ../../nbs/figures/30_report.ipynb #d7c2f799
 def _health_notes(
-    history:list, # rows as in history.jsonl
-) -> list[str]: # HTML, a section for each phase that was ill
+    history: list,  # rows as in history.jsonl
+) -> list[str]:  # HTML, a section for each phase that was ill
     "What a run was warned of, in words and drawn."
-    phases = {p: [r for r in history if r.get('phase', '') == p] for p in dict.fromkeys(r.get('phase', '') for r in history)}
-    ill = {p: {k: t for r in rows for k,t in health_warnings(r).items()} for p,rows in phases.items()}
-    return [section(f'Look twice: {p}', '. '.join(t[0].upper() + t[1:] for t in ill[p].values()) + '. The dots that are red were at the dashed line or beyond it.', health_figure(rows)) for p,rows in phases.items() if ill[p]]
+    phases = {
+        p: [r for r in history if r.get('phase', '') == p] for p in dict.fromkeys(r.get('phase', '') for r in history)
+    }
+    ill = {p: {k: t for r in rows for k, t in health_warnings(r).items()} for p, rows in phases.items()}
+    return [
+        section(
+            f'Look twice: {p}',
+            '. '.join(t[0].upper() + t[1:] for t in ill[p].values())
+            + '. The dots that are red were at the dashed line or beyond it.',
+            health_figure(rows),
+        )
+        for p, rows in phases.items()
+        if ill[p]
+    ]
 
 # %% ../../nbs/figures/30_report.ipynb #097007cc
 def report(
-    run,                # a run's folder
-    data:ReIDData=None, # instead of what the run's configuration names
-) -> Path: # report.html in the folder
+    run,  # a run's folder
+    data: ReIDData = None,  # instead of what the run's configuration names
+) -> Path:  # report.html in the folder
     "Write a run's page: one file, nothing to load. Raises `InputError` when there is no run."
     run, r = Path(run), read_run(run)
     word = r['genotype'].get('genotype')
@@ -79,8 +102,14 @@ def report(
     parts += [section(s.title, s.text, s.fig) for s in run_figures(run, data)]
     about = html.escape(json.dumps(dict(config=r['config'], environment=r['environment']), indent=1))
     name, of = (html.escape(one_line(t)) for t in (run.resolve().name, (data or get_data(run_data_spec(run))).name))
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>msinet: {name}</title><style>{_STYLE_SHEET}</style>'
-            f'<h1>{name}</h1><p class="soft">A run of msinet on {of}. To open it in JupyterLab: <code>make lab</code>, and set <code>RUN</code> on the first page to this folder.</p>'
-            + ''.join(parts) + f'<h2>Configuration and environment</h2><details><summary>every number that this run depends on</summary><pre>{about}</pre></details></html>')
-    write_atomic(run/'report.html', page.encode())
-    return run/'report.html'
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>msinet: {name}</title><style>{_STYLE_SHEET}</style>'
+        f'<h1>{name}</h1><p class="soft">A run of msinet on {of}. To open it in JupyterLab: <code>make lab</code>, '
+        'and set <code>RUN</code> on the first page to this folder.</p>'
+        + ''.join(parts)
+        + '<h2>Configuration and environment</h2><details><summary>every number that this run depends '
+        f'on</summary><pre>{about}</pre></details></html>'
+    )
+    write_atomic(run / 'report.html', page.encode())
+    return run / 'report.html'

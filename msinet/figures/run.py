@@ -9,7 +9,12 @@ __all__ = ['PHASES', 'TINY', 'read_run', 'alpha_course', 'read_config', 'run_dat
            'RunFigure', 'initial_network', 'overview', 'run_figures', 'save_figures']
 
 # %% ../../nbs/figures/30_run.ipynb #76f61c72
-import hashlib, os, shutil, tempfile, time, warnings
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +30,20 @@ from torch.nn import functional as F
 from ..core import Hooks, InputError, set_seed
 from .panels import map_table, share_maps
 from msinet.vis import (
-    activation, cmc_plot, COL1, COL2, curve, denormalise, draw_genotype, feature_rows, gap,
-    overlay, plot_alphas, strip_size, style,
+    activation,
+    cmc_plot,
+    COL1,
+    COL2,
+    curve,
+    denormalise,
+    draw_genotype,
+    feature_rows,
+    gap,
+    overlay,
+    plot_alphas,
+    save_figure,
+    strip_size,
+    style,
 )
 from ..data.items import ReIDData
 from ..rendering.scenery import strip_lights
@@ -38,109 +55,143 @@ from ..retrieval.ranking import rank
 from ..space import FUSES, letters
 from ..necks import ReIDNet
 from ..engine.learner import read_log
-from ..engine.checkpoint import read_run_json, save as save_figure
+from ..engine.checkpoint import read_run_json
 from ..training.search import SearchConfig
 from ..training.pretrain import PretrainConfig
-from ..training.train import load_initial_weights, network, open_net, Pixels, TRAIN, train, TrainConfig
+from ..training.train import load_initial_weights, network, open_net, Pixels, train, TRAIN, TrainConfig
 from .clusters import cluster_curves
 from ..unsup.train import UnsupConfig
 
 # %% ../../nbs/figures/30_run.ipynb #28029188
 def read_run(
-    run, # a run's folder
-) -> dict: # config, environment, history, genotype, metrics; alphas (E, 12, 4) and alpha_steps (E·n, 12, 4); empty, or None, where the file is missing
+    run,  # a run's folder
+) -> dict:  # config, environment, history, genotype, metrics; alphas (E, 12, 4) and alpha_steps (E·n, 12, 4); empty, or None, where the file is missing
     "What a run has written so far. Raises `InputError` when there is no run."
     run = Path(run)
-    if not (run/'config.json').is_file(): raise InputError(f'{run} holds no run (no config.json), expected the folder of a search, a training or a demo')
-    out = {n: read_run_json(run, n) for n in ('config','environment','genotype','metrics')}
-    arrays = {n: np.load(run/f'{n}.npy') if (run/f'{n}.npy').is_file() else None for n in ('alphas','alpha_steps')}
-    return dict(out, history=read_log(run/'history.jsonl'), **arrays)
+    if not (run / 'config.json').is_file():
+        raise InputError(f'{run} holds no run (no config.json), expected the folder of a search, a training or a demo')
+    out = {n: read_run_json(run, n) for n in ('config', 'environment', 'genotype', 'metrics')}
+    arrays = {n: np.load(run / f'{n}.npy') if (run / f'{n}.npy').is_file() else None for n in ('alphas', 'alpha_steps')}
+    return dict(out, history=read_log(run / 'history.jsonl'), **arrays)
 
 # %% ../../nbs/figures/30_run.ipynb #95c32825
 def alpha_course(
-    r:dict, # of `read_run`, with alphas
-) -> tuple[np.ndarray,np.ndarray]: # (T, 12, 4) alpha, (T,) when, in epochs
+    r: dict,  # of `read_run`, with alphas
+) -> tuple[np.ndarray, np.ndarray]:  # (T, 12, 4) alpha, (T,) when, in epochs
     "α as finely as a run has kept it: after iterations, or after epochs where it is older than that."
-    h, n = (r['alphas'], 1) if r.get('alpha_steps') is None else (r['alpha_steps'], len(r['alpha_steps'])//len(r['alphas']))
-    return h, np.arange(1, len(h)+1)/n
+    h, n = (
+        (r['alphas'], 1)
+        if r.get('alpha_steps') is None
+        else (r['alpha_steps'], len(r['alpha_steps']) // len(r['alphas']))
+    )
+    return h, np.arange(1, len(h) + 1) / n
 
 # %% ../../nbs/figures/30_run.ipynb #403d162f
-PHASES = {SearchConfig: ('search',), TrainConfig: ('train',), UnsupConfig: ('usl','uda'), PretrainConfig: ('pretrain',)} # what `config.json` calls them
+PHASES = {
+    SearchConfig: ('search',),
+    TrainConfig: ('train',),
+    UnsupConfig: ('usl', 'uda'),
+    PretrainConfig: ('pretrain',),
+}  # what `config.json` calls them
+
 
 def read_config(
-    run,       # a run's folder
-    kind:type, # SearchConfig, TrainConfig or UnsupConfig
+    run,  # a run's folder
+    kind: type,  # SearchConfig, TrainConfig or UnsupConfig
 ):
     "The configuration that a run was started with, or None. Fields that this version doesn't know are left out."
-    about = next((c for name,c in read_run(run)['config'].items() if name in PHASES[kind]), None)
-    if not isinstance(about, dict): return None
+    about = next((c for name, c in read_run(run)['config'].items() if name in PHASES[kind]), None)
+    if not isinstance(about, dict):
+        return None
     known = {f.name for f in fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k,v in about.items() if k in known})
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items() if k in known})
 
 # %% ../../nbs/figures/30_run.ipynb #b903063b
 def run_data_spec(
-    run, # a run's folder, or its model.safetensors
-) -> str: # as `--data` takes it
+    run,  # a run's folder, or its model.safetensors
+) -> str:  # as `--data` takes it
     "The data set that a run was measured on."
     run = Path(run) if Path(run).is_dir() else Path(run).parent
     t = read_config(run, TrainConfig) or read_config(run, UnsupConfig) or read_config(run, SearchConfig)
-    if t is None: raise InputError(f'{run} has no config.json, expected the folder of a run: or name the set, as --data or as an argument')
+    if t is None:
+        raise InputError(
+            f'{run} has no config.json, expected the folder of a run: or name the set, as --data or as an argument'
+        )
     spec = getattr(t, 'target', '') or t.data
-    if spec.startswith('given:'): raise InputError(f'the data of {run} were given from Python ({spec[6:]}), expected a set that can be named: give it again, as --data or as an argument')
+    if spec.startswith('given:'):
+        raise InputError(
+            f'the data of {run} were given from Python ({spec[6:]}), expected a set that can be named: give it again, '
+            'as --data or as an argument'
+        )
     return spec
 
 # %% ../../nbs/figures/30_run.ipynb #a2370359
 def _code_mark() -> str:
     "Changes whenever the library's code does."
     h = hashlib.sha256()
-    for f in sorted(Path(__file__).parent.glob('*.py')) if '__file__' in globals() else (): h.update(f.read_bytes())
+    for f in sorted(Path(__file__).parent.glob('*.py')) if '__file__' in globals() else ():
+        h.update(f.read_bytes())
     return h.hexdigest()[:8]
 
 # %% ../../nbs/figures/30_run.ipynb #c5e01430
-TINY = replace(TRAIN['laptop'], data='synth:n_ids=16,n_test=8,cams=4', size=(128,64), channels=(8,32,48,64), batch=16, epochs=8, lr=5e-3, warmup=2, drops=(5,7)) # half a minute
+TINY = replace(
+    TRAIN['laptop'],
+    data='synth:n_ids=16,n_test=8,cams=4',
+    size=(128, 64),
+    channels=(8, 32, 48, 64),
+    batch=16,
+    epochs=8,
+    lr=5e-3,
+    warmup=2,
+    milestones=(5, 7),
+)  # half a minute
 
 # %% ../../nbs/figures/30_run.ipynb #dde9f34b
 def example_run(
-    cfg:TrainConfig=TINY, # of a training; its `out` isn't used
-) -> Path: # the run's folder
+    cfg: TrainConfig = TINY,  # of a training; its `out` isn't used
+) -> Path:  # the run's folder
     "A training that is made when it is first asked for, and read from then on."
-    about = {k: v for k,v in asdict(cfg).items() if k != 'out'}
+    about = {k: v for k, v in asdict(cfg).items() if k != 'out'}
     name = hashlib.sha256(f'{_code_mark()} {sorted(about.items())}'.encode()).hexdigest()[:10]
-    kept = Path(os.environ.get('MSINET_CACHE') or Path.home()/'.cache'/'msinet')/f'run-{name}'
-    if not (kept/'metrics.json').is_file():
+    kept = Path(os.environ.get('MSINET_CACHE') or Path.home() / '.cache' / 'msinet') / f'run-{name}'
+    if not (kept / 'metrics.json').is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        for old in kept.parent.glob('part-*'): # what was killed
-            if time.time()-old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
+        for old in kept.parent.glob('part-*'):  # what was killed
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old, ignore_errors=True)
         part = tempfile.mkdtemp(dir=kept.parent, prefix='part-')
         train(replace(cfg, out=part))
-        try: os.replace(part, kept)
-        except OSError: shutil.rmtree(part) # another one was faster
+        try:
+            os.replace(part, kept)
+        except OSError:
+            shutil.rmtree(part)  # another one was faster
     return kept
 
 # %% ../../nbs/figures/30_run.ipynb #8e78950e
 @torch.no_grad()
 def cell_maps(
-    net:ReIDNet, # its backbone has `.cells`
-    x:Tensor,    # (1, 3, H, W) one normalised image
-) -> list[Tensor]: # one (C, H, W) per cell
+    net: ReIDNet,  # its backbone has `.cells`
+    x: Tensor,  # (1, 3, H, W) one normalised image
+) -> list[Tensor]:  # one (C, H, W) per cell
     "What each cell gives for an image (Fig. 4)."
-    with Hooks(net.backbone.cells, lambda i, m, inp, out: out[0].cpu()) as h: net.eval()(x)
+    with Hooks(net.backbone.cells, lambda i, m, inp, out: out[0].cpu()) as h:
+        net.eval()(x)
     return [h.out[i] for i in sorted(h.out)]
 
 # %% ../../nbs/figures/30_run.ipynb #9cb30b9c
 def load_images(
-    items, # of `Item`
+    items,  # of `Item`
     size,  # (H, W)
-) -> Tensor: # (B, 3, H, W) normalised
+) -> Tensor:  # (B, 3, H, W) normalised
     "A few images as the network sees them."
     return next(iter(test_loader(items, size, bs=len(items))))
 
 # %% ../../nbs/figures/30_run.ipynb #daf1683f
 @torch.no_grad()
 def activation_figure(
-    nets:dict, # name -> `ReIDNet`
-    x:Tensor,  # (B, 3, H, W) normalised images
-    titles=None, # B texts
+    nets: dict,  # name -> `ReIDNet`
+    x: Tensor,  # (B, 3, H, W) normalised images
+    titles=None,  # B texts
 ) -> Figure:
     "Images, and below them where the last map of each network is active (Fig. 1, left)."
     pics = denormalise(x).cpu()
@@ -149,70 +200,80 @@ def activation_figure(
 
 # %% ../../nbs/figures/30_run.ipynb #70833cc8
 def spread(
-    values, # (Q,) one number per query, NaN where there is none
-    n:int,  # how many
-) -> list[int]: # indices, worst first
+    values,  # (Q,) one number per query, NaN where there is none
+    n: int,  # how many
+) -> list[int]:  # indices, worst first
     "Queries at even steps from the worst to the best."
     v = np.asarray(values, float)
-    order = np.argsort(v, kind='stable')[:np.isfinite(v).sum()]
-    return [int(order[i]) for i in np.linspace(0, len(order)-1, min(n, len(order))).round().astype(int)]
+    order = np.argsort(v, kind='stable')[: np.isfinite(v).sum()]
+    return [int(order[i]) for i in np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)]
 
 # %% ../../nbs/figures/30_run.ipynb #54dfb41d
 def strip_rows(
-    data:ReIDData,
-    q:Embeddings, g:Embeddings, # normalised features of queries and gallery
-    which:list,                 # indices of queries
-    titles:list,                # one text per query
-    k:int=15,                   # how many are retrieved
-) -> list[tuple]: # one per query, as `strip_lights` takes them
+    data: ReIDData,
+    q: Embeddings,
+    g: Embeddings,  # normalised features of queries and gallery
+    which: list,  # indices of queries
+    titles: list,  # one text per query
+    k: int = 15,  # how many are retrieved
+) -> list[tuple]:  # one per query, as `strip_lights` takes them
     "What some queries find, by the protocol of the data set."
     q_some = Embeddings(q.f[which], q.pid[which], None if q.cam is None else q.cam[which])
     idx, dist, right = nearest(q_some, g, k, data.same_cam_ok)
     rows = []
-    for r,i in enumerate(which):
+    for r, i in enumerate(which):
         keep = [int(j) for j in idx[r] if j >= 0]
-        rows.append((load_image(data.query[i].path), [load_image(data.gallery[j].path) for j in keep], dist[r][:len(keep)], right[r][:len(keep)], titles[r]))
+        rows.append(
+            (
+                load_image(data.query[i].path),
+                [load_image(data.gallery[j].path) for j in keep],
+                dist[r][: len(keep)],
+                right[r][: len(keep)],
+                titles[r],
+            )
+        )
     return rows
 
 # %% ../../nbs/figures/30_run.ipynb #5bb4ce7b
 def embeddings(
-    net:ReIDNet,
-    data:ReIDData, # its queries and gallery
-    size,          # (H, W) of the network's input
-) -> tuple[Embeddings,Embeddings]: # queries, gallery; unit vectors
+    net: ReIDNet,
+    data: ReIDData,  # its queries and gallery
+    size,  # (H, W) of the network's input
+) -> tuple[Embeddings, Embeddings]:  # queries, gallery; unit vectors
     "Normalised features of a set's queries and gallery."
     es = (embed(net, test_loader(items, size)) for items in (data.query, data.gallery))
     return tuple(e._replace(f=nn.functional.normalize(e.f)) for e in es)
 
 # %% ../../nbs/figures/30_run.ipynb #20dce84a
 def strips_of(
-    run,           # a run folder with a trained network
-    data:ReIDData, # to search in
-    n:int=6,       # queries, at even steps from the worst to the best
+    run,  # a run folder with a trained network
+    data: ReIDData,  # to search in
+    n: int = 6,  # queries, at even steps from the worst to the best
 ):
     "Top-15 strips of a trained network."
     net, about = open_net(run)
     q, g = embeddings(net, data, about['size'])
     ap = rank(*q, *g, same_cam_ok=data.same_cam_ok).ap
     which = spread(ap, n)
-    return strip_lights(strip_rows(data, q, g, which, [f'AP {100*ap[i]:.0f}' for i in which]))
+    return strip_lights(strip_rows(data, q, g, which, [f'AP {100 * ap[i]:.0f}' for i in which]))
 
 # %% ../../nbs/figures/30_run.ipynb #daa4e97c
 def nearest_negatives(
-    q:Embeddings, g:Embeddings, # normalised features of queries and gallery
-    same_cam_ok:bool=False,     # do pictures by the query's own camera count?
-    n:int=10,                   # how many
-) -> Tensor: # (Q, n) distances, nearest first; infinite where there are fewer
+    q: Embeddings,
+    g: Embeddings,  # normalised features of queries and gallery
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    n: int = 10,  # how many
+) -> Tensor:  # (Q, n) distances, nearest first; infinite where there are fewer
     "How far the nearest pictures of other identities are (Fig. 1, right)."
     near = nearest(q, g, len(g.f), same_cam_ok)
-    return near.dist.masked_fill(near.right, torch.inf).sort(1).values[:,:n]
+    return near.dist.masked_fill(near.right, torch.inf).sort(1).values[:, :n]
 
 # %% ../../nbs/figures/30_run.ipynb #158e7dca
 @torch.no_grad()
 def correlation_figure(
-    nets:dict, # name -> `ReIDNet`; the last one's map names the place
-    x:Tensor,  # (B, 3, H, W) normalised images, the query first
-    titles=None, # B texts
+    nets: dict,  # name -> `ReIDNet`; the last one's map names the place
+    x: Tensor,  # (B, 3, H, W) normalised images, the query first
+    titles=None,  # B texts
     place=None,  # (row, column) in the last map; None: where it has most energy
 ) -> Figure:
     "Cosine of every place with one place of the query, Eq. (7)."
@@ -220,215 +281,378 @@ def correlation_figure(
     h, w = maps[-1].shape[-2:]
     last = list(nets.values())[-1](x[:1]).maps[-1]
     row, col = place or divmod(int(activation(last)[0].flatten().argmax()), w)
-    found = torch.stack([torch.einsum('c,bchw->bhw', m[0,:,row,col], m) for m in maps])
-    return map_table(found, list(nets), titles, images=denormalise(x), marks={0: (row,col)}, vmin=min(0., float(found.min())), label='cosine with the ringed place', width=COL1)
+    found = torch.stack([torch.einsum('c,bchw->bhw', m[0, :, row, col], m) for m in maps])
+    return map_table(
+        found,
+        list(nets),
+        titles,
+        images=denormalise(x),
+        marks={0: (row, col)},
+        vmin=min(0.0, float(found.min())),
+        label='cosine with the ringed place',
+        width=COL1,
+    )
 
 # %% ../../nbs/figures/30_run.ipynb #96f46271
 def sample_identities(
-    data:ReIDData, # its queries and gallery
-    i:int,         # which query
-    same:int=2, other:int=2, # how many pictures of its identity, and of others
-) -> tuple[list,list]: # of `Item`, the query first; of texts
+    data: ReIDData,  # its queries and gallery
+    i: int,  # which query
+    same: int = 2,
+    other: int = 2,  # how many pictures of its identity, and of others
+) -> tuple[list, list]:  # of `Item`, the query first; of texts
     "A query with pictures of its identity by other cameras, and of other identities."
     q = data.query[i]
-    own = [t for t in data.gallery if t.pid == q.pid and (data.same_cam_ok or t.cam != q.cam) and t.path != q.path][:same]
+    own = [t for t in data.gallery if t.pid == q.pid and (data.same_cam_ok or t.cam != q.cam) and t.path != q.path][
+        :same
+    ]
     rest = list({t.pid: t for t in data.gallery if t.pid not in (0, -1, q.pid)}.values())[:other]
-    return [q, *own, *rest], ['query', *['same']*len(own), *['stranger']*len(rest)]
+    return [q, *own, *rest], ['query', *['same'] * len(own), *['stranger'] * len(rest)]
 
 # %% ../../nbs/figures/30_run.ipynb #0b24c220
 def _framed(
-    y, # (N, 2) points
-) -> np.ndarray: # (N, 2) in [.05, .95]
+    y,  # (N, 2) points
+) -> np.ndarray:  # (N, 2) in [.05, .95]
     "Points in a square, both axes in one scale."
-    mid, half = (y.max(0)+y.min(0))/2, max((y.max(0)-y.min(0)).max()/2, 1e-12)
-    return .5 + .45*(y-mid)/half
+    mid, half = (y.max(0) + y.min(0)) / 2, max((y.max(0) - y.min(0)).max() / 2, 1e-12)
+    return 0.5 + 0.45 * (y - mid) / half
 
 # %% ../../nbs/figures/30_run.ipynb #887959af
 def pca_2d(
-    f, # (N, D) vectors
-) -> np.ndarray: # (N, 2) in [.05, .95]
+    f,  # (N, D) vectors
+) -> np.ndarray:  # (N, 2) in [.05, .95]
     "Vectors laid flat by their two principal components."
-    from sklearn.decomposition import PCA # here, because it takes a second to load
+    from sklearn.decomposition import PCA  # here, because it takes a second to load
+
     return _framed(PCA(2).fit_transform(np.asarray(f, dtype=np.float64)))
 
 # %% ../../nbs/figures/30_run.ipynb #914af1fc
 def tsne_2d(
-    f, # (N, D) vectors
-) -> np.ndarray: # (N, 2) in [.05, .95]
+    f,  # (N, D) vectors
+) -> np.ndarray:  # (N, 2) in [.05, .95]
     "Vectors laid flat by t-SNE, the same each time."
     from sklearn.manifold import TSNE
+
     f = np.asarray(f, dtype=np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return _framed(TSNE(2, perplexity=min(20, (len(f)-1)/3), init='pca', random_state=0, n_jobs=1).fit_transform(f))
+        return _framed(
+            TSNE(2, perplexity=min(20, (len(f) - 1) / 3), init='pca', random_state=0, n_jobs=1).fit_transform(f)
+        )
 
 # %% ../../nbs/figures/30_run.ipynb #e0d202a3
 def scatter_ids(
-    ax:Axes,   # where
-    xy,        # (N, 2)
-    by,        # (N,) integers from 0: what is coloured
-    n_q:int,   # so many of them, the first, are queries
-    size=1.,   # of the marks
+    ax: Axes,  # where
+    xy,  # (N, 2)
+    by,  # (N,) integers from 0: what is coloured
+    n_q: int,  # so many of them, the first, are queries
+    size=1.0,  # of the marks
 ):
     "Points of a few kinds, a colour each: queries are triangles, the gallery is round."
     many = int(by.max()) > 9
-    shades = plt.get_cmap('tab20' if many else 'tab10')(by%(20 if many else 10))
-    for part,mark,s in ((slice(None,n_q),'^',26), (slice(n_q,None),'o',20)): ax.scatter(*xy[part].T, c=shades[part], s=s*size, marker=mark, lw=.3, ec='white')
+    shades = plt.get_cmap('tab20' if many else 'tab10')(by % (20 if many else 10))
+    for part, mark, s in ((slice(None, n_q), '^', 26), (slice(n_q, None), 'o', 20)):
+        ax.scatter(*xy[part].T, c=shades[part], s=s * size, marker=mark, lw=0.3, ec='white')
 
 # %% ../../nbs/figures/30_run.ipynb #dda8e55a
 @style()
 def embedding_figure(
-    vectors:dict,   # name of a network -> (queries, gallery) of `embeddings`
-    flat=tsne_2d, # (N, D) vectors -> (N, 2) in [0, 1]
-    most:int=12,    # identities shown, at even steps over those of the queries
+    vectors: dict,  # name of a network -> (queries, gallery) of `embeddings`
+    flat=tsne_2d,  # (N, D) vectors -> (N, 2) in [0, 1]
+    most: int = 12,  # identities shown, at even steps over those of the queries
 ) -> Figure:
     "Queries and gallery from above, coloured by identity and by camera, one network beside the other."
     q, g = next(iter(vectors.values()))
     ids = q.pid.unique()
-    ids = ids[torch.linspace(0, len(ids)-1, min(most, len(ids))).round().long()]
+    ids = ids[torch.linspace(0, len(ids) - 1, min(most, len(ids))).round().long()]
     keep = [torch.isin(e.pid, ids) for e in (q, g)]
-    by = lambda k: torch.unique(torch.cat([e[k][m] for e,m in zip((q, g), keep)]), return_inverse=True)[1].cpu().numpy()
+    by = lambda k: (
+        torch.unique(torch.cat([e[k][m] for e, m in zip((q, g), keep)]), return_inverse=True)[1].cpu().numpy()
+    )
     colours = dict(identity=by(1)) | ({} if q.cam is None else dict(camera=by(2)))
-    n, side = len(vectors)*len(colours), min(COL2/4, COL2/(len(vectors)*len(colours)))
-    fig, axs = plt.subplots(1, n, figsize=(COL1 if n*side <= COL1 else COL2, side+.35), layout='constrained', squeeze=False)
-    at = {k: flat(torch.cat([e.f[m] for e,m in zip(v, keep)]).cpu()) for k,v in vectors.items()}
-    for ax,(what,c,name) in zip(axs[0], [(w,c,k) for w,c in colours.items() for k in vectors]):
-        scatter_ids(ax, at[name], c, int(keep[0].sum()), min(.9, 40/len(c)))
-        ax.set(title=f'{name}\nby {what}', xticks=[], yticks=[], xlim=(0,1), ylim=(0,1), aspect='equal'); ax.spines[:].set(visible=True, color='#d0d0d0')
+    n, side = len(vectors) * len(colours), min(COL2 / 4, COL2 / (len(vectors) * len(colours)))
+    fig, axs = plt.subplots(
+        1, n, figsize=(COL1 if n * side <= COL1 else COL2, side + 0.35), layout='constrained', squeeze=False
+    )
+    at = {k: flat(torch.cat([e.f[m] for e, m in zip(v, keep)]).cpu()) for k, v in vectors.items()}
+    for ax, (what, c, name) in zip(axs[0], [(w, c, k) for w, c in colours.items() for k in vectors]):
+        scatter_ids(ax, at[name], c, int(keep[0].sum()), min(0.9, 40 / len(c)))
+        ax.set(title=f'{name}\nby {what}', xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1), aspect='equal')
+        ax.spines[:].set(visible=True, color='#d0d0d0')
     return fig
 
 # %% ../../nbs/figures/30_run.ipynb #1cd50fb9
 class RunFigure(NamedTuple):
     "A figure and what to say about it."
-    name:str   # of its file
-    title:str  # a heading
-    text:str   # what to look at
-    fig:Figure
+
+    name: str  # of its file
+    title: str  # a heading
+    text: str  # what to look at
+    fig: Figure
 
 # %% ../../nbs/figures/30_run.ipynb #212e5c11
 def _search_figures(
-    r:dict, # of `read_run`
+    r: dict,  # of `read_run`
 ) -> list[RunFigure]:
     "What the search did: α and its word."
-    if r['alphas'] is None: return []
+    if r['alphas'] is None:
+        return []
     a = r['alphas']
     w = torch.as_tensor(a[-1]).softmax(1).amax(1)
     even = '¼' if a.shape[-1] == 4 else f'1/{a.shape[-1]}'
     fine = {} if r.get('alpha_steps') is None else dict(t=alpha_course(r)[1])
-    return [RunFigure('alphas', 'α over the search', f'Each panel is one of the twelve slots. A line is the share of one interaction, {even} when the search starts. The winners end at {w.min():.2f} to {w.max():.2f}: '
-                  f'the closer to {even}, the less the word below says.', plot_alphas(alpha_course(r)[0], **fine)),
-            RunFigure('alpha_maps', 'The same as heat maps', 'One panel for each interaction, a row for each slot.', share_maps({'': a})),
-            RunFigure('genotype', 'The architecture', 'The largest share of each slot, drawn in its place. Small bars are the final shares.', draw_genotype(r['genotype'].get('genotype') or letters(torch.as_tensor(a[-1])), a[-1]).figure)]
+    return [
+        RunFigure(
+            'alphas',
+            'α over the search',
+            f'Each panel is one of the twelve slots. A line is the share of one interaction, {even} when the search '
+            f'starts. The winners end at {w.min():.2f} to {w.max():.2f}: '
+            f'the closer to {even}, the less the word below says.',
+            plot_alphas(alpha_course(r)[0], **fine),
+        ),
+        RunFigure(
+            'alpha_maps',
+            'The same as heat maps',
+            'One panel for each interaction, a row for each slot.',
+            share_maps({'': a}),
+        ),
+        RunFigure(
+            'genotype',
+            'The architecture',
+            'The largest share of each slot, drawn in its place. Small bars are the final shares.',
+            draw_genotype(r['genotype'].get('genotype') or letters(torch.as_tensor(a[-1])), a[-1]).figure,
+        ),
+    ]
 
 # %% ../../nbs/figures/30_run.ipynb #0622654f
 def _loss_figures(
-    r:dict, # of `read_run`
+    r: dict,  # of `read_run`
 ) -> list[RunFigure]:
     "How the losses fell."
     out = []
-    for phase,name,keys,text in (('search', 'search', ('train','val'), 'Each twin against its own memory (Eq. 2). ω follows the first, α the second.'),
-                                 ('usl', 'clusters', ('contrast','distil'), 'Each picture against the memory of the clusters, which are found anew before each epoch; so the curve may rise.'),
-                                 ('uda', 'adaptation', ('contrast','pred','feat','div'), 'Each picture against the memory of identities and clusters; with IDM also its three losses.'),
-                                 ('train', 'training', ('id','triplet','sa'), 'Identity and triplet loss are sums over both branches; the alignment is shown before its weight.')):
+    for phase, name, keys, text in (
+        (
+            'search',
+            'search',
+            ('train', 'val'),
+            'Each twin against its own memory (Eq. 2). ω follows the first, α the second.',
+        ),
+        (
+            'usl',
+            'clusters',
+            ('contrast', 'distil'),
+            'Each picture against the memory of the clusters, which are found anew before each epoch; so the curve '
+            'may rise.',
+        ),
+        (
+            'uda',
+            'adaptation',
+            ('contrast', 'pred', 'feat', 'div'),
+            'Each picture against the memory of identities and clusters; with IDM also its three losses.',
+        ),
+        (
+            'train',
+            'training',
+            ('id', 'triplet', 'sa'),
+            'Identity and triplet loss are sums over both branches; the alignment is shown before its weight.',
+        ),
+    ):
         rows = [h for h in r['history'] if h.get('phase') == phase]
         have = {k: [h.get(k) for h in rows] for k in keys if rows and k in rows[0]}
-        if have: out.append(RunFigure(f'losses_{name}', f'Losses of the {name}', text, curve(have).figure))
+        if have:
+            out.append(RunFigure(f'losses_{name}', f'Losses of the {name}', text, curve(have).figure))
     return out
 
 # %% ../../nbs/figures/30_run.ipynb #ef87a6a9
 def initial_network(
-    cfg,         # TrainConfig or UnsupConfig of a run
-    net:ReIDNet, # what it gave
-) -> tuple[str,ReIDNet]: # what to call it, the network in eval mode
+    cfg,  # TrainConfig or UnsupConfig of a run
+    net: ReIDNet,  # what it gave
+) -> tuple[str, ReIDNet]:  # what to call it, the network in eval mode
     "A run's network before its first step: untrained, or with the weights that it started from if they are still there."
-    n_ids = next((m.out_features for k,m in net.named_modules() if k.endswith('classifier') and isinstance(m, nn.Linear)), 0) # classifiers draw random numbers, too
+    n_ids = next(
+        (m.out_features for k, m in net.named_modules() if k.endswith('classifier') and isinstance(m, nn.Linear)), 0
+    )  # classifiers draw random numbers, too
     set_seed(cfg.seed)
-    first = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, FUSES[getattr(cfg, 'fuse', 'sum')])
+    first = network(
+        cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, FUSES[getattr(cfg, 'fuse', 'sum')]
+    )
     first.after_bn = net.after_bn
-    if not Path(cfg.weights).is_file(): return 'untrained', first.eval()
+    if not Path(cfg.weights).is_file():
+        return 'untrained', first.eval()
     load_initial_weights(first, cfg.weights, fresh=True)
     return 'at the start', first.eval()
 
 # %% ../../nbs/figures/30_run.ipynb #d71d735a
 def _cluster_figures(
-    run:Path,
-    r:dict,        # of `read_run`
-    data:ReIDData, # learnt without identities; they are used here for the picture only
+    run: Path,
+    r: dict,  # of `read_run`
+    data: ReIDData,  # learnt without identities; they are used here for the picture only
 ) -> list[RunFigure]:
     "How clusters formed, where a run learnt from clusters."
     rows = [h for h in r['history'] if 'ari' in h]
-    if not rows or data is None or not (run/'pseudo.npy').is_file(): return []
-    labels, true = torch.from_numpy(np.load(run/'pseudo.npy')).long(), torch.tensor([i.pid for i in data.train])
-    return [RunFigure('clusters', 'How clusters formed', 'Number of clusters, pictures in none, agreement with the true identities, which the method never sees, and what became of the clusters of the epoch before.',
-                  cluster_curves(labels, true, [h['ari'] for h in rows], [h['purity'] for h in rows]))]
+    if not rows or data is None or not (run / 'pseudo.npy').is_file():
+        return []
+    labels, true = torch.from_numpy(np.load(run / 'pseudo.npy')).long(), torch.tensor([i.pid for i in data.train])
+    return [
+        RunFigure(
+            'clusters',
+            'How clusters formed',
+            'Number of clusters, pictures in none, agreement with the true identities, which the method never sees, '
+            'and what became of the clusters of the epoch before.',
+            cluster_curves(labels, true, [h['ari'] for h in rows], [h['purity'] for h in rows]),
+        )
+    ]
 
 # %% ../../nbs/figures/30_run.ipynb #ff0a73f3
 def overview(
-    word:str,  # the genotype
-    alpha,     # (12, number of interactions) after the search
-    rows:list, # tuples as `strip` takes them
+    word: str,  # the genotype
+    alpha,  # (12, number of interactions) after the search
+    rows: list,  # tuples as `strip` takes them
 ) -> Figure:
     "A run in one picture: the architecture that was found with its shares, and below it who is found."
     _, width, heights = strip_size(rows)
-    below = sum(heights)*min(COL2/width, .57)
-    fig = plt.figure(figsize=(COL2,2.1+below), layout='constrained')
-    top, low = fig.subfigures(2, 1, height_ratios=(2.1,below))
-    draw_genotype(word, alpha, ax=top.add_axes([0,0,1,1]))
+    below = sum(heights) * min(COL2 / width, 0.57)
+    fig = plt.figure(figsize=(COL2, 2.1 + below), layout='constrained')
+    top, low = fig.subfigures(2, 1, height_ratios=(2.1, below))
+    draw_genotype(word, alpha, ax=top.add_axes([0, 0, 1, 1]))
     strip_lights(rows, low)
     return fig
 
 # %% ../../nbs/figures/30_run.ipynb #7818239d
 def _network_figures(
-    run:Path,
-    data:ReIDData, # measured on
+    run: Path,
+    data: ReIDData,  # measured on
 ) -> list[RunFigure]:
     "What the trained network sees and whom it finds, beside the untrained one."
     net, about = open_net(run)
-    size, (name,first) = about['size'], initial_network(read_config(run, TrainConfig) or read_config(run, UnsupConfig), net)
+    size, (name, first) = (
+        about['size'],
+        initial_network(read_config(run, TrainConfig) or read_config(run, UnsupConfig), net),
+    )
     nets = {name: first, 'trained': net}
-    vectors = {k: embeddings(n, data, size) for k,n in nets.items()}
-    rankings = {k: rank(*q, *g, same_cam_ok=data.same_cam_ok) for k,(q,g) in vectors.items()} | {'raw pixels': evaluate(Pixels(), data, size)}
+    vectors = {k: embeddings(n, data, size) for k, n in nets.items()}
+    rankings = {k: rank(*q, *g, same_cam_ok=data.same_cam_ok) for k, (q, g) in vectors.items()} | {
+        'raw pixels': evaluate(Pixels(), data, size)
+    }
     ap = rankings['trained'].ap
     which = spread(ap, 6)
     x = load_images([data.query[i] for i in which], size)
     maps = cell_maps(net, x[-1:])
     items, words = sample_identities(data, which[-1])
-    near, alphas = spread(ap, 9), read_run(run)['alphas'] if 'genotype' in about else None # a training without a search has none
-    glances = [row for i in dict.fromkeys((near[len(near)//2], near[-2:][0])) for k in vectors for row in strip_rows(data, *vectors[k], [i], [k])] if alphas is not None else []
-    far = {k: d[:,d.isfinite().all(0)] for k,v in vectors.items() if (d := nearest_negatives(*v, data.same_cam_ok)).isfinite().all(0).any()}
-    return [*([RunFigure('glance', 'At a glance', 'The architecture with the final shares of each slot, and whom two queries find before and after training: by average precision, the first lies in the middle of all queries, the second near the best. '
-                     'Green is right, red is wrong.', overview(about['genotype'], alphas[-1], glances))] if glances else []),
-            RunFigure('strips', 'Who is found', f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
-                  'Numbers are distances.', strip_lights(strip_rows(data, *vectors['trained'], which, [f'AP {100*ap[i]:.0f}' for i in which]))),
-            RunFigure('cmc', 'How often', 'Share of queries whose first true match is among the first k; the legend has the share for k = 1.', cmc_plot({n: c.curve(20) for n,c in rankings.items()}).figure),
-            *([RunFigure('gap', 'How near strangers come', 'The ten nearest pictures of other identities for each query; the dot is the mean, its bar the 95 % interval.', gap(far).figure)] if far else []),
-            RunFigure('embeddings', 'Everybody from above', 'Queries (triangles) and gallery (dots) of up to twelve identities, laid flat by t-SNE: colours should gather by identity, not by camera. Neighbours mean something, distances between clumps do not.',
-                  embedding_figure(vectors)),
-            RunFigure('activation', 'Where it looks', 'Energy of the last map on the same six queries.', activation_figure(nets, x)),
-            RunFigure('answers', 'Do two pictures agree?', 'How similar every place is to the ringed one, in pictures of the same identity and of strangers.', correlation_figure(nets, load_images(items, size), words)),
-            RunFigure('cells', 'What the cells see', 'The channels with the most energy after each cell, for the best of the six. Shallow cells follow contours; deeper ones answer to a few places.',
-                  feature_rows(maps, [f'cell {i+1}' for i in range(len(maps))], denormalise(x[-1])))]
+    near, alphas = (
+        spread(ap, 9),
+        read_run(run)['alphas'] if 'genotype' in about else None,
+    )  # a training without a search has none
+    glances = (
+        [
+            row
+            for i in dict.fromkeys((near[len(near) // 2], near[-2:][0]))
+            for k in vectors
+            for row in strip_rows(data, *vectors[k], [i], [k])
+        ]
+        if alphas is not None
+        else []
+    )
+    far = {
+        k: d[:, d.isfinite().all(0)]
+        for k, v in vectors.items()
+        if (d := nearest_negatives(*v, data.same_cam_ok)).isfinite().all(0).any()
+    }
+    return [
+        *(
+            [
+                RunFigure(
+                    'glance',
+                    'At a glance',
+                    'The architecture with the final shares of each slot, and whom two queries find before and after '
+                    'training: by average precision, the first lies in the middle of all queries, the second near '
+                    'the best. '
+                    'Green is right, red is wrong.',
+                    overview(about['genotype'], alphas[-1], glances),
+                )
+            ]
+            if glances
+            else []
+        ),
+        RunFigure(
+            'strips',
+            'Who is found',
+            f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. '
+            'Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
+            'Numbers are distances.',
+            strip_lights(strip_rows(data, *vectors['trained'], which, [f'AP {100 * ap[i]:.0f}' for i in which])),
+        ),
+        RunFigure(
+            'cmc',
+            'How often',
+            'Share of queries whose first true match is among the first k; the legend has the share for k = 1.',
+            cmc_plot({n: c.curve(20) for n, c in rankings.items()}).figure,
+        ),
+        *(
+            [
+                RunFigure(
+                    'gap',
+                    'How near strangers come',
+                    'The ten nearest pictures of other identities for each query; the dot is the mean, its bar the 95 '
+                    '% interval.',
+                    gap(far).figure,
+                )
+            ]
+            if far
+            else []
+        ),
+        RunFigure(
+            'embeddings',
+            'Everybody from above',
+            'Queries (triangles) and gallery (dots) of up to twelve identities, laid flat by t-SNE: colours should '
+            'gather by identity, not by camera. Neighbours mean something, distances between clumps do not.',
+            embedding_figure(vectors),
+        ),
+        RunFigure(
+            'activation',
+            'Where it looks',
+            'Energy of the last map on the same six queries.',
+            activation_figure(nets, x),
+        ),
+        RunFigure(
+            'answers',
+            'Do two pictures agree?',
+            'How similar every place is to the ringed one, in pictures of the same identity and of strangers.',
+            correlation_figure(nets, load_images(items, size), words),
+        ),
+        RunFigure(
+            'cells',
+            'What the cells see',
+            'The channels with the most energy after each cell, for the best of the six. Shallow cells follow '
+            'contours; deeper ones answer to a few places.',
+            feature_rows(maps, [f'cell {i + 1}' for i in range(len(maps))], denormalise(x[-1])),
+        ),
+    ]
 
 # %% ../../nbs/figures/30_run.ipynb #2a48e28f
 def run_figures(
-    run,                # a run's folder
-    data:ReIDData=None, # instead of what the run's configuration names
-) -> list[RunFigure]: # open figures: close them when they are done with
+    run,  # a run's folder
+    data: ReIDData = None,  # instead of what the run's configuration names
+) -> list[RunFigure]:  # open figures: close them when they are done with
     "Every figure of a run, in the order of the method. Raises `InputError` when there is no run."
     run, r = Path(run), read_run(run)
-    trained = (run/'model.safetensors').is_file()
+    trained = (run / 'model.safetensors').is_file()
     cfg = read_config(run, TrainConfig) or read_config(run, UnsupConfig)
     data = data or (get_data(run_data_spec(run), cfg.size) if trained else None)
-    return _search_figures(r) + (_network_figures(run, data) if trained else []) + _loss_figures(r) + _cluster_figures(run, r, data)
+    return (
+        _search_figures(r)
+        + (_network_figures(run, data) if trained else [])
+        + _loss_figures(r)
+        + _cluster_figures(run, r, data)
+    )
 
 # %% ../../nbs/figures/30_run.ipynb #c9b94ce5
 def save_figures(
-    run,                # a run's folder
-    out='',             # folder to write to; empty: `figures` in the run's
-    data:ReIDData=None, # instead of what the run's configuration names
-) -> list[Path]: # of PDFs; a PNG is beside each
+    run,  # a run's folder
+    out='',  # folder to write to; empty: `figures` in the run's
+    data: ReIDData = None,  # instead of what the run's configuration names
+) -> list[Path]:  # of PDFs; a PNG is beside each
     "Write every figure of a run as PDF and PNG, at the width of a column or of a page. Raises `InputError` when there is no run."
-    out = Path(out or Path(run)/'figures')
+    out = Path(out or Path(run) / 'figures')
     files = []
     for s in run_figures(run, data):
         files.append(save_figure(s.fig, s.name, out)[0])

@@ -18,87 +18,174 @@ from .panels import doubt, lead, settled
 from ..vis import COL2, draw_genotype, HEAT, ink_on, LINES, NETS, OP_COLORS, op_letters, OP_LINES, QUERY, style
 
 # %% ../../nbs/figures/01_slots.ipynb #422cd60f
-_LEFT, _PITCH, _BAND = .72, .955, 2.12 # inches: room for texts, from cell to cell, height of a band
+# inches: room for texts, from cell to cell, height of a band
+_LEFT = 0.72
+_PITCH = 0.955
+_BAND = 2.12
+
 
 def _spot_of(
-    slot:int, # 0 to 11
-    y:float,  # upper edge of the band in inches
-) -> tuple: # left edge of its column, and where its curves begin, inches
+    slot: int,  # 0 to 11
+    y: float,  # upper edge of the band in inches
+) -> tuple:  # left edge of its column, and where its curves begin, inches
     "Where a slot is drawn in a band."
-    return _LEFT + _PITCH*(slot//2) + .03 + .445*(slot%2), y+.43
+    return _LEFT + _PITCH * (slot // 2) + 0.03 + 0.445 * (slot % 2), y + 0.43
 
 # %% ../../nbs/figures/01_slots.ipynb #e39210bb
 def _frame(
-    ax,        # a whole figure in inches, y downwards
-    s:int, y:float, # slot and upper edge of the band
-    p,         # (T, 4) its shares at all moments
-    t,         # (T,) when, in epochs
-    now:int,   # the moment shown
-    top:float, # the end of the scale
-    end:float, # the last epoch
+    ax,  # a whole figure in inches, y downwards
+    s: int,
+    y: float,  # slot and upper edge of the band
+    p,  # (T, 4) its shares at all moments
+    t,  # (T,) when, in epochs
+    now: int,  # the moment shown
+    top: float,  # the end of the scale
+    end: float,  # the last epoch
 ):
     "One slot: its letter, its curves, its shares now."
     (x, a), best = _spot_of(s, y), p[now].argmax()
     o, n = list(OP_COLORS)[best] if np.ptp(p[now]) > 1e-9 else '?', len(OP_COLORS)
     fill = OP_COLORS.get(o, 'white')
-    ax.text(x+.21, y+.3, o, ha='center', va='center', weight='bold', fontsize=8, color=ink_on(fill), bbox=dict(boxstyle='round,pad=.22', fc=fill, ec='none'))
-    line = lambda k, part: np.column_stack([x + .41*np.concatenate([[0.],t])[part]/end, a + .75*(1-np.concatenate([[1/n],p[:,k]])[part]/top)])
-    for part,alpha in ((slice(0,now+2),1), (slice(now+1,None),.25)):
-        ax.add_collection(LineCollection([line(k, part) for k in range(n)], colors=list(OP_COLORS.values()), linestyles=[OP_LINES.get(c, '-') for c in OP_COLORS], alpha=alpha, lw=[2 if k == best else 1 for k in range(n)]))
-    ax.plot([x,x+.41], [a+.75*(1-1/n/top)]*2, color='black', lw=.6, ls=':')
-    ax.plot([x+.41*t[now]/end]*2, [a,a+.75], color=QUERY, lw=.6)
-    ax.imshow(p[now][:,None], cmap=HEAT, vmin=0, vmax=top, extent=(x,x+.41,a+1.27,a+.83), aspect='auto', interpolation='nearest')
+    ax.text(
+        x + 0.21,
+        y + 0.3,
+        o,
+        ha='center',
+        va='center',
+        weight='bold',
+        fontsize=8,
+        color=ink_on(fill),
+        bbox=dict(boxstyle='round,pad=.22', fc=fill, ec='none'),
+    )
+    line = lambda k, part: np.column_stack(
+        [
+            x + 0.41 * np.concatenate([[0.0], t])[part] / end,
+            a + 0.75 * (1 - np.concatenate([[1 / n], p[:, k]])[part] / top),
+        ]
+    )
+    for part, alpha in ((slice(0, now + 2), 1), (slice(now + 1, None), 0.25)):
+        ax.add_collection(
+            LineCollection(
+                [line(k, part) for k in range(n)],
+                colors=list(OP_COLORS.values()),
+                linestyles=[OP_LINES.get(c, '-') for c in OP_COLORS],
+                alpha=alpha,
+                lw=[2 if k == best else 1 for k in range(n)],
+            )
+        )
+    ax.plot([x, x + 0.41], [a + 0.75 * (1 - 1 / n / top)] * 2, color='black', lw=0.6, ls=':')
+    ax.plot([x + 0.41 * t[now] / end] * 2, [a, a + 0.75], color=QUERY, lw=0.6)
+    ax.imshow(
+        p[now][:, None],
+        cmap=HEAT,
+        vmin=0,
+        vmax=top,
+        extent=(x, x + 0.41, a + 1.27, a + 0.83),
+        aspect='auto',
+        interpolation='nearest',
+    )
 
 # %% ../../nbs/figures/01_slots.ipynb #2b5f3abe
 def _band(
-    ax, y:float, # a whole figure in inches, y downwards; upper edge
-    name:str,    # of the search
-    h,           # (T, 12, 4) alpha
-    t, now:int, top:float, end:float, # as in `_frame`
+    ax,
+    y: float,  # a whole figure in inches, y downwards; upper edge
+    name: str,  # of the search
+    h,  # (T, 12, 4) alpha
+    t,
+    now: int,
+    top: float,
+    end: float,  # as in `_frame`
 ):
     "All slots of a search at one moment."
     h = torch.as_tensor(h)
-    p, since = h.double().softmax(-1).numpy(), settled(h[:now+1])
+    p, since = h.double().softmax(-1).numpy(), settled(h[: now + 1])
     for c in range(6):
-        ax.add_patch(FancyBboxPatch((_LEFT+_PITCH*c,y+.14), _PITCH-.05, _BAND-.2, boxstyle='round,pad=0,rounding_size=.04', fc='#f4f4f4', ec='#d0d0d0', lw=.6, zorder=0))
-        ax.text(_LEFT+_PITCH*c+.45, y+.1, f'cell {c+1}', ha='center', va='bottom', fontsize=7)
-    numbers = dict(doubt=[f'{v:.2f}' for v in doubt(h[now]).tolist()], lead=[f'{v:.2f}' for v in lead(h[now]).tolist()], since=[f'{t[i-1]:.3g}' for i in since.tolist()])
+        ax.add_patch(
+            FancyBboxPatch(
+                (_LEFT + _PITCH * c, y + 0.14),
+                _PITCH - 0.05,
+                _BAND - 0.2,
+                boxstyle='round,pad=0,rounding_size=.04',
+                fc='#f4f4f4',
+                ec='#d0d0d0',
+                lw=0.6,
+                zorder=0,
+            )
+        )
+        ax.text(_LEFT + _PITCH * c + 0.45, y + 0.1, f'cell {c + 1}', ha='center', va='bottom', fontsize=7)
+    numbers = dict(
+        doubt=[f'{v:.2f}' for v in doubt(h[now]).tolist()],
+        lead=[f'{v:.2f}' for v in lead(h[now]).tolist()],
+        since=[f'{t[i - 1]:.3g}' for i in since.tolist()],
+    )
     for s in range(12):
-        _frame(ax, s, y, p[:,s], t, now, top, end)
-        for i,v in enumerate(numbers.values()): ax.text(_spot_of(s, y)[0]+.205, y+1.79+.11*i, v[s], ha='center', va='center', fontsize=6.5)
-    says = {.3: 'letter', .8: 'share\nso far', 1.79: 'doubt, bits', 1.9: 'lead', 2.01: 'since epoch'}
-    for dy,text in says.items(): ax.text(_LEFT-.06, y+dy, text, ha='right', va='center', fontsize=6.5)
-    for i,o in enumerate(OP_COLORS): ax.text(_LEFT-.06, y+1.26+.44*(i+.5)/len(OP_COLORS), f'{o} now', ha='right', va='center', fontsize=6.5)
-    ax.text(.04, y+.1, name, va='bottom', fontsize=8, weight='bold')
-    ax.imshow(np.linspace(top,0,64)[:,None], cmap=HEAT, vmin=0, vmax=top, extent=(COL2-.36,COL2-.28,y+1.7,y+1.26), aspect='auto')
-    for v,dy in ((top,1.27),(0,1.69)): ax.text(COL2-.25, y+dy, f'{v:.2g}', va='center', fontsize=6)
+        _frame(ax, s, y, p[:, s], t, now, top, end)
+        for i, v in enumerate(numbers.values()):
+            ax.text(_spot_of(s, y)[0] + 0.205, y + 1.79 + 0.11 * i, v[s], ha='center', va='center', fontsize=6.5)
+    says = {0.3: 'letter', 0.8: 'share\nso far', 1.79: 'doubt, bits', 1.9: 'lead', 2.01: 'since epoch'}
+    for dy, text in says.items():
+        ax.text(_LEFT - 0.06, y + dy, text, ha='right', va='center', fontsize=6.5)
+    for i, o in enumerate(OP_COLORS):
+        ax.text(
+            _LEFT - 0.06,
+            y + 1.26 + 0.44 * (i + 0.5) / len(OP_COLORS),
+            f'{o} now',
+            ha='right',
+            va='center',
+            fontsize=6.5,
+        )
+    ax.text(0.04, y + 0.1, name, va='bottom', fontsize=8, weight='bold')
+    ax.imshow(
+        np.linspace(top, 0, 64)[:, None],
+        cmap=HEAT,
+        vmin=0,
+        vmax=top,
+        extent=(COL2 - 0.36, COL2 - 0.28, y + 1.7, y + 1.26),
+        aspect='auto',
+    )
+    for v, dy in ((top, 1.27), (0, 1.69)):
+        ax.text(COL2 - 0.25, y + dy, f'{v:.2g}', va='center', fontsize=6)
 
 # %% ../../nbs/figures/01_slots.ipynb #25b374cf
 @style()
 def moment(
-    hs:dict,     # name of a search -> (T, 12, 4) alpha
-    now:int=-1,  # which of the T; the last unless given
-    net='',      # name of the search whose network is drawn; '' draws none
-    ts=None,     # name -> (T,) when each was taken, in epochs; 1, 2, ... unless given
-    end=None,    # epochs in all; the last of them unless given
-    losses=None, # name -> (T,) values, drawn at the foot
+    hs: dict,  # name of a search -> (T, 12, 4) alpha
+    now: int = -1,  # which of the T; the last unless given
+    net='',  # name of the search whose network is drawn; '' draws none
+    ts=None,  # name -> (T,) when each was taken, in epochs; 1, 2, ... unless given
+    end=None,  # epochs in all; the last of them unless given
+    losses=None,  # name -> (T,) values, drawn at the foot
 ) -> Figure:
     "Every slot at one moment of a search: letter, shares so far and now, certainty. Raises `InputError` for another shape."
-    for k,h in hs.items():
-        if np.ndim(h) != 3 or np.shape(h)[1:] != (12,len(OP_COLORS)) or not len(h): raise InputError(f'alpha of {k!r} has shape {np.shape(h)}, expected (T, 12, {len(OP_COLORS)}): stack one alpha per epoch, a column for each of {op_letters()}')
-    ts = ts or {k: np.arange(1, len(h)+1) for k,h in hs.items()}
-    end, top = end or max(t[-1] for t in ts.values()), max(float(torch.as_tensor(h).softmax(-1).max()) for h in hs.values())
-    tall = [_BAND*len(hs) + .03, 1.55*bool(net), 1.5*bool(losses)]
-    fig = plt.figure(figsize=(COL2,sum(tall)))
-    place = lambda i: (0, sum(tall[i+1:])/sum(tall), 1, tall[i]/sum(tall))
-    ax = fig.add_axes(place(0)); ax.axis('off')
-    at = {k: range(len(h))[now if now < 0 else min(now, len(h)-1)] for k,h in hs.items()}
-    for i,(k,h) in enumerate(hs.items()): _band(ax, _BAND*i, k, h, ts[k], at[k], max(top,.3), end)
-    ax.set(xlim=(0,COL2), ylim=(tall[0],-.03))
-    if net: draw_genotype(''.join(list(OP_COLORS)[i] for i in np.asarray(hs[net][at[net]]).argmax(-1)), ax=fig.add_axes(place(1)))
+    for k, h in hs.items():
+        if np.ndim(h) != 3 or np.shape(h)[1:] != (12, len(OP_COLORS)) or not len(h):
+            raise InputError(
+                f'alpha of {k!r} has shape {np.shape(h)}, expected (T, 12, {len(OP_COLORS)}): stack one alpha per '
+                f'epoch, a column for each of {op_letters()}'
+            )
+    ts = ts or {k: np.arange(1, len(h) + 1) for k, h in hs.items()}
+    end, top = (
+        end or max(t[-1] for t in ts.values()),
+        max(float(torch.as_tensor(h).softmax(-1).max()) for h in hs.values()),
+    )
+    tall = [_BAND * len(hs) + 0.03, 1.55 * bool(net), 1.5 * bool(losses)]
+    fig = plt.figure(figsize=(COL2, sum(tall)))
+    place = lambda i: (0, sum(tall[i + 1 :]) / sum(tall), 1, tall[i] / sum(tall))
+    ax = fig.add_axes(place(0))
+    ax.axis('off')
+    at = {k: range(len(h))[now if now < 0 else min(now, len(h) - 1)] for k, h in hs.items()}
+    for i, (k, h) in enumerate(hs.items()):
+        _band(ax, _BAND * i, k, h, ts[k], at[k], max(top, 0.3), end)
+    ax.set(xlim=(0, COL2), ylim=(tall[0], -0.03))
+    if net:
+        draw_genotype(
+            ''.join(list(OP_COLORS)[i] for i in np.asarray(hs[net][at[net]]).argmax(-1)), ax=fig.add_axes(place(1))
+        )
     if losses:
         _, y, _, h = place(2)
-        low = fig.add_axes((.1, y+.3*h, .86, .64*h))
-        for i,(k,v) in enumerate(losses.items()): low.plot(next(iter(ts.values()))[-len(v):], v, color=NETS[i], ls=LINES[i], label=k)
-        low.set(xlabel='epoch', ylabel='loss', xlim=(0,end)); low.legend(loc='upper right', ncols=2)
+        low = fig.add_axes((0.1, y + 0.3 * h, 0.86, 0.64 * h))
+        for i, (k, v) in enumerate(losses.items()):
+            low.plot(next(iter(ts.values()))[-len(v) :], v, color=NETS[i], ls=LINES[i], label=k)
+        low.set(xlabel='epoch', ylabel='loss', xlim=(0, end))
+        low.legend(loc='upper right', ncols=2)
     return fig

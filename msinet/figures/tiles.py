@@ -20,90 +20,123 @@ from ..vis import COL2, HEAT, style
 @dataclass(frozen=True)
 class Tiling:
     "Where the tiles of a table are, in inches from the top left corner."
-    rows:int         # of tiles
-    cols:int         # of tiles
-    width:float      # of a tile
-    height:float     # of a tile
-    left:float=.75   # room for the rows' texts
-    above:float=.17  # room for a line of text above each tile
-    right:float=.6   # room for a colour bar
-    gap:float=.05    # between tiles
-    below:float=.03  # room for frames of the last row
+
+    rows: int  # of tiles
+    cols: int  # of tiles
+    width: float  # of a tile
+    height: float  # of a tile
+    left: float = 0.75  # room for the rows' texts
+    above: float = 0.17  # room for a line of text above each tile
+    right: float = 0.6  # room for a colour bar
+    gap: float = 0.05  # between tiles
+    below: float = 0.03  # room for frames of the last row
 
     @property
-    def size(self) -> tuple: return self.left + self.cols*(self.width+self.gap) - self.gap + self.right, self.rows*(self.height+self.above+self.gap) - self.gap + self.below
-    def place(self, r:int, k:int) -> tuple: # its left and upper edge
-        return self.left + k*(self.width+self.gap), self.above + r*(self.height+self.above+self.gap)
+    def size(self) -> tuple:
+        return self.left + self.cols * (self.width + self.gap) - self.gap + self.right, self.rows * (
+            self.height + self.above + self.gap
+        ) - self.gap + self.below
 
-    def box(self,
-        r:int, # row
-        k:int, # column
-        part=(0.,0.,1.,1.), # of the tile: left, top, width, height as shares of it
-    ) -> tuple: # left, top, width, height as shares of the figure
+    def place(self, r: int, k: int) -> tuple:  # its left and upper edge
+        return self.left + k * (self.width + self.gap), self.above + r * (self.height + self.above + self.gap)
+
+    def box(
+        self,
+        r: int,  # row
+        k: int,  # column
+        part=(0.0, 0.0, 1.0, 1.0),  # of the tile: left, top, width, height as shares of it
+    ) -> tuple:  # left, top, width, height as shares of the figure
         "Where a tile, or a part of it, is in the picture: what may be clicked."
-        (W, H), (x, y), (a, b, c, d) = self.size, self.place(r, k), part
-        return (x+a*self.width)/W, (y+b*self.height)/H, c*self.width/W, d*self.height/H
+        (W, H) = self.size
+        (x, y) = self.place(r, k)
+        (a, b, c, d) = part
+        return (x + a * self.width) / W, (y + b * self.height) / H, c * self.width / W, d * self.height / H
 
 # %% ../../nbs/figures/01_tiles.ipynb #bb6f1519
 def tiling(
-    rows:int,      # of tiles
-    cols:int,      # of tiles
-    tall:float,    # height of a tile divided by its width
-    most=1.6,      # inches: no tile is taller
-    left=.75, above=.17, right=.6, # inches, as in `Tiling`
-    page=COL2,     # inches: the width there is
+    rows: int,  # of tiles
+    cols: int,  # of tiles
+    tall: float,  # height of a tile divided by its width
+    most=1.6,  # inches: no tile is taller
+    left=0.75,
+    above=0.17,
+    right=0.6,  # inches, as in `Tiling`
+    page=COL2,  # inches: the width there is
 ) -> Tiling:
     "Tiles as large as the page allows."
-    gap = .05
-    width = min((page-left-right+gap)/cols - gap, most/tall)
-    return Tiling(rows, cols, width, width*tall, left, above, right, gap)
+    gap = 0.05
+    width = min((page - left - right + gap) / cols - gap, most / tall)
+    return Tiling(rows, cols, width, width * tall, left, above, right, gap)
 
 # %% ../../nbs/figures/01_tiles.ipynb #db5b50a6
 def _bar(
-    ax,           # whole figure in inches
-    t:Tiling,
-    lo, hi,       # its ends
-    label:str,    # beside it
+    ax,  # whole figure in inches
+    t: Tiling,
+    lo,
+    hi,  # its ends
+    label: str,  # beside it
 ):
     "A colour bar at the right of a table."
-    (W, H), h = t.size, min(1.6, t.size[1]-t.above-.1)
-    x, y = W-t.right+.1, t.above + (H-t.above-h)/2
-    ax.imshow(np.linspace(1,0,256)[:,None], cmap=HEAT, extent=(x,x+.09,y+h,y), aspect='auto')
-    for v,at in ((hi,y), ((lo+hi)/2,y+h/2), (lo,y+h)): ax.text(x+.12, at, f'{v:.2g}', fontsize=6, va='center')
-    ax.text(x+.47, y+h/2, label, rotation=90, fontsize=7, ha='right', va='center')
+    (W, H), h = t.size, min(1.6, t.size[1] - t.above - 0.1)
+    x, y = W - t.right + 0.1, t.above + (H - t.above - h) / 2
+    ax.imshow(np.linspace(1, 0, 256)[:, None], cmap=HEAT, extent=(x, x + 0.09, y + h, y), aspect='auto')
+    for v, at in ((hi, y), ((lo + hi) / 2, y + h / 2), (lo, y + h)):
+        ax.text(x + 0.12, at, f'{v:.2g}', fontsize=6, va='center')
+    ax.text(x + 0.47, y + h / 2, label, rotation=90, fontsize=7, ha='right', va='center')
 
 # %% ../../nbs/figures/01_tiles.ipynb #766acb3c
 @style()
 def tiles(
-    table,       # rows of tiles: maps (h, w), pictures (H, W, 3) in [0, 1], or None for an empty one
-    t:Tiling,    # where they are
-    rows=(),     # texts at the left
+    table,  # rows of tiles: maps (h, w), pictures (H, W, 3) in [0, 1], or None for an empty one
+    t: Tiling,  # where they are
+    rows=(),  # texts at the left
     texts=None,  # {(row, column): text above}
     rings=None,  # {(row, column): places (left, top) in shares of the tile}, white
-    frames=None, # {(row, column): colour}
-    vmin=None,   # beginning of the maps' scale; their least value, or 0 when that is higher
-    vmax=None,   # its end; their largest value unless given
+    frames=None,  # {(row, column): colour}
+    vmin=None,  # beginning of the maps' scale; their least value, or 0 when that is higher
+    vmax=None,  # its end; their largest value unless given
     label=None,  # of the colour bar; None draws none
     flat=False,  # maps with the edges of their steps, not smoothed
 ) -> Figure:
     "Pictures and maps in rows and columns, in one axes. Raises `InputError` when there are more than places."
-    table = [[x.detach().cpu().numpy() if isinstance(x, Tensor) else x if x is None else np.asarray(x) for x in row] for row in table]
-    if len(table) > t.rows or max(map(len, table)) > t.cols: raise InputError(f'found {len(table)} rows of up to {max(map(len, table))} tiles, expected at most {t.rows} of {t.cols}: make a larger tiling')
+    table = [
+        [x.detach().cpu().numpy() if isinstance(x, Tensor) else x if x is None else np.asarray(x) for x in row]
+        for row in table
+    ]
+    if len(table) > t.rows or max(map(len, table)) > t.cols:
+        raise InputError(
+            f'found {len(table)} rows of up to {max(map(len, table))} tiles, expected at most {t.rows} of {t.cols}: '
+            'make a larger tiling'
+        )
     maps = [x for row in table for x in row if x is not None and x.ndim == 2]
-    lo = vmin if vmin is not None else min([0., *(float(m.min()) for m in maps)])
-    hi = vmax if vmax is not None else max([lo+1e-9, *(float(m.max()) for m in maps)])
+    lo = vmin if vmin is not None else min([0.0, *(float(m.min()) for m in maps)])
+    hi = vmax if vmax is not None else max([lo + 1e-9, *(float(m.max()) for m in maps)])
     fig = plt.figure(figsize=t.size)
-    ax = fig.add_axes([0,0,1,1])
+    ax = fig.add_axes([0, 0, 1, 1])
     ax.axis('off')
-    for r,row in enumerate(table):
-        for k,x in enumerate(row):
+    for r, row in enumerate(table):
+        for k, x in enumerate(row):
             a, b = t.place(r, k)
-            if x is not None: ax.imshow(x, cmap=HEAT, vmin=lo, vmax=hi, extent=(a,a+t.width,b+t.height,b), aspect='auto', interpolation='nearest' if flat or x.ndim == 3 else 'bilinear')
-            if c := (frames or {}).get((r,k)): ax.add_patch(plt.Rectangle((a,b), t.width, t.height, fc='none', ec=c, lw=2, zorder=3))
-            for u,v in (rings or {}).get((r,k), ()):
-                for color,mew in (('black',2.8), ('white',1.3)): ax.plot(a+u*t.width, b+v*t.height, 'o', mfc='none', mec=color, ms=8, mew=mew)
-    for (r,k),s in (texts or {}).items(): ax.text(t.place(r, k)[0]+t.width/2, t.place(r, k)[1]-.04, s, ha='center', va='bottom', fontsize=7)
-    for r,s in enumerate(rows): ax.text(t.left-.08, t.place(r, 0)[1]+t.height/2, s, ha='right', va='center', fontsize=7)
-    if label is not None and maps: _bar(ax, t, lo, hi, label)
-    ax.set(xlim=(0,t.size[0]), ylim=(t.size[1],0))
+            if x is not None:
+                ax.imshow(
+                    x,
+                    cmap=HEAT,
+                    vmin=lo,
+                    vmax=hi,
+                    extent=(a, a + t.width, b + t.height, b),
+                    aspect='auto',
+                    interpolation='nearest' if flat or x.ndim == 3 else 'bilinear',
+                )
+            if c := (frames or {}).get((r, k)):
+                ax.add_patch(plt.Rectangle((a, b), t.width, t.height, fc='none', ec=c, lw=2, zorder=3))
+            for u, v in (rings or {}).get((r, k), ()):
+                for color, mew in (('black', 2.8), ('white', 1.3)):
+                    ax.plot(a + u * t.width, b + v * t.height, 'o', mfc='none', mec=color, ms=8, mew=mew)
+    for (r, k), s in (texts or {}).items():
+        ax.text(t.place(r, k)[0] + t.width / 2, t.place(r, k)[1] - 0.04, s, ha='center', va='bottom', fontsize=7)
+    for r, s in enumerate(rows):
+        ax.text(t.left - 0.08, t.place(r, 0)[1] + t.height / 2, s, ha='right', va='center', fontsize=7)
+    if label is not None and maps:
+        _bar(ax, t, lo, hi, label)
+    ax.set(xlim=(0, t.size[0]), ylim=(t.size[1], 0))
     return fig

@@ -26,124 +26,165 @@ from ..figures.cam import object_share
 # %% ../../nbs/paper/25_evidence.ipynb #8e23a40d
 class Interval(NamedTuple):
     "A value, and where it may well lie."
-    value:float # the estimate
-    low:float   # of the interval
-    high:float  # of the interval
-    n:int       # readings behind it
+
+    value: float  # the estimate
+    low: float  # of the interval
+    high: float  # of the interval
+    n: int  # readings behind it
 
     @property
-    def resolved(self) -> bool: return bool(self.low > 0 or self.high < 0) # 0 lies outside
-    def __str__(self): return f'{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n={self.n}'
+    def resolved(self) -> bool:
+        return bool(self.low > 0 or self.high < 0)  # 0 lies outside
+
+    def __str__(self):
+        return f'{self.value:.3g} [{self.low:.3g}, {self.high:.3g}], n={self.n}'
 
 # %% ../../nbs/paper/25_evidence.ipynb #7de20f05
 def mean_ci(
-    values,          # one number per run
-    level:float=.95, # confidence
+    values,  # one number per run
+    level: float = 0.95,  # confidence
 ) -> Interval:
     "Mean of a few runs with its t interval. Raises `InputError` below two."
     v = np.asarray(values, float)
-    if v.ndim != 1 or len(v) < 2 or not np.isfinite(v).all(): raise InputError(f'found {v.tolist()}, expected two or more numbers: one run has no spread')
-    half = special.stdtrit(len(v)-1, (1+level)/2)*v.std(ddof=1)/len(v)**.5
-    return Interval(float(v.mean()), float(v.mean()-half), float(v.mean()+half), len(v))
+    if v.ndim != 1 or len(v) < 2 or not np.isfinite(v).all():
+        raise InputError(f'found {v.tolist()}, expected two or more numbers: one run has no spread')
+    half = special.stdtrit(len(v) - 1, (1 + level) / 2) * v.std(ddof=1) / len(v) ** 0.5
+    return Interval(float(v.mean()), float(v.mean() - half), float(v.mean() + half), len(v))
 
 # %% ../../nbs/paper/25_evidence.ipynb #aa27b0ca
 def drawn_means(
-    v, groups, # (Q,) values, and whose they are
-    n:int=2000, # draws
-    seed:int=0,
-) -> np.ndarray: # (n,) means
+    v,
+    groups,  # (Q,) values, and whose they are
+    n: int = 2000,  # draws
+    seed: int = 0,
+) -> np.ndarray:  # (n,) means
     "Means over groups drawn with replacement, all values of a drawn group together."
     _, g = np.unique(groups, return_inverse=True)
-    total, many, k = np.bincount(g, v), np.bincount(g), g.max()+1
+    total = np.bincount(g, v)
+    many = np.bincount(g)
+    k = g.max() + 1
     pick = np.random.default_rng(seed).integers(k, size=(n, k))
-    return total[pick].sum(1)/many[pick].sum(1)
+    return total[pick].sum(1) / many[pick].sum(1)
 
 # %% ../../nbs/paper/25_evidence.ipynb #a0edc1bd
 def paired(
-    ap1, ap2,        # (Q,) values of the same queries; NaN where a query has no match
-    pids,            # (Q,) whose queries they are
-    level:float=.95, # confidence
-    n:int=2000,      # draws
-    seed:int=0,      # of the draws
-) -> Interval: # of ap1 - ap2; `n` counts identities
+    ap1,
+    ap2,  # (Q,) values of the same queries; NaN where a query has no match
+    pids,  # (Q,) whose queries they are
+    level: float = 0.95,  # confidence
+    n: int = 2000,  # draws
+    seed: int = 0,  # of the draws
+) -> Interval:  # of ap1 - ap2; `n` counts identities
     "Mean difference on the same queries, with a bootstrap interval over identities. Raises `InputError` for lists of different length."
-    a, b, pids = np.asarray(ap1, float), np.asarray(ap2, float), np.asarray(pids)
-    if not len(a) == len(b) == len(pids): raise InputError(f'found {len(a)} and {len(b)} values of {len(pids)} queries, expected as many of each: measure both networks on one set')
+    a = np.asarray(ap1, float)
+    b = np.asarray(ap2, float)
+    pids = np.asarray(pids)
+    if not len(a) == len(b) == len(pids):
+        raise InputError(
+            f'found {len(a)} and {len(b)} values of {len(pids)} queries, expected as many of each: measure both '
+            'networks on one set'
+        )
     some = np.isfinite(a) & np.isfinite(b)
-    if not some.any(): raise InputError(f'none of {len(a)} queries has a value from both, expected some: check identities and cameras')
-    d, who = (a-b)[some], pids[some]
-    low, high = np.quantile(drawn_means(d, who, n, seed), [(1-level)/2, (1+level)/2])
+    if not some.any():
+        raise InputError(f'none of {len(a)} queries has a value from both, expected some: check identities and cameras')
+    d, who = (a - b)[some], pids[some]
+    low, high = np.quantile(drawn_means(d, who, n, seed), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(d.mean()), float(low), float(high), len(np.unique(who)))
 
 # %% ../../nbs/paper/25_evidence.ipynb #31ff6e86
 def rank_correlation(
-    a, b,                  # (n,) two values of each thing
-    stat=None,             # such as `scipy.stats.spearmanr`; Kendall's τ unless given
-    level:float=.95,       # confidence
-    n:int=2000,            # draws
-    seed:int=0,            # of the draws
+    a,
+    b,  # (n,) two values of each thing
+    stat=None,  # such as `scipy.stats.spearmanr`; Kendall's τ unless given
+    level: float = 0.95,  # confidence
+    n: int = 2000,  # draws
+    seed: int = 0,  # of the draws
 ) -> Interval:
     "Agreement of two orders, -1 to 1, with a bootstrap interval over the things. Raises `InputError` below four or for a constant list."
     a, b = np.asarray(a, float), np.asarray(b, float)
     if len(a) != len(b) or len(a) < 4 or not np.isfinite([a, b]).all() or not (np.ptp(a) and np.ptp(b)):
-        raise InputError(f'found {len(a)} and {len(b)} values, expected as many, at least four, finite and not all alike: an order needs things to put in order')
-    if stat is None: from scipy.stats import kendalltau as stat # here, because it takes a second to load
+        raise InputError(
+            f'found {len(a)} and {len(b)} values, expected as many, at least four, finite and not all alike: an order '
+            'needs things to put in order'
+        )
+    if stat is None:
+        from scipy.stats import kendalltau as stat  # here, because it takes a second to load
     r, some = np.random.default_rng(seed), []
     while len(some) < n:
         k = r.integers(len(a), size=len(a))
-        if np.ptp(a[k]) and np.ptp(b[k]): some.append(stat(a[k], b[k]).statistic)
-    return Interval(float(stat(a, b).statistic), *map(float, np.quantile(some, [(1-level)/2, (1+level)/2])), len(a))
+        if np.ptp(a[k]) and np.ptp(b[k]):
+            some.append(stat(a[k], b[k]).statistic)
+    return Interval(
+        float(stat(a, b).statistic), *map(float, np.quantile(some, [(1 - level) / 2, (1 + level) / 2])), len(a)
+    )
 
 # %% ../../nbs/paper/25_evidence.ipynb #af784a48
 def object_gain(
-    heat, # (B, h, w) 0 or more
-    m,    # (B, H, W) masks in [0, 1]
-) -> Tensor: # (B,), 1 for an even map
+    heat,  # (B, h, w) 0 or more
+    m,  # (B, H, W) masks in [0, 1]
+) -> Tensor:  # (B,), 1 for an even map
     "Share of the heat on the object over the object's share of the picture. Errors as `object_share`."
-    return object_share(heat, m)/torch.as_tensor(np.asarray(m)).float().mean((1,2))
+    return object_share(heat, m) / torch.as_tensor(np.asarray(m)).float().mean((1, 2))
 
 # %% ../../nbs/paper/25_evidence.ipynb #5d563f6b
 @torch.no_grad()
 def object_gains(
-    net:nn.Module, # a `ReIDNet`
-    items,         # of `Item`, rendered or with masks
-    size,          # (H, W) of the network's input
-) -> Tensor: # (M,), one per picture
+    net: nn.Module,  # a `ReIDNet`
+    items,  # of `Item`, rendered or with masks
+    size,  # (H, W) of the network's input
+) -> Tensor:  # (M,), one per picture
     "How much the last map prefers the object, picture by picture. Errors as `mask`."
-    heat = torch.cat([net.eval()(x.to(device_of(net))).maps[-1].square().sum(1).cpu() for x in test_loader(items, size)])
+    heat = torch.cat(
+        [net.eval()(x.to(device_of(net))).maps[-1].square().sum(1).cpu() for x in test_loader(items, size)]
+    )
     return object_gain(heat, np.stack([mask(i) for i in items]))
 
 # %% ../../nbs/paper/25_evidence.ipynb #ec82492a
 def elsewhere(
-    item, # an `Item` of a rendered set, or its path
-    cam:int, # whose background, from 1 on
-) -> np.ndarray: # (H, W, 3) uint8
+    item,  # an `Item` of a rendered set, or its path
+    cam: int,  # whose background, from 1 on
+) -> np.ndarray:  # (H, W, 3) uint8
     "The same moment in front of what another camera sees. Raises `InputError` for a picture that isn't rendered on demand."
     shot = parse_path(getattr(item, 'path', item))
     w, own = shot.world, site(shot.world, shot.cam)[0]
-    (p, m), b, there = stage(shot), stage(shot, actor=False)[0], stage(shot._replace(cam=cam, split='empty'))[0]
-    moved = np.clip(p + (1-m[...,None])*(there-b), 0, None)
-    return degrade(develop(moved, own, visit(shot).gain), own, keyed('sensor', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame))
+    (p, m) = stage(shot)
+    b = stage(shot, actor=False)[0]
+    there = stage(shot._replace(cam=cam, split='empty'))[0]
+    moved = np.clip(p + (1 - m[..., None]) * (there - b), 0, None)
+    return degrade(
+        develop(moved, own, visit(shot).gain),
+        own,
+        keyed('sensor', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame),
+    )
 
 # %% ../../nbs/paper/25_evidence.ipynb #f35a8dad
 @torch.no_grad()
 def background_drift(
-    net:nn.Module, # with a method `embed`: (B, 3, H, W) -> (B, D)
-    items,         # of `Item`, of a rendered set
-    bs:int=64,     # pictures in a batch
-    scaled:bool=False, # divided by the mean 1 - cosine of different identities: 1 is as far as another person
-) -> np.ndarray: # (M,) in [0, 2] unless scaled, the mean over the set's other cameras
+    net: nn.Module,  # with a method `embed`: (B, 3, H, W) -> (B, D)
+    items,  # of `Item`, of a rendered set
+    bs: int = 64,  # pictures in a batch
+    scaled: bool = False,  # divided by the mean 1 - cosine of different identities: 1 is as far as another person
+) -> np.ndarray:  # (M,) in [0, 2] unless scaled, the mean over the set's other cameras
     "How far features turn when only the background changes, 1 - cosine. Errors as `elsewhere`; `InputError` for a set of one camera."
     cams = sorted({i.cam for i in items})
     pid = torch.tensor([i.pid for i in items])
-    if scaled and (pid == pid[0]).all(): raise InputError('found pictures of one identity, expected two or more to scale by their distance: leave scaled out')
-    if len(cams) < 2: raise InputError(f'found the cameras {cams}, expected two or more: the other background comes from another camera')
+    if scaled and (pid == pid[0]).all():
+        raise InputError(
+            'found pictures of one identity, expected two or more to scale by their distance: leave scaled out'
+        )
+    if len(cams) < 2:
+        raise InputError(
+            f'found the cameras {cams}, expected two or more: the other background comes from another camera'
+        )
+
     def embedded(pics):
-        x = normalise(torch.from_numpy(np.stack(pics)).permute(0,3,1,2)).to(device_of(net))
+        x = normalise(torch.from_numpy(np.stack(pics)).permute(0, 3, 1, 2)).to(device_of(net))
         return F.normalize(torch.cat([net.eval().embed(b) for b in x.split(bs)])).cpu()
+
     own = embedded([load_image(i.path) for i in items])
-    turned = [(k, elsewhere(i, c)) for k,i in enumerate(items) for c in cams if c != i.cam]
-    at, there = np.array([k for k,_ in turned]), embedded([p for _,p in turned])
-    drift = np.bincount(at, 1-(own[at]*there).sum(1).double().numpy(), len(items))/np.bincount(at)
-    if not scaled: return drift
-    return drift/(1-own@own.T)[pid[:,None] != pid].mean().item()
+    turned = [(k, elsewhere(i, c)) for k, i in enumerate(items) for c in cams if c != i.cam]
+    at, there = np.array([k for k, _ in turned]), embedded([p for _, p in turned])
+    drift = np.bincount(at, 1 - (own[at] * there).sum(1).double().numpy(), len(items)) / np.bincount(at)
+    if not scaled:
+        return drift
+    return drift / (1 - own @ own.T)[pid[:, None] != pid].mean().item()

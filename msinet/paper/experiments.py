@@ -27,256 +27,384 @@ from .runs import filled, key_of, names_of, Part, part_of_paper, PARTS, run_of
 from .trials import grid, plan, read_rows, training_rate
 
 # %% ../../nbs/paper/50_experiments.ipynb #e8c4f0ba
-_SEEDS = 20 # looked for
+_SEEDS = 20  # looked for
+
 
 def results(
-    name:str,          # a table or figure: a key of `PARTS`
-    where,             # folder of trials, or a file of rows
-    scale:str='demo',  # or paper
-) -> pd.DataFrame: # one line per arm, column and seed that has a row: status, metrics in percent, `ap` of each query, mAP `before` the first step, and what `looked` gave of its picture
+    name: str,  # a table or figure: a key of `PARTS`
+    where,  # folder of trials, or a file of rows
+    scale: str = 'demo',  # or paper
+) -> pd.DataFrame:  # one line per arm, column and seed that has a row: status, metrics in percent, `ap` of each query, mAP `before` the first step, and what `looked` gave of its picture
     "What was found for a table or a figure. Empty when nothing was."
     part, found = part_of_paper(name), {r['key']: r for r in read_rows(where)}
     out = []
-    for (label,arm),column,seed in product(part.arms.items(), part.columns, range(_SEEDS)):
+    for (label, arm), column, seed in product(part.arms.items(), part.columns, range(_SEEDS)):
         r = found.get(key_of(run_of(f'{column}/{arm}', scale, seed)))
-        if r is None: continue
+        if r is None:
+            continue
         m = r.get('metrics', {}).get(column.split('>')[-1], {})
-        out.append(dict(arm=label, column=column, seed=seed, status=r['status'], error=r['error'], genotype=r.get('genotype'), before=100*r.get('before', {}).get('mAP', np.nan), ap=m.get('ap'), gain=m.get('gain'), drift=m.get('drift'), **{k: 100*m[k] for k in ('mAP','R1','R5') if k in m}))
-    return pd.DataFrame(out, columns=['arm','column','seed','status','error','genotype','before','ap','gain','drift','mAP','R1','R5'])
+        out.append(
+            dict(
+                arm=label,
+                column=column,
+                seed=seed,
+                status=r['status'],
+                error=r['error'],
+                genotype=r.get('genotype'),
+                before=100 * r.get('before', {}).get('mAP', np.nan),
+                ap=m.get('ap'),
+                gain=m.get('gain'),
+                drift=m.get('drift'),
+                **{k: 100 * m[k] for k in ('mAP', 'R1', 'R5') if k in m},
+            )
+        )
+    return pd.DataFrame(
+        out,
+        columns=[
+            'arm',
+            'column',
+            'seed',
+            'status',
+            'error',
+            'genotype',
+            'before',
+            'ap',
+            'gain',
+            'drift',
+            'mAP',
+            'R1',
+            'R5',
+        ],
+    )
 
 # %% ../../nbs/paper/50_experiments.ipynb #e87d976e
 def resolved_word(
-    each:list, # one difference per seed
+    each: list,  # one difference per seed
 ) -> str:
     "What may be said of an arm: higher, lower, not resolved, one seed, or not run."
-    if len(each) < 2: return 'one seed' if each else 'not run'
+    if len(each) < 2:
+        return 'one seed' if each else 'not run'
     ci = mean_ci(each)
     return 'not resolved' if not ci.resolved else 'higher' if ci.value > 0 else 'lower'
 
 # %% ../../nbs/paper/50_experiments.ipynb #d1cd957d
 def differences(
-    t:pd.DataFrame,  # as from `results`
-    against,         # an arm in print, or arm -> its own reference
-    of:str='ap',     # or `gain`, `drift`: what is compared picture by picture
-) -> pd.DataFrame: # one line per column and arm: mean difference, low and high of its interval, seeds, verdict; `each` holds one number per seed. AP in points
+    t: pd.DataFrame,  # as from `results`
+    against,  # an arm in print, or arm -> its own reference
+    of: str = 'ap',  # or `gain`, `drift`: what is compared picture by picture
+) -> pd.DataFrame:  # one line per column and arm: mean difference, low and high of its interval, seeds, verdict; `each` holds one number per seed. AP in points
     "Each arm against another: same seeds, same pictures, so that most of the noise falls out."
     other = lambda arm: against if isinstance(against, str) else against[arm]
-    done = t[t.status == 'done'].set_index(['column','arm','seed'])[of].dropna().sort_index()
+    done = t[t.status == 'done'].set_index(['column', 'arm', 'seed'])[of].dropna().sort_index()
     scale = 100 if of == 'ap' else 1
+
     def line(column, arm):
         mine, theirs = (done.get((column, a), pd.Series(dtype=object)) for a in (arm, other(arm)))
         seeds = [s for s in mine.index if s in theirs.index and len(mine[s]) == len(theirs[s])]
-        each = [scale*float(np.nanmean(np.subtract(mine[s], theirs[s], dtype=float))) for s in seeds]
+        each = [scale * float(np.nanmean(np.subtract(mine[s], theirs[s], dtype=float))) for s in seeds]
         low, high = mean_ci(each)[1:3] if len(each) > 1 else (np.nan, np.nan)
-        return dict(column=column, arm=arm, difference=np.mean(each) if each else np.nan, low=low, high=high, seeds=len(each), verdict=resolved_word(each), each=each)
-    lines = t[['column','arm']].drop_duplicates()
-    return pd.DataFrame([line(*p) for p in lines.itertuples(index=False) if p.arm != other(p.arm)], columns=['column','arm','difference','low','high','seeds','verdict','each'])
+        return dict(
+            column=column,
+            arm=arm,
+            difference=np.mean(each) if each else np.nan,
+            low=low,
+            high=high,
+            seeds=len(each),
+            verdict=resolved_word(each),
+            each=each,
+        )
+
+    lines = t[['column', 'arm']].drop_duplicates()
+    return pd.DataFrame(
+        [line(*p) for p in lines.itertuples(index=False) if p.arm != other(p.arm)],
+        columns=['column', 'arm', 'difference', 'low', 'high', 'seeds', 'verdict', 'each'],
+    )
 
 # %% ../../nbs/paper/50_experiments.ipynb #d674f8ec
 def cell(
-    v:pd.DataFrame, # lines of `results` for one arm and column
-    metric:str,
+    v: pd.DataFrame,  # lines of `results` for one arm and column
+    metric: str,
 ) -> str:
     "A result in words."
-    if not len(v): return 'not run'
+    if not len(v):
+        return 'not run'
     good = v[v.status == 'done'][metric].dropna()
-    if not len(good): return 'failed'
-    return f'{good.mean():.1f} ({len(good)})' if len(good) == 1 else f'{good.mean():.1f}\u00a0±\u00a0{good.std():.1f} ({len(good)})' # never broken at the sign
+    if not len(good):
+        return 'failed'
+    return (
+        f'{good.mean():.1f} ({len(good)})'
+        if len(good) == 1
+        else f'{good.mean():.1f}\u00a0±\u00a0{good.std():.1f} ({len(good)})'
+    )  # never broken at the sign
 
 # %% ../../nbs/paper/50_experiments.ipynb #d9bcbc41
 def table(
-    n:int,             # of the paper's table
-    where='runs/grid', # folder of trials, or a file of rows
-    scale:str='demo',  # or paper
-) -> pd.DataFrame: # per line and metric the paper's number and ours
+    n: int,  # of the paper's table
+    where='runs/grid',  # folder of trials, or a file of rows
+    scale: str = 'demo',  # or paper
+) -> pd.DataFrame:  # per line and metric the paper's number and ours
     "A table of the paper with our results beside it. Raises `InputError` for a table that isn't there."
     paper = published(n)
-    if n == 1: return genotypes(where, scale)
+    if n == 1:
+        return genotypes(where, scale)
     part = PARTS.get(f'table {n}', Part((), {}))
     t = results(f'table {n}', where, scale) if part.arms else None
     lines, places = list(dict.fromkeys([*paper.index, *part.arms])), {*filled(part)}
+
     def ours(label, column, metric):
-        if label not in part.arms: return '' if pd.isna(paper.loc[label, f'{column} {metric}']) else 'quoted' if paper['from'][label] == 'quoted' else 'not run'
+        if label not in part.arms:
+            return (
+                ''
+                if pd.isna(paper.loc[label, f'{column} {metric}'])
+                else 'quoted'
+                if paper['from'][label] == 'quoted'
+                else 'not run'
+            )
         said = cell(t[(t.arm == label) & (t.column == column)], metric)
         return '' if said == 'not run' and (column, label) not in places else said
+
     heads, printed = [c for c in paper.columns if ' ' in c], paper.astype(object).fillna('')
-    out = {(h, side): {l: printed[h].get(l, '') if side == 'paper' else ours(l, *h.split(' ')) for l in lines} for h in heads for side in ('paper','ours')}
+    out = {
+        (h, side): {l: printed[h].get(l, '') if side == 'paper' else ours(l, *h.split(' ')) for l in lines}
+        for h in heads
+        for side in ('paper', 'ours')
+    }
     return pd.DataFrame(out).reindex(lines)
 
 # %% ../../nbs/paper/50_experiments.ipynb #ea1794a0
 def genotypes(
-    where, scale:str, # as for `table`
+    where,
+    scale: str,  # as for `table`
 ) -> pd.DataFrame:
     "Table 1: the paper's genotype, and those that were searched here."
     t = results('table 1', where, scale)
     found = [(f'searched on {r.column}, seed {r.seed}', r.genotype) for r in t[t.status == 'done'].itertuples()]
-    return pd.DataFrame([*published(1).genotype.items(), *found], columns=['row','genotype']).set_index('row').rename_axis(None)
+    return (
+        pd.DataFrame([*published(1).genotype.items(), *found], columns=['row', 'genotype'])
+        .set_index('row')
+        .rename_axis(None)
+    )
 
 # %% ../../nbs/paper/50_experiments.ipynb #167ec561
 _VERDICTS = {'higher': RIGHT, 'lower': WRONG, 'not resolved': QUERY, 'one seed': QUERY, 'not run': QUERY}
 
+
 def figure(
-    name:str,          # 5a to 5e, or a table such as `table 5`
-    where='runs/grid', # folder of trials, or a file of rows
-    scale:str='demo',  # or paper
-    metric:str='mAP',
+    name: str,  # 5a to 5e, or a table such as `table 5`
+    where='runs/grid',  # folder of trials, or a file of rows
+    scale: str = 'demo',  # or paper
+    metric: str = 'mAP',
 ) -> Figure:
     "An ablation with its spread and what it resolves. Raises `InputError` when nothing of it was run."
     name = name if ' ' in name else f'figure {name}'
     part, t = part_of_paper(name), results(name, where, scale)
-    if not (t.status == 'done').any(): raise InputError(f'nothing of {name} is done in {where}, expected rows: write msinet run {name!r} --scale {scale}')
-    import seaborn as sns # here, because it takes a second to load
+    if not (t.status == 'done').any():
+        raise InputError(
+            f'nothing of {name} is done in {where}, expected rows: write msinet run {name!r} --scale {scale}'
+        )
+    import seaborn as sns  # here, because it takes a second to load
+
     d = differences(t, part.against)
     done = t[t.status == 'done'].assign(column=lambda t: t.column.map(lambda c: c.replace('>', ' → ')))
-    arms, columns = ([x for x in xs if (done[k] == x.replace('>', ' → ')).any()] for k,xs in (('arm', part.arms), ('column', part.columns)))
-    both = bool(part.against) # a part without an arm to compare with has no right half
-    fig, axs = plt.subplots(1, 1+both, figsize=(COL2 if both else COL1, .7+.2*len(arms)*len(columns)), layout='constrained', sharey=True, squeeze=False)
-    left, right = axs[0,0], axs[0,-1]
-    kw = dict(data=done, y='arm', x=metric, hue='column', order=arms, hue_order=[c.replace('>', ' → ') for c in columns], palette='colorblind', ax=left)
-    sns.barplot(**kw, errorbar=None, alpha=.4, legend=len(columns) > 1)
+    arms, columns = (
+        [x for x in xs if (done[k] == x.replace('>', ' → ')).any()]
+        for k, xs in (('arm', part.arms), ('column', part.columns))
+    )
+    both = bool(part.against)  # a part without an arm to compare with has no right half
+    fig, axs = plt.subplots(
+        1,
+        1 + both,
+        figsize=(COL2 if both else COL1, 0.7 + 0.2 * len(arms) * len(columns)),
+        layout='constrained',
+        sharey=True,
+        squeeze=False,
+    )
+    left, right = axs[0, 0], axs[0, -1]
+    kw = dict(
+        data=done,
+        y='arm',
+        x=metric,
+        hue='column',
+        order=arms,
+        hue_order=[c.replace('>', ' → ') for c in columns],
+        palette='colorblind',
+        ax=left,
+    )
+    sns.barplot(**kw, errorbar=None, alpha=0.4, legend=len(columns) > 1)
     sns.stripplot(**kw, dodge=True, size=3, jitter=False, legend=False)
     left.set(ylabel='', xlabel=f'{metric}, %')
-    if len(columns) > 1: sns.move_legend(left, 'lower left', bbox_to_anchor=(0,1), ncol=2, title=None, frameon=False)
-    if not both: return fig
+    if len(columns) > 1:
+        sns.move_legend(left, 'lower left', bbox_to_anchor=(0, 1), ncol=2, title=None, frameon=False)
+    if not both:
+        return fig
     _show_differences(right, d[d.arm.isin(arms)], arms, columns)
-    right.set(xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else 'its own reference'}, points")
+    right.set(
+        xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else 'its own reference'}, points"
+    )
     return fig
 
 # %% ../../nbs/paper/50_experiments.ipynb #d1e7b913
 def _show_differences(
-    ax, # to draw on, one line per arm
-    d:pd.DataFrame, # as from `differences`
-    arms:list,      # in print, from top to bottom
-    columns,        # of each arm, from top to bottom
+    ax,  # to draw on, one line per arm
+    d: pd.DataFrame,  # as from `differences`
+    arms: list,  # in print, from top to bottom
+    columns,  # of each arm, from top to bottom
 ):
     "Differences with their intervals; the colour is the verdict, dots are seeds."
-    step = .8/len(columns)
+    step = 0.8 / len(columns)
     for r in d[d.seeds > 0].itertuples():
-        y = arms.index(r.arm) + (columns.index(r.column)-(len(columns)-1)/2)*step
-        ax.plot([r.low,r.high], [y,y], '|-', lw=1.2, color=_VERDICTS[r.verdict])
+        y = arms.index(r.arm) + (columns.index(r.column) - (len(columns) - 1) / 2) * step
+        ax.plot([r.low, r.high], [y, y], '|-', lw=1.2, color=_VERDICTS[r.verdict])
         ax.plot(r.difference, y, 'D', ms=3.5, color=_VERDICTS[r.verdict])
-        ax.plot(r.each, [y+.16*step]*len(r.each), '.', ms=3, color='k', alpha=.5)
-    ax.axvline(0, color='k', lw=.8)
+        ax.plot(r.each, [y + 0.16 * step] * len(r.each), '.', ms=3, color='k', alpha=0.5)
+    ax.axvline(0, color='k', lw=0.8)
 
 # %% ../../nbs/paper/50_experiments.ipynb #f2aa1d61
 def run(
-    what:str,              # a run such as MS/gate, a part such as figure 5b, or the beginning of several parts
-    dir='runs/grid',       # folder of all trials
-    scale:str='demo',      # or paper
-    seeds:int=3,           # 0, 1, …
-    files:dict={},         # where sets and weights lie, as for `located`
-    workers:int=1,         # trials at a time on this machine
-    address:str='',        # of a Ray cluster
-    say=None,              # called with each row as it is done
-) -> pd.DataFrame: # as `rows`
+    what: str,  # a run such as MS/gate, a part such as figure 5b, or the beginning of several parts
+    dir='runs/grid',  # folder of all trials
+    scale: str = 'demo',  # or paper
+    seeds: int = 3,  # 0, 1, …
+    files: dict = {},  # where sets and weights lie, as for `located`
+    workers: int = 1,  # trials at a time on this machine
+    address: str = '',  # of a Ray cluster
+    say=None,  # called with each row as it is done
+) -> pd.DataFrame:  # as `rows`
     "Carry out what a word means, with several seeds. Errors as `names_of` and `grid`."
     return grid(planned(what, scale, seeds), dir, files, workers, address, say)
 
 # %% ../../nbs/paper/50_experiments.ipynb #b2ed7a78
 def planned(
-    what:str, scale:str, seeds:int, # as for `run`
-) -> list: # of `Run`, seed after seed, so that an early end leaves whole seeds
+    what: str,
+    scale: str,
+    seeds: int,  # as for `run`
+) -> list:  # of `Run`, seed after seed, so that an early end leaves whole seeds
     "The runs that a word means."
-    if seeds < 1: raise InputError(f'found {seeds} seeds, expected one or more: write --seeds 3')
+    if seeds < 1:
+        raise InputError(f'found {seeds} seeds, expected one or more: write --seeds 3')
     return [run_of(n, scale, seed) for seed in range(seeds) for n in names_of(what)]
 
 # %% ../../nbs/paper/50_experiments.ipynb #797d15a0
 @dataclass(frozen=True)
 class RunConfig:
     "Carry out runs of the paper's tables and Figure 5. What is done isn't done again."
-    what:tyro.conf.Positional[str] # a run such as MS/gate, a part such as 'figure 5b', or the beginning of several, such as 'figure 5'
-    scale:Literal['demo','paper']='demo' # rendered sets in minutes a run, or the published recipe
-    seeds:int=3          # 0, 1, …
-    dir:str='runs/grid'  # folder of all trials
-    files:tuple[str,...]=() # where sets and weights lie at the paper's scale: MS=/path msinet+imagenet=/file
-    workers:int=1        # trials at a time on this machine; more than one needs Ray
-    address:str=''       # of a Ray cluster
-    dry_run:bool=False   # list runs, hours and disk, and do nothing
-    device:str=''        # of the estimate: cpu or cuda; empty takes the best
+
+    what: tyro.conf.Positional[
+        str
+    ]  # a run such as MS/gate, a part such as 'figure 5b', or the beginning of several, such as 'figure 5'
+    scale: Literal['demo', 'paper'] = 'demo'  # rendered sets in minutes a run, or the published recipe
+    seeds: int = 3  # 0, 1, …
+    dir: str = 'runs/grid'  # folder of all trials
+    files: tuple[str, ...] = ()  # where sets and weights lie at the paper's scale: MS=/path msinet+imagenet=/file
+    workers: int = 1  # trials at a time on this machine; more than one needs Ray
+    address: str = ''  # of a Ray cluster
+    dry_run: bool = False  # list runs, hours and disk, and do nothing
+    device: str = ''  # of the estimate: cpu or cuda; empty takes the best
 
 # %% ../../nbs/paper/50_experiments.ipynb #c664e7f1
 def _estimate(
-    cfg:RunConfig,
-) -> pd.DataFrame: # as `plan`
+    cfg: RunConfig,
+) -> pd.DataFrame:  # as `plan`
     "What the runs of a command would cost on this machine."
     device, step = def_device(cfg.device), run_of('MS/msinet', cfg.scale).train
-    rate = training_rate(replace(step, batch=16) if device == 'cpu' else step, device) # a processor is as fast with few pictures
+    rate = training_rate(
+        replace(step, batch=16) if device == 'cpu' else step, device
+    )  # a processor is as fast with few pictures
     return plan(planned(cfg.what, cfg.scale, cfg.seeds), cfg.dir, rate)
 
 # %% ../../nbs/paper/50_experiments.ipynb #61e1713c
 def pairs(
-    words, # NAME=/path
-) -> dict: # name -> path
+    words,  # NAME=/path
+) -> dict:  # name -> path
     "Places by their names. Raises `InputError` for a word without both."
     odd = [w for w in words if '' in w.partition('=')]
-    if odd: raise InputError(f'{odd[0]!r} is no place, expected a name and a path: write MS=/path')
+    if odd:
+        raise InputError(f'{odd[0]!r} is no place, expected a name and a path: write MS=/path')
     return dict(w.split('=', 1) for w in words)
 
 # %% ../../nbs/paper/50_experiments.ipynb #6461545c
 def _line_of(
-    row:dict, # as from `perform`
+    row: dict,  # as from `perform`
 ) -> str:
     "A row in a line."
-    maps = (f'{s} {100*m["mAP"]:.1f} mAP' for s,m in row.get('metrics', {}).items())
+    maps = (f'{s} {100 * m["mAP"]:.1f} mAP' for s, m in row.get('metrics', {}).items())
     return f"{row['status']:7} {row['run']:16} seed {row['seed']}  {row['error'] or ', '.join(maps)}"
 
 # %% ../../nbs/paper/50_experiments.ipynb #91097f7f
 def run_command(
-    cfg:RunConfig,
-    say=None, # called with a line of text for each row
-) -> tuple[str,int]: # what to print at the end, how many runs failed
+    cfg: RunConfig,
+    say=None,  # called with a line of text for each row
+) -> tuple[str, int]:  # what to print at the end, how many runs failed
     "`msinet run`"
     files = pairs(cfg.files)
     if cfg.dry_run:
         p = _estimate(cfg)
-        return f'{p.to_string(index=False, float_format="{:.2f}".format)}\n{(p.status != "done").sum()} of {len(p)} runs to do, about {p.hours.sum()/cfg.workers:,.1f} hours with {cfg.workers} at a time, {p.GB.max()*cfg.workers:.2g} GB of disk', 0
-    t = run(cfg.what, cfg.dir, cfg.scale, cfg.seeds, files, cfg.workers, cfg.address, say and (lambda r: say(_line_of(r))))
+        return (
+            f'{p.to_string(index=False, float_format="{:.2f}".format)}\n{(p.status != "done").sum()} of {len(p)} runs '
+            f'to do, about {p.hours.sum() / cfg.workers:,.1f} hours with {cfg.workers} at a time, '
+            f'{p.GB.max() * cfg.workers:.2g} GB of disk',
+            0,
+        )
+    t = run(
+        cfg.what, cfg.dir, cfg.scale, cfg.seeds, files, cfg.workers, cfg.address, say and (lambda r: say(_line_of(r)))
+    )
     failed = int((t.status != 'done').sum())
-    return f"{len(t)-failed} of {len(t)} runs done{f', {failed} failed; the same command tries them again' if failed else ''}. Rows in {cfg.dir}", failed
+    return (
+        f"{len(t) - failed} of {len(t)} runs "
+        f"done{f', {failed} failed; the same command tries them again' if failed else ''}. Rows in {cfg.dir}",
+        failed,
+    )
 
 # %% ../../nbs/paper/50_experiments.ipynb #97610f8d
 @dataclass(frozen=True)
 class TableConfig:
     "A table of the paper with our results beside it."
-    n:tyro.conf.Positional[int] # 1 to 6
-    rows:str='runs/grid' # folder of trials, or a file of rows
-    scale:Literal['demo','paper']='demo'
+
+    n: tyro.conf.Positional[int]  # 1 to 6
+    rows: str = 'runs/grid'  # folder of trials, or a file of rows
+    scale: Literal['demo', 'paper'] = 'demo'
+
 
 @dataclass(frozen=True)
 class FigureConfig:
     "An ablation of Figure 5, or a table, as a picture with its spread and what it resolves."
-    name:tyro.conf.Positional[str] # 5a to 5e, or 'table 5'
-    rows:str='runs/grid' # folder of trials, or a file of rows
-    scale:Literal['demo','paper']='demo'
-    out:str=''           # file without ending, .pdf and .png are written; empty: figure-5b and the like
+
+    name: tyro.conf.Positional[str]  # 5a to 5e, or 'table 5'
+    rows: str = 'runs/grid'  # folder of trials, or a file of rows
+    scale: Literal['demo', 'paper'] = 'demo'
+    out: str = ''  # file without ending, .pdf and .png are written; empty: figure-5b and the like
 
 # %% ../../nbs/paper/50_experiments.ipynb #8e784c42
 def _rows_at(
-    cfg, # `TableConfig` or `FigureConfig`
+    cfg,  # `TableConfig` or `FigureConfig`
 ) -> str:
     "Where the rows are. Raises `InputError` for a place that was named and isn't there."
-    if cfg.rows != type(cfg).rows and not Path(cfg.rows).exists(): raise InputError(f'{cfg.rows} is not there, expected a folder of trials or a file of rows')
+    if cfg.rows != type(cfg).rows and not Path(cfg.rows).exists():
+        raise InputError(f'{cfg.rows} is not there, expected a folder of trials or a file of rows')
     return cfg.rows
 
 # %% ../../nbs/paper/50_experiments.ipynb #5b0e7c44
 def _in_blocks(
-    t:pd.DataFrame, # as from `table`
-    width:int,      # letters in a line
+    t: pd.DataFrame,  # as from `table`
+    width: int,  # letters in a line
 ) -> str:
     "A wide table in parts below each other; the paper's number and ours stay together."
     parts = [[]]
     for head in t.columns.get_level_values(0).unique():
-        if parts[-1] and len(t[[*parts[-1],head]].to_string().split('\n')[0]) > width: parts.append([])
+        if parts[-1] and len(t[[*parts[-1], head]].to_string().split('\n')[0]) > width:
+            parts.append([])
         parts[-1].append(head)
     return '\n\n'.join(t[p].to_string() for p in parts)
 
 # %% ../../nbs/paper/50_experiments.ipynb #5b0e7c43
-def table_command(cfg:TableConfig) -> str:
+def table_command(cfg: TableConfig) -> str:
     "`msinet table`"
-    return _in_blocks(table(cfg.n, _rows_at(cfg), cfg.scale), get_terminal_size((10**4,0)).columns)
+    return _in_blocks(table(cfg.n, _rows_at(cfg), cfg.scale), get_terminal_size((10**4, 0)).columns)
 
-def figure_command(cfg:FigureConfig) -> str:
+
+def figure_command(cfg: FigureConfig) -> str:
     "`msinet figure`"
     out = Path(cfg.out or f"figure-{cfg.name.replace(' ', '-')}")
-    with style(): files = save_figure(figure(cfg.name, _rows_at(cfg), cfg.scale), out.name, out.parent)
+    with style():
+        files = save_figure(figure(cfg.name, _rows_at(cfg), cfg.scale), out.name, out.parent)
     return '\n'.join(map(str, files))

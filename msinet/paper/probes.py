@@ -24,7 +24,14 @@ from ..rendering.world import get_data
 from ..data.loaders import n_identities, PKSampler
 from ..ops import OPS
 from msinet.space import (
-    check_genotype, frozen_stats, FUSES, genotype, Mixed, quarter_in, quarter_out, set_genotype,
+    check_genotype,
+    frozen_stats,
+    FUSES,
+    genotype,
+    Mixed,
+    quarter_in,
+    quarter_out,
+    set_genotype,
     supernet,
 )
 from ..necks import BNNeck, ReIDNet
@@ -36,134 +43,161 @@ from ..training.train import train, TrainConfig
 
 # %% ../../nbs/paper/25_probes.ipynb #35f7e1ce
 def random_genotypes(
-    n:int,      # how many
-    seed:int=0, # which
-    but=(),     # words that may not come
-) -> list[str]: # twelve letters each, all different; the first ones of a longer draw are the same
+    n: int,  # how many
+    seed: int = 0,  # which
+    but=(),  # words that may not come
+) -> list[str]:  # twelve letters each, all different; the first ones of a longer draw are the same
     "Random genotypes without repeats. Raises `InputError` when there aren't so many."
     but = {check_genotype(w) for w in but}
-    if not 0 <= n <= len(OPS)**12-len(but): raise InputError(f'found {n} words to draw, expected 0 to {len(OPS)**12-len(but)}: there are no more')
+    if not 0 <= n <= len(OPS) ** 12 - len(but):
+        raise InputError(f'found {n} words to draw, expected 0 to {len(OPS) ** 12 - len(but)}: there are no more')
     r, out = random.Random(seed), {}
     while len(out) < n:
         w = ''.join(r.choices(list(OPS), k=12))
-        if w not in but: out[w] = None
+        if w not in but:
+            out[w] = None
     return list(out)
 
 # %% ../../nbs/paper/25_probes.ipynb #bf57031b
 @contextmanager
 def with_genotype(
-    net:nn.Module, # holds a supernet
-    word:str,      # twelve letters
+    net: nn.Module,  # holds a supernet
+    word: str,  # twelve letters
 ):
     "Inside the block α is one-hot on a word."
     mixes = [m for m in net.modules() if isinstance(m, Mixed)]
     before = [m.alpha.detach().clone() for m in mixes]
     set_genotype(net, word)
-    try: yield net
+    try:
+        yield net
     finally:
         with torch.no_grad():
-            for m,a in zip(mixes, before): m.alpha.copy_(a)
+            for m, a in zip(mixes, before):
+                m.alpha.copy_(a)
 
 # %% ../../nbs/paper/25_probes.ipynb #2aa47415
 @contextmanager
 @torch.no_grad()
 def own_stats(
-    net:nn.Module,
-    batches, # of (x, y); enough of them for a mean
+    net: nn.Module,
+    batches,  # of (x, y); enough of them for a mean
 ):
     "Inside the block running statistics are means over these batches, as the network is now."
     bns = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before, momentum, modes = [{k: v.clone() for k,v in m.state_dict().items()} for m in bns], [m.momentum for m in bns], [(m, m.training) for m in net.modules()]
-    for m in bns: m.reset_running_stats(); m.momentum = None # the plain mean
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in bns]
+    momentum = [m.momentum for m in bns]
+    modes = [(m, m.training) for m in net.modules()]
+    for m in bns:
+        m.reset_running_stats()
+        m.momentum = None  # the plain mean
     net.train()
-    for x,_ in batches: net(x)
-    for m,t in modes: m.training = t
-    try: yield net
+    for x, _ in batches:
+        net(x)
+    for m, t in modes:
+        m.training = t
+    try:
+        yield net
     finally:
-        for m,s,k in zip(bns, before, momentum): m.load_state_dict(s); m.momentum = k
+        for m, s, k in zip(bns, before, momentum):
+            m.load_state_dict(s)
+            m.momentum = k
 
 # %% ../../nbs/paper/25_probes.ipynb #0e79d400
 @torch.no_grad()
 def twin_loss(
-    net:nn.Module,       # a `ReIDNet`
-    memory:Memory,       # of the twin
-    batches,             # of (x, y)
-    after_bn:bool=False, # as in the search
-) -> float: # mean over the batches
+    net: nn.Module,  # a `ReIDNet`
+    memory: Memory,  # of the twin
+    batches,  # of (x, y)
+    after_bn: bool = False,  # as in the search
+) -> float:  # mean over the batches
     "The loss of Eq. (2) as the search sees it, with the batch's own statistics; nothing is updated."
     was = net.training
     with frozen_stats(net.train()):
-        b = [(net(x).branches[0], y) for x,y in batches]
+        b = [(net(x).branches[0], y) for x, y in batches]
     net.train(was)
-    return sum(memory.loss(k.f_bn if after_bn else k.f, y).item() for k,y in b)/len(b)
+    return sum(memory.loss(k.f_bn if after_bn else k.f, y).item() for k, y in b) / len(b)
 
 # %% ../../nbs/paper/25_probes.ipynb #7f896c57
 def evaluate_genotype(
-    net:nn.Module, # holds a supernet
-    word:str,      # twelve letters
-    measure,       # network -> number
+    net: nn.Module,  # holds a supernet
+    word: str,  # twelve letters
+    measure,  # network -> number
     batches=None,  # of (x, y), to take running statistics from; None leaves the mixture's
 ):
     "What a supernet is worth with one-hot α."
     with with_genotype(net, word):
-        if batches is None: return measure(net)
-        with own_stats(net, batches): return measure(net)
+        if batches is None:
+            return measure(net)
+        with own_stats(net, batches):
+            return measure(net)
 
 # %% ../../nbs/paper/25_probes.ipynb #cc5f3a06
 def open_supernet(
-    run, # a search's folder
-) -> nn.Module: # a `ReIDNet` in eval mode, with its α
+    run,  # a search's folder
+) -> nn.Module:  # a `ReIDNet` in eval mode, with its α
     "The supernet that a search left. Raises `InputError` when there is none."
-    sd, about = load_weights(Path(run)/'search.safetensors')
-    if about.get('kind') != 'supernet': raise InputError(f'{run} holds no supernet, expected the folder of a search')
-    backbone = supernet(about['channels'], about['rho'], FUSES[about.get('fuse', 'sum')], quarter_in if about.get('narrow') else quarter_out)
+    sd, about = load_weights(Path(run) / 'search.safetensors')
+    if about.get('kind') != 'supernet':
+        raise InputError(f'{run} holds no supernet, expected the folder of a search')
+    backbone = supernet(
+        about['channels'],
+        about['rho'],
+        FUSES[about.get('fuse', 'sum')],
+        quarter_in if about.get('narrow') else quarter_out,
+    )
     net = ReIDNet(backbone, BNNeck(backbone.channels))
     net.load_state_dict(sd)
     return net.eval()
 
 # %% ../../nbs/paper/25_probes.ipynb #98a273c8
 def discretisation_gap(
-    net:nn.Module, # holds a supernet
-    measures:dict, # name -> (network -> number), e.g. loss and mAP
-    word:str=None, # the supernet's own genotype unless given
+    net: nn.Module,  # holds a supernet
+    measures: dict,  # name -> (network -> number), e.g. loss and mAP
+    word: str = None,  # the supernet's own genotype unless given
     batches=None,  # as in `evaluate_genotype`, for both sides
-) -> pd.DataFrame: # one row per measure: soft, hard, gap
+) -> pd.DataFrame:  # one row per measure: soft, hard, gap
     "What is lost when the soft choice becomes a hard one."
     word, rows = word or genotype(net), {}
-    for k,m in measures.items():
-        if batches is None: soft = m(net)
+    for k, m in measures.items():
+        if batches is None:
+            soft = m(net)
         else:
-            with own_stats(net, batches): soft = m(net)
+            with own_stats(net, batches):
+                soft = m(net)
         hard = evaluate_genotype(net, word, m, batches)
-        rows[k] = dict(soft=soft, hard=hard, gap=hard-soft)
+        rows[k] = dict(soft=soft, hard=hard, gap=hard - soft)
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/paper/25_probes.ipynb #c74f69f8
 def batches_per_epoch(
-    items,    # training images
-    cfg,      # with `batch` and `K`
+    items,  # training images
+    cfg,  # with `batch` and `K`
 ) -> int:
     "How many P×K batches an epoch has."
     return len(PKSampler(relabel(items)[0], n_identities(cfg.batch, cfg.K), cfg.K, cfg.seed))
 
 # %% ../../nbs/paper/25_probes.ipynb #73a07382
 def search_passes(
-    cfg:SearchConfig,
-    data:ReIDData,
-) -> int: # batches sent forward and backward, of ω and of α
+    cfg: SearchConfig,
+    data: ReIDData,
+) -> int:  # batches sent forward and backward, of ω and of α
     "What a search costs."
-    return cfg.epochs*batches_per_epoch(split_from_config(data.train, cfg)[0], cfg)*(5 if cfg.unrolled else 2)
+    return cfg.epochs * batches_per_epoch(split_from_config(data.train, cfg)[0], cfg) * (5 if cfg.unrolled else 2)
 
 # %% ../../nbs/paper/25_probes.ipynb #3a84f98b
 def held_out(
-    data:ReIDData,
-    share:float=.25, # of the training identities
-    seed:int=0,      # which ones
-) -> ReIDData: # trains on the others, asks and searches among those held out
+    data: ReIDData,
+    share: float = 0.25,  # of the training identities
+    seed: int = 0,  # which ones
+) -> ReIDData:  # trains on the others, asks and searches among those held out
     "Training identities to choose by. The test set plays no part. Raises `InputError` below two identities on either side."
     pids = sorted({i.pid for i in data.train})
-    n = round(share*len(pids))
-    if not 2 <= n <= len(pids)-2: raise InputError(f'share {share} holds out {n} of {len(pids)} identities, expected at least two there and two to train on: change the share')
+    n = round(share * len(pids))
+    if not 2 <= n <= len(pids) - 2:
+        raise InputError(
+            f'share {share} holds out {n} of {len(pids)} identities, expected at least two there and two to train on: '
+            'change the share'
+        )
     drawn = {*random.Random(seed).sample(pids, n)}
     query, gallery = query_gallery([i for i in data.train if i.pid in drawn])
     return ReIDData([i for i in data.train if i.pid not in drawn], query, gallery, 'held out', data.same_cam_ok)
@@ -172,27 +206,38 @@ def held_out(
 @dataclass(frozen=True)
 class RandomSearchResult:
     "What a random search found."
-    genotype:str        # the best word
-    table:pd.DataFrame  # one row per word, best first: mAP and R1 of the identities held out
-    epochs:int          # that each word was trained
-    passes:int          # in all
+
+    genotype: str  # the best word
+    table: pd.DataFrame  # one row per word, best first: mAP and R1 of the identities held out
+    epochs: int  # that each word was trained
+    passes: int  # in all
 
 # %% ../../nbs/paper/25_probes.ipynb #c2082489
 def random_search(
-    cfg:TrainConfig,     # how each word is trained; `epochs` is the budget of all together
-    k:int,               # how many words
-    data:ReIDData=None,  # instead of what `cfg.data` names
-    share:float=.25,     # of the training identities, held out to choose by
-    seed:int=0,          # of the words and of who is held out
-    but=(),              # words that may not come
+    cfg: TrainConfig,  # how each word is trained; `epochs` is the budget of all together
+    k: int,  # how many words
+    data: ReIDData = None,  # instead of what `cfg.data` names
+    share: float = 0.25,  # of the training identities, held out to choose by
+    seed: int = 0,  # of the words and of who is held out
+    but=(),  # words that may not come
 ) -> RandomSearchResult:
     "k random words, each trained for a k-th of the budget; the best by identities held out. Run folders go to `cfg.out`. Raises `InputError` for a budget below k."
-    each = cfg.epochs//max(k, 1)
-    if k < 1 or not each: raise InputError(f'found {cfg.epochs} epochs for {k} words, expected at least one word and an epoch each: raise the budget')
+    each = cfg.epochs // max(k, 1)
+    if k < 1 or not each:
+        raise InputError(
+            f'found {cfg.epochs} epochs for {k} words, expected at least one word and an epoch each: raise the budget'
+        )
     inner = held_out(data or get_data(cfg.data, cfg.size), share, seed)
     root, rows = run_folder(cfg.out, 'random', cfg.resume), {}
     for w in random_genotypes(k, seed, but):
-        c = replace(cfg, genotype=w, epochs=each, drops=short_milestones(each) if cfg.drops else (), warmup=min(cfg.warmup, max(1, each//8)), out=str(root/w))
+        c = replace(
+            cfg,
+            genotype=w,
+            epochs=each,
+            milestones=short_milestones(each) if cfg.milestones else (),
+            warmup=min(cfg.warmup, max(1, each // 8)),
+            out=str(root / w),
+        )
         rows[w] = train(c, inner).metrics['after']
-    table = pd.DataFrame(rows).T[['mAP','R1']].sort_values('mAP', ascending=False, kind='stable')
-    return RandomSearchResult(table.index[0], table, each, k*each*batches_per_epoch(inner.train, cfg))
+    table = pd.DataFrame(rows).T[['mAP', 'R1']].sort_values('mAP', ascending=False, kind='stable')
+    return RandomSearchResult(table.index[0], table, each, k * each * batches_per_epoch(inner.train, cfg))

@@ -13,10 +13,12 @@ import pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/paper/50_published.ipynb #6ccfabed
-TABLES = {1: '''
+TABLES = {
+    1: '''
 row        | genotype
 MSINet     | GGEGAGGNGAEA
-''', 2: '''
+''',
+    2: '''
 row                        | from  | params | time | M R1 | M mAP | MS R1 | MS mAP | VR R1 | VR mAP | VID R1 | VID R5 | MS>M R1 | MS>M mAP | VR>VID R1 | VR>VID R5
 ResNet50, scratch          | run   | 24     | 1    | 85.7 | 68.3  | 48.0  | 25.7   | 92.8  | 69.9   | 70.6   | 76.6   |         |          |           |
 OSNet, scratch             | mixed | 2.2    | .79  | 93.6 | 81.0  | 71.0  | 43.3   | 95.4  | 72.8   | 76.0   | 88.7   |         |          |           |
@@ -27,7 +29,8 @@ OSNet, ImageNet            | mixed | 2.2    | .79  | 94.8 | 84.9  | 78.7  | 52.9
 CDNet, ImageNet            | mixed | 1.8    | .67  | 95.1 | 86.0  | 78.9  | 54.7   |       |        |        |        |         |          |           |
 MSINet, ImageNet           | run   | 2.3    | .71  | 95.3 | 89.6  | 81.0  | 59.6   | 96.8  | 78.8   | 77.9   | 91.7   | 74.9    | 46.2     | 48.0      | 65.6
 MSINet with SAM, ImageNet  | run   | 2.4    | .71  | 95.5 | 89.9  | 80.7  | 59.5   | 96.7  | 79.0   | 78.0   | 91.9   | 76.3    | 48.4     | 49.0      | 66.8
-''', 3: '''
+''',
+    3: '''
 row              | from   | M R1 | M mAP | MS R1 | MS mAP
 PCB              | quoted | 93.8 | 81.6  | 68.2  | 40.4
 MGN              | quoted | 95.7 | 86.9  | 76.9  | 52.1
@@ -42,7 +45,8 @@ SFT              | quoted | 94.1 | 87.5  | 79.0  | 58.3
 CTF              | quoted | 94.8 | 87.7  |       |
 RGA-SC           | quoted | 96.1 | 88.4  | 80.3  | 57.5
 MSINet, ImageNet | run    | 95.3 | 89.6  | 81.0  | 59.6
-''', 4: '''
+''',
+    4: '''
 row          | from   | M R1 | M mAP | M>MS R1 | M>MS mAP
 MMCL         | quoted | 80.3 | 45.5  | 40.8    | 15.1
 MMT          | quoted |      |       | 50.1    | 24.0
@@ -57,7 +61,8 @@ HDCRL        | quoted | 92.4 | 81.7  |         |
 HDCRL, MSINet| run    | 92.9 | 82.7  |         |
 IDM          | quoted |      |       | 61.3    | 33.5
 IDM, MSINet  | run    |      |       | 66.0    | 37.8
-''', 5: '''
+''',
+    5: '''
 row                        | from | VR R1 | VR mAP | VR>VID R1 | VR>VID R5
 MSINet, none               | run  | 96.7  | 78.5   | 48.0      | 65.6
 MSINet, positives          | run  | 96.7  | 78.1   | 48.4      | 66.0
@@ -67,25 +72,30 @@ MSINet, separated          | run  | 96.8  | 78.6   | 48.7      | 66.4
 MSINet, PAM                | run  | 96.7  | 79.0   | 49.0      | 66.8
 OSNet, none                | run  | 95.5  | 76.4   | 46.5      | 63.1
 OSNet, PAM                 | run  | 95.9  | 76.3   | 47.5      | 63.3
-''', 6: '''
+''',
+    6: '''
 row              | from   | params | time | MS R1 | MS mAP | VR R1 | VR mAP
 DeiT-S           | quoted | 22     | .97  | 76.3  | 55.2   | 95.5  | 76.3
 DeiT-B           | quoted | 86     | 1.79 | 81.9  | 61.4   | 95.9  | 78.4
 ViT-B            | quoted | 86     | 1.79 | 81.8  | 61.0   | 96.5  | 78.2
 MSINet, ImageNet | run    | 2.3    | .71  | 81.0  | 59.6   | 96.8  | 78.8
-'''}
+''',
+}
 
 # %% ../../nbs/paper/50_published.ipynb #2ee7b5e0
 def published(
-    n:int, # of the table, 1 to 6
-) -> pd.DataFrame: # one row per line of the table; columns as headed there, NaN where the paper has none
+    n: int,  # of the table, 1 to 6
+) -> pd.DataFrame:  # one row per line of the table; columns as headed there, NaN where the paper has none
     "A table of the paper. Raises `InputError` for one that it doesn't have."
-    if n not in TABLES: raise InputError(f'the paper has no table {n!r}, expected one of {", ".join(map(str, TABLES))}')
+    if n not in TABLES:
+        raise InputError(f'the paper has no table {n!r}, expected one of {", ".join(map(str, TABLES))}')
     return pd.read_csv(StringIO(TABLES[n].strip()), sep=r'\s*\|\s*', engine='python').set_index('row')
 
 # %% ../../nbs/paper/50_published.ipynb #dccc302b
-ORDERS = {'5a': 'TCM with part of the identities shared > TCM with all shared > cross-entropy with all shared',
-          '5b': 'searched > gate > every other single interaction; random words are worse than the searched one',
-          '5c': 'sum about equal to minus, both > multiply',
-          '5d': '1:1 clearly below 2:1, 3:1 and 4:1, which gain little more',
-          '5e': 'every weight above zero helps on the other domain, 2 most'}
+ORDERS = {
+    '5a': 'TCM with part of the identities shared > TCM with all shared > cross-entropy with all shared',
+    '5b': 'searched > gate > every other single interaction; random words are worse than the searched one',
+    '5c': 'sum about equal to minus, both > multiply',
+    '5d': '1:1 clearly below 2:1, 3:1 and 4:1, which gain little more',
+    '5e': 'every weight above zero helps on the other domain, 2 most',
+}

@@ -7,7 +7,8 @@ __all__ = ['COLUMNS', 'DEMO_SETS', 'ARMS', 'PARTS', 'Run', 'base', 'run_of', 'ch
            'part_of_paper', 'filled', 'names_of']
 
 # %% ../../nbs/paper/50_runs.ipynb #0456a634
-import json, hashlib
+import json
+import hashlib
 from dataclasses import dataclass, asdict, replace
 from itertools import product
 
@@ -22,170 +23,298 @@ from .probes import random_genotypes
 from .published import published
 
 # %% ../../nbs/paper/50_runs.ipynb #eba61475
-_VEHICLE = dict(size=(256,256))
-_ACROSS = dict(epochs=250, jitter=True, erase=0.)
-COLUMNS = {'M': {}, 'MS': {}, 'VR': _VEHICLE, 'VID': _VEHICLE, 'MS>M': _ACROSS, 'M>MS': _ACROSS, 'VR>VID': _VEHICLE | _ACROSS}
+_VEHICLE = dict(size=(256, 256))
+_ACROSS = dict(epochs=250, jitter=True, random_erasing=0.0)
+COLUMNS = {
+    'M': {},
+    'MS': {},
+    'VR': _VEHICLE,
+    'VID': _VEHICLE,
+    'MS>M': _ACROSS,
+    'M>MS': _ACROSS,
+    'VR>VID': _VEHICLE | _ACROSS,
+}
 
 # %% ../../nbs/paper/50_runs.ipynb #304d9f00
-DEMO_SETS = dict(MS='synth:n_ids=64,n_test=48', M='synth:domain=B,n_ids=64,n_test=48',
-                 VR='synth:kind=vehicle,n_ids=64,n_test=48', VID='synth:kind=vehicle,domain=B,n_ids=64,n_test=48')
-_PERSONS, _VEHICLES = ('MS','M'), ('VR','VID')
+DEMO_SETS = dict(
+    MS='synth:n_ids=64,n_test=48',
+    M='synth:domain=B,n_ids=64,n_test=48',
+    VR='synth:kind=vehicle,n_ids=64,n_test=48',
+    VID='synth:kind=vehicle,domain=B,n_ids=64,n_test=48',
+)
+_PERSONS, _VEHICLES = ('MS', 'M'), ('VR', 'VID')
+
 
 def _demo_recipe(
-    source:str, # short name of the set that is trained on
-) -> dict: # fields of a configuration
+    source: str,  # short name of the set that is trained on
+) -> dict:  # fields of a configuration
     "Size and length of a training at the demo scale."
-    epochs, size = (60, (64,32)) if source in _PERSONS else (40, (96,96))
-    return dict(size=size, epochs=epochs, drops=short_milestones(epochs), jitter=True)
+    epochs, size = (60, (64, 32)) if source in _PERSONS else (40, (96, 96))
+    return dict(size=size, epochs=epochs, milestones=short_milestones(epochs), jitter=True)
 
 # %% ../../nbs/paper/50_runs.ipynb #728caac4
-_NETS = {n: dict(backbone=n) for n in ('resnet50','osnet','cdnet','deit_s','deit_b','vit_b')}
-_WORDS = dict(none='N'*12, exchange='E'*12, gate='G'*12, attention='A'*12, **{f'random-{i}': w for i,w in enumerate(random_genotypes(3), 1)})
-_ALIGNED = {'sam': dict(lambda_sa=2.), **{k: dict(lambda_sa=2., align=k) for k in ('positives','negatives','unified','separated')},
-           'sam-released': dict(lambda_sa=2., sam_released=True), **{f'sam-{w}': dict(lambda_sa=float(w)) for w in ('.5','1','4')}}
+_NETS = {n: dict(backbone=n) for n in ('resnet50', 'osnet', 'cdnet', 'deit_s', 'deit_b', 'vit_b')}
+_WORDS = dict(
+    none='N' * 12,
+    exchange='E' * 12,
+    gate='G' * 12,
+    attention='A' * 12,
+    **{f'random-{i}': w for i, w in enumerate(random_genotypes(3), 1)},
+)
+_ALIGNED = {
+    'sam': dict(lambda_sa=2.0),
+    **{k: dict(lambda_sa=2.0, align=k) for k in ('positives', 'negatives', 'unified', 'separated')},
+    'sam-released': dict(lambda_sa=2.0, sam_released=True),
+    **{f'sam-{w}': dict(lambda_sa=float(w)) for w in ('.5', '1', '4')},
+}
 
 # %% ../../nbs/paper/50_runs.ipynb #ecab88cc
-ARMS = {'msinet': {}, **_NETS, **{k: dict(genotype=w) for k,w in _WORDS.items()}, **_ALIGNED, 'osnet-sam': dict(backbone='osnet', lambda_sa=2.),
-        'long': dict(epochs=120, drops=short_milestones(120)), 'minus': dict(fuse='minus'), 'multiply': dict(fuse='multiply'), **{f'rho-{r}': dict(rho=r) for r in (1,2,4)}}
-_SEARCHED = {'search-ce': dict(objective='ce', overlap=1.), **{f'search-{round(100*o)}': dict(overlap=o) for o in (1.,.75,.4,0.)}}
-_IMAGENET = '+imagenet' # ends an arm that starts from weights of ImageNet
-_FROM_TIMM = ('resnet50','deit_s','deit_b','vit_b') # their weights are fetched, those of others are a file
+ARMS = {
+    'msinet': {},
+    **_NETS,
+    **{k: dict(genotype=w) for k, w in _WORDS.items()},
+    **_ALIGNED,
+    'osnet-sam': dict(backbone='osnet', lambda_sa=2.0),
+    'long': dict(epochs=120, milestones=short_milestones(120)),
+    'minus': dict(fuse='minus'),
+    'multiply': dict(fuse='multiply'),
+    **{f'rho-{r}': dict(rho=r) for r in (1, 2, 4)},
+}
+_SEARCHED = {
+    'search-ce': dict(objective='ce', overlap=1.0),
+    **{f'search-{round(100 * o)}': dict(overlap=o) for o in (1.0, 0.75, 0.4, 0.0)},
+}
+_IMAGENET = '+imagenet'  # ends an arm that starts from weights of ImageNet
+_FROM_TIMM = ('resnet50', 'deit_s', 'deit_b', 'vit_b')  # their weights are fetched, those of others are a file
 
 # %% ../../nbs/paper/50_runs.ipynb #bf859b2d
 @dataclass(frozen=True)
 class Run:
     "One training, and the search before it where there is one."
-    name:str             # column/arm
-    train:TrainConfig    # or `UnsupConfig`; data are named by their short names at the paper's scale
-    search:SearchConfig=None # None: the genotype is given
-    tests:tuple=()       # of (short name, what `get_data` takes): where the network is measured
-    weights:str=''       # the file it needs to start from, by name: backbone+imagenet
-    kind:str='train'     # or usl, uda: what is done
-    start:'Run'=None     # another run whose network it starts from
+
+    name: str  # column/arm
+    train: TrainConfig  # or `UnsupConfig`; data are named by their short names at the paper's scale
+    search: SearchConfig = None  # None: the genotype is given
+    tests: tuple = ()  # of (short name, what `get_data` takes): where the network is measured
+    weights: str = ''  # the file it needs to start from, by name: backbone+imagenet
+    kind: str = 'train'  # or usl, uda: what is done
+    start: 'Run' = None  # another run whose network it starts from
 
 # %% ../../nbs/paper/50_runs.ipynb #0a47f9ff
 def base(
-    source:str, column:str, # short names of the set and of the column
-    scale:str,              # paper or demo
-) -> tuple[TrainConfig,SearchConfig]:
+    source: str,
+    column: str,  # short names of the set and of the column
+    scale: str,  # paper or demo
+) -> tuple[TrainConfig, SearchConfig]:
     "What all arms of a column share."
     if scale == 'demo':
         recipe = dict(data=DEMO_SETS[source], channels_last=True)
-        return replace(TRAIN['laptop'], lambda_sa=0., **recipe, **_demo_recipe(source)), replace(SEARCH['laptop'], size=_demo_recipe(source)['size'], evaluate=False, **recipe)
-    size = {k: v for k,v in COLUMNS[column].items() if k == 'size'}
-    return replace(TRAIN['full'], lambda_sa=0., data=source, **COLUMNS[column]), replace(SEARCH['full'], data=source, evaluate=False, **size)
+        return replace(TRAIN['laptop'], lambda_sa=0.0, **recipe, **_demo_recipe(source)), replace(
+            SEARCH['laptop'], size=_demo_recipe(source)['size'], evaluate=False, **recipe
+        )
+    size = {k: v for k, v in COLUMNS[column].items() if k == 'size'}
+    return replace(TRAIN['full'], lambda_sa=0.0, data=source, **COLUMNS[column]), replace(
+        SEARCH['full'], data=source, evaluate=False, **size
+    )
 
 # %% ../../nbs/paper/50_runs.ipynb #74f89efb
 def _clustered(
-    name:str, method:str,       # of the run, and a key of `METHODS`
-    source:str, target:str,     # short names; without a target the source is learnt without identities
-    scale:str, seed:int,        # as for `run_of`
+    name: str,
+    method: str,  # of the run, and a key of `METHODS`
+    source: str,
+    target: str,  # short names; without a target the source is learnt without identities
+    scale: str,
+    seed: int,  # as for `run_of`
 ) -> Run:
     "A run of Table 4."
     kind, measured = ('uda' if target else 'usl'), target or source
     if scale == 'paper':
         cfg = replace(UNSUP['full'], data=measured, source=source if target else '', method=method, seed=seed)
-        return Run(name, cfg, None, ((measured, measured),), cfg.backbone+_IMAGENET, kind)
+        return Run(name, cfg, None, ((measured, measured),), cfg.backbone + _IMAGENET, kind)
     A, B = DEMO_SETS['MS'], DEMO_SETS['M']
-    cfg = replace(UNSUP['laptop'], data=B, source=A if target else '', method=method, seed=seed, batch=32 if target else 64)
+    cfg = replace(
+        UNSUP['laptop'], data=B, source=A if target else '', method=method, seed=seed, batch=32 if target else 64
+    )
     return Run(name, cfg, None, ((measured, B),), '', kind, run_of('MS/long', 'demo', seed))
 
 # %% ../../nbs/paper/50_runs.ipynb #93d66959
 def run_of(
-    name:str,           # column/arm, e.g. MS/gate
-    scale:str='paper',  # or demo
-    seed:int=0,
+    name: str,  # column/arm, e.g. MS/gate
+    scale: str = 'paper',  # or demo
+    seed: int = 0,
 ) -> Run:
     "The run of a name. Raises `InputError` for a name that isn't one."
     column, _, arm = name.partition('/')
     plain = arm.removesuffix(_IMAGENET)
-    if column not in COLUMNS: raise InputError(f'{name!r} is no run: {column!r} is no column, expected one of {", ".join(COLUMNS)}, then a stroke and an arm: write MS/gate')
+    if column not in COLUMNS:
+        raise InputError(
+            f'{name!r} is no run: {column!r} is no column, expected one of {", ".join(COLUMNS)}, then a stroke and an '
+            'arm: write MS/gate'
+        )
     source, _, target = column.partition('>')
-    if arm in METHODS: return _clustered(name, arm, source, target, scale, seed)
-    if plain not in ARMS | _SEARCHED: raise InputError(f'{name!r} is no run: {plain!r} is no arm, expected one of {", ".join([*ARMS, *_SEARCHED, *METHODS])}')
+    if arm in METHODS:
+        return _clustered(name, arm, source, target, scale, seed)
+    if plain not in ARMS | _SEARCHED:
+        raise InputError(
+            f'{name!r} is no run: {plain!r} is no arm, expected one of {", ".join([*ARMS, *_SEARCHED, *METHODS])}'
+        )
     train, search = base(source, column, scale)
     train = replace(train, seed=seed, **ARMS.get(plain, {}))
-    if arm != plain and plain in _FROM_TIMM: train = replace(train, weights=TIMM)
+    if arm != plain and plain in _FROM_TIMM:
+        train = replace(train, weights=TIMM)
     search = replace(search, seed=seed, **_SEARCHED[plain]) if plain in _SEARCHED else None
     where = (_PERSONS if source in _PERSONS else _VEHICLES) if scale == 'demo' else [target or source]
-    return Run(name, train, search, tuple((s, DEMO_SETS[s] if scale == 'demo' else s) for s in where), train.backbone+_IMAGENET if arm != plain and not train.weights else '')
+    return Run(
+        name,
+        train,
+        search,
+        tuple((s, DEMO_SETS[s] if scale == 'demo' else s) for s in where),
+        train.backbone + _IMAGENET if arm != plain and not train.weights else '',
+    )
 
 # %% ../../nbs/paper/50_runs.ipynb #3564a772
-_NOT_RESULT = ('preset','out','resume','target','every','watch','cache','cache_dir','device','threads','compile') # fields that say how or where, not what
+_NOT_RESULT = (
+    'preset',
+    'out',
+    'resume',
+    'target',
+    'eval_every',
+    'watch',
+    'cache',
+    'cache_dir',
+    'device',
+    'threads',
+    'compile',
+)  # fields that say how or where, not what
+
 
 def changed(
-    cfg, # a configuration, or None
-) -> dict: # field -> value
+    cfg,  # a configuration, or None
+) -> dict:  # field -> value
     "The fields that a result depends on and that differ from their defaults."
-    if cfg is None: return {}
+    if cfg is None:
+        return {}
     d = asdict(type(cfg)())
-    return {k: v for k,v in asdict(cfg).items() if v != d[k] and k not in _NOT_RESULT}
+    return {k: v for k, v in asdict(cfg).items() if v != d[k] and k not in _NOT_RESULT}
 
 # %% ../../nbs/paper/50_runs.ipynb #fdf5130b
 def key_of(
-    r:Run,
-) -> str: # twelve hexadecimal digits
+    r: Run,
+) -> str:  # twelve hexadecimal digits
     "What a result is filed under."
     about = dict(train=changed(r.train), search=changed(r.search), weights=r.weights)
-    if r.kind != 'train': about['kind'] = r.kind
-    if r.start: about['start'] = key_of(r.start)
+    if r.kind != 'train':
+        about['kind'] = r.kind
+    if r.start:
+        about['start'] = key_of(r.start)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/paper/50_runs.ipynb #cb5a5b12
 @dataclass(frozen=True)
 class Part:
     "A table or a figure of the paper."
-    columns:tuple    # short names
-    arms:dict        # name in print -> arm
-    against:object='' # name in print of the arm that the others are compared with; or name -> name, where each has its own
-    table:int=0      # the published table, 0 where there is none
+
+    columns: tuple  # short names
+    arms: dict  # name in print -> arm
+    against: object = (
+        ''  # name in print of the arm that the others are compared with; or name -> name, where each has its own
+    )
+    table: int = 0  # the published table, 0 where there is none
 
 # %% ../../nbs/paper/50_runs.ipynb #6ef14d32
-def starts(arm:str, label:str) -> dict: # label -> arm
+def starts(arm: str, label: str) -> dict:  # label -> arm
     "An arm from scratch and from ImageNet."
-    return {f'{label}, scratch': arm, f'{label}, ImageNet': arm+_IMAGENET}
+    return {f'{label}, scratch': arm, f'{label}, ImageNet': arm + _IMAGENET}
+
 
 _LABELS = {'ResNet50': 'resnet50', 'OSNet': 'osnet', 'CDNet': 'cdnet', 'MSINet': 'msinet'}
-_EVERY = {k: v for label,arm in _LABELS.items() for k,v in starts(arm, label).items()} | {'MSINet with SAM, ImageNet': 'sam'+_IMAGENET}
-_RANDOM = {f'random {i}': f'random-{i}' for i in (1,2,3)}
-_ALIGNED = {'MSINet, none': 'msinet', **{f'MSINet, {k}': k for k in ('positives','negatives','unified','separated')}, 'MSINet, PAM': 'sam', 'MSINet, PAM as released': 'sam-released',
-           'OSNet, none': 'osnet', 'OSNet, PAM': 'osnet-sam'}
+_EVERY = {k: v for label, arm in _LABELS.items() for k, v in starts(arm, label).items()} | {
+    'MSINet with SAM, ImageNet': 'sam' + _IMAGENET
+}
+_RANDOM = {f'random {i}': f'random-{i}' for i in (1, 2, 3)}
+_ALIGNED = {
+    'MSINet, none': 'msinet',
+    **{f'MSINet, {k}': k for k in ('positives', 'negatives', 'unified', 'separated')},
+    'MSINet, PAM': 'sam',
+    'MSINet, PAM as released': 'sam-released',
+    'OSNet, none': 'osnet',
+    'OSNet, PAM': 'osnet-sam',
+}
 PARTS = {
-    'table 1': Part(('MS','VR'), {'searched': 'search-40'}, table=1),
-    'table 2': Part(('M','MS','VR','VID','MS>M','VR>VID'), _EVERY, 'MSINet, scratch', 2),
-    'table 3': Part(('M','MS'), {'MSINet, ImageNet': 'msinet'+_IMAGENET}, '', 3),
-    'table 4': Part(('M','M>MS'), {'GS, MSINet': 'gs', 'HDCRL, MSINet': 'hdcrl', 'IDM, MSINet': 'idm'}, '', 4),
-    'table 5': Part(('VR','VR>VID'), _ALIGNED, {a: f"{a.split(',')[0]}, none" for a in _ALIGNED}, 5),
-    'table 6': Part(('MS','VR'), {'DeiT-S': 'deit_s'+_IMAGENET, 'DeiT-B': 'deit_b'+_IMAGENET, 'ViT-B': 'vit_b'+_IMAGENET, 'MSINet, ImageNet': 'msinet'+_IMAGENET}, '', 6),
-    'figure 5a': Part(('MS',), {'CE, all shared': 'search-ce', 'TCM, all shared': 'search-100', 'TCM, 3/4 shared': 'search-75', 'TCM, 2/5 shared': 'search-40', 'TCM, none shared': 'search-0'}, 'TCM, 2/5 shared'),
-    'figure 5b': Part(('MS',), {'none': 'none', 'exchange': 'exchange', 'gate': 'gate', 'attention': 'attention', **_RANDOM, 'searched': 'search-40', 'Table 1': 'msinet'}, 'none'),
+    'table 1': Part(('MS', 'VR'), {'searched': 'search-40'}, table=1),
+    'table 2': Part(('M', 'MS', 'VR', 'VID', 'MS>M', 'VR>VID'), _EVERY, 'MSINet, scratch', 2),
+    'table 3': Part(('M', 'MS'), {'MSINet, ImageNet': 'msinet' + _IMAGENET}, '', 3),
+    'table 4': Part(('M', 'M>MS'), {'GS, MSINet': 'gs', 'HDCRL, MSINet': 'hdcrl', 'IDM, MSINet': 'idm'}, '', 4),
+    'table 5': Part(('VR', 'VR>VID'), _ALIGNED, {a: f"{a.split(',')[0]}, none" for a in _ALIGNED}, 5),
+    'table 6': Part(
+        ('MS', 'VR'),
+        {
+            'DeiT-S': 'deit_s' + _IMAGENET,
+            'DeiT-B': 'deit_b' + _IMAGENET,
+            'ViT-B': 'vit_b' + _IMAGENET,
+            'MSINet, ImageNet': 'msinet' + _IMAGENET,
+        },
+        '',
+        6,
+    ),
+    'figure 5a': Part(
+        ('MS',),
+        {
+            'CE, all shared': 'search-ce',
+            'TCM, all shared': 'search-100',
+            'TCM, 3/4 shared': 'search-75',
+            'TCM, 2/5 shared': 'search-40',
+            'TCM, none shared': 'search-0',
+        },
+        'TCM, 2/5 shared',
+    ),
+    'figure 5b': Part(
+        ('MS',),
+        {
+            'none': 'none',
+            'exchange': 'exchange',
+            'gate': 'gate',
+            'attention': 'attention',
+            **_RANDOM,
+            'searched': 'search-40',
+            'Table 1': 'msinet',
+        },
+        'none',
+    ),
     'figure 5c': Part(('MS',), {'sum': 'msinet', 'minus': 'minus', 'multiply': 'multiply'}, 'sum'),
     'figure 5d': Part(('MS',), {'1:1': 'rho-1', '2:1': 'rho-2', '3:1': 'msinet', '4:1': 'rho-4'}, '1:1'),
-    'figure 5e': Part(('VR>VID',), {'0': 'msinet', '.5': 'sam-.5', '1': 'sam-1', '2': 'sam', '4': 'sam-4'}, '0')}
+    'figure 5e': Part(('VR>VID',), {'0': 'msinet', '.5': 'sam-.5', '1': 'sam-1', '2': 'sam', '4': 'sam-4'}, '0'),
+}
 
 # %% ../../nbs/paper/50_runs.ipynb #cfe7af08
 def part_of_paper(
-    name:str, # e.g. table 5 or figure 5b
+    name: str,  # e.g. table 5 or figure 5b
 ) -> Part:
     "A table or figure. Raises `InputError` for one that isn't there."
-    if name not in PARTS: raise InputError(f'{name!r} is not there, expected one of {", ".join(PARTS)}')
+    if name not in PARTS:
+        raise InputError(f'{name!r} is not there, expected one of {", ".join(PARTS)}')
     return PARTS[name]
 
 # %% ../../nbs/paper/50_runs.ipynb #1f5cd437
 def filled(
-    part:Part,
-) -> list: # of (column, name in print)
+    part: Part,
+) -> list:  # of (column, name in print)
     "Which places of a table stand for a training: those with a number in print, and those that are only ours."
     paper = published(part.table) if part.table > 1 else pd.DataFrame()
-    def empty(column, label): return label in paper.index and paper.loc[label, [c for c in paper if c.split(' ')[0] == column]].isna().all()
-    return [(c, label) for c,label in product(part.columns, part.arms) if not empty(c, label)]
+
+    def empty(column, label):
+        return label in paper.index and paper.loc[label, [c for c in paper if c.split(' ')[0] == column]].isna().all()
+
+    return [(c, label) for c, label in product(part.columns, part.arms) if not empty(c, label)]
 
 # %% ../../nbs/paper/50_runs.ipynb #62b8c4d8
 def names_of(
-    what:str, # a part, a run's name, or `figure 5`, `table` and the like: all parts that begin so
-) -> list[str]: # names of runs, each once
+    what: str,  # a part, a run's name, or `figure 5`, `table` and the like: all parts that begin so
+) -> list[str]:  # names of runs, each once
     "Which runs a word means. Raises `InputError` when it means none."
-    if '/' in what: return [run_of(what).name]
-    parts = [p for k,p in PARTS.items() if k.startswith(what)]
-    if not parts: raise InputError(f'{what!r} means no run, expected a run such as MS/gate or one of {", ".join(PARTS)}')
-    return list(dict.fromkeys(f'{c}/{p.arms[label]}' for p in parts for c,label in filled(p)))
+    if '/' in what:
+        return [run_of(what).name]
+    parts = [p for k, p in PARTS.items() if k.startswith(what)]
+    if not parts:
+        raise InputError(f'{what!r} means no run, expected a run such as MS/gate or one of {", ".join(PARTS)}')
+    return list(dict.fromkeys(f'{c}/{p.arms[label]}' for p in parts for c, label in filled(p)))

@@ -6,7 +6,9 @@
 __all__ = ['first', 'perform', 'shrunk', 'read_rows', 'rows', 'collect', 'lost', 'grid', 'training_macs', 'training_rate', 'plan']
 
 # %% ../../nbs/paper/50_trials.ipynb #c413b08c
-import json, os, traceback
+import json
+import os
+import traceback
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,172 +33,239 @@ from .runs import changed, COLUMNS, key_of, Run
 
 # %% ../../nbs/paper/50_trials.ipynb #42278735
 def _unplaced(
-    r:Run, files, # as for `_located`
-) -> list: # of names
+    r: Run,
+    files,  # as for `_located`
+) -> list:  # of names
     "Sets and weights that a run needs and whose places weren't given."
-    named = {r.train.data: r.train.data in COLUMNS, **{s: s == spec for s,spec in r.tests}, r.weights: bool(r.weights)}
-    if r.kind == 'uda': named[r.train.source] = r.train.source in COLUMNS
-    return [n for n,needed in named.items() if needed and n not in files]
+    named = {r.train.data: r.train.data in COLUMNS, **{s: s == spec for s, spec in r.tests}, r.weights: bool(r.weights)}
+    if r.kind == 'uda':
+        named[r.train.source] = r.train.source in COLUMNS
+    return [n for n, needed in named.items() if needed and n not in files]
 
 # %% ../../nbs/paper/50_trials.ipynb #5b0e7c41
-def _untold(who:str, names) -> str:
+def _untold(who: str, names) -> str:
     "The message that a run needs places."
     return f"{who} needs {' and '.join(names)}, expected to be told where: write --files {' '.join(f'{n}=/path' for n in names)}"
 
 # %% ../../nbs/paper/50_trials.ipynb #5b0e7c42
 def _located(
-    r:Run,
-    files:dict={}, # short name -> folder of the set, or backbone+imagenet -> file of weights
-) -> Run: # the same with paths
+    r: Run,
+    files: dict = {},  # short name -> folder of the set, or backbone+imagenet -> file of weights
+) -> Run:  # the same with paths
     "A run with the places of its sets and weights. Raises `InputError` naming what isn't said."
-    if gone := _unplaced(r, files): raise InputError(_untold(r.name, gone))
-    def place(name): return f'{name}={files[name]}' if name in files else name
+    if gone := _unplaced(r, files):
+        raise InputError(_untold(r.name, gone))
+
+    def place(name):
+        return f'{name}={files[name]}' if name in files else name
+
     train = replace(r.train, data=place(r.train.data), weights=str(files[r.weights]) if r.weights else r.train.weights)
     search = r.search and replace(r.search, data=place(r.search.data))
-    if r.kind == 'uda': train = replace(train, source=place(train.source))
-    return replace(r, train=train, search=search, tests=tuple((s, place(spec)) for s,spec in r.tests))
+    if r.kind == 'uda':
+        train = replace(train, source=place(train.source))
+    return replace(r, train=train, search=search, tests=tuple((s, place(spec)) for s, spec in r.tests))
 
 # %% ../../nbs/paper/50_trials.ipynb #20a429d6
 def _short_list(v) -> list:
     "Numbers with four digits, enough to compare by."
     return [round(float(a), 4) for a in v]
 
+
 def _looked(
-    net:torch.nn.Module, # a `ReIDNet`
-    data, spec:str,      # a rendered set on disk, and what it was drawn from
-    size,                # (H, W) in pixels
-) -> dict: # `gain` of each query; `drift` of every fourth one
+    net: torch.nn.Module,  # a `ReIDNet`
+    data,
+    spec: str,  # a rendered set on disk, and what it was drawn from
+    size,  # (H, W) in pixels
+) -> dict:  # `gain` of each query; `drift` of every fourth one
     "What the pictures' masks and other backgrounds tell of a network."
     anew = synth(**synth_options(spec), height=size[0]).query[::4]
-    return dict(gain=_short_list(object_gains(net, data.query, size)), drift=_short_list(background_drift(net, anew, scaled=True)))
+    return dict(
+        gain=_short_list(object_gains(net, data.query, size)),
+        drift=_short_list(background_drift(net, anew, scaled=True)),
+    )
 
 # %% ../../nbs/paper/50_trials.ipynb #f6c8268c
 def _measured(
-    net:torch.nn.Module, # as for `evaluate`
-    tests,               # of (short name, what `get_data` takes)
-    size,                # (H, W) in pixels
-) -> dict: # short name -> mAP, R1, ..., `ap` and `pid` of each query, `mark` of the set, and what `_looked` gives
+    net: torch.nn.Module,  # as for `evaluate`
+    tests,  # of (short name, what `get_data` takes)
+    size,  # (H, W) in pixels
+) -> dict:  # short name -> mAP, R1, ..., `ap` and `pid` of each query, `mark` of the set, and what `_looked` gives
     "How well a network finds the queries of several sets."
     out = {}
-    for short,spec in tests:
+    for short, spec in tests:
         data = get_data(spec, size)
         ranking = evaluate(net, data, size)
-        out[short] = retrieval_metrics(ranking) | dict(ap=_short_list(ranking.ap), pid=[i.pid for i in data.query], mark=data_fingerprint(data))
-        if spec.startswith('synth'): out[short] |= _looked(net, data, spec, size)
+        out[short] = retrieval_metrics(ranking) | dict(
+            ap=_short_list(ranking.ap), pid=[i.pid for i in data.query], mark=data_fingerprint(data)
+        )
+        if spec.startswith('synth'):
+            out[short] |= _looked(net, data, spec, size)
     return out
 
 # %% ../../nbs/paper/50_trials.ipynb #14178a42
 _REGIMES = dict(train=train, usl=usl, uda=uda)
 
+
 def first(
-    r:Run, # that another one starts from
-    dir:Path, # of all trials
-) -> Path: # its weights
+    r: Run,  # that another one starts from
+    dir: Path,  # of all trials
+) -> Path:  # its weights
     "Make sure that a run is done. Raises `InputError` when it fails."
     row = perform(r, dir)
-    if row['status'] != 'done': raise InputError(f"{r.name}, which this run starts from, failed: {row['error']}")
-    return dir/row['key']/'train'/'model.safetensors'
+    if row['status'] != 'done':
+        raise InputError(f"{r.name}, which this run starts from, failed: {row['error']}")
+    return dir / row['key'] / 'train' / 'model.safetensors'
 
 # %% ../../nbs/paper/50_trials.ipynb #509d820a
 def _run_trial(
-    r:Run,       # with places, as from `_located`
-    folder:Path, # the trial's
-) -> dict: # what a row says about the result
+    r: Run,  # with places, as from `_located`
+    folder: Path,  # the trial's
+) -> dict:  # what a row says about the result
     "Search, train and measure. What is in the folder already isn't done again."
     cfg, found = r.train, {}
     if r.search:
-        run = folder/'search'
-        if not (run/'genotype.json').exists(): search(replace(r.search, out=str(run), resume=True))
-        found = json.loads((run/'genotype.json').read_text())
+        run = folder / 'search'
+        if not (run / 'genotype.json').exists():
+            search(replace(r.search, out=str(run), resume=True))
+        found = json.loads((run / 'genotype.json').read_text())
         cfg = replace(cfg, genotype=found['genotype'])
-    if r.start: cfg = replace(cfg, weights=str(first(r.start, folder.parent)))
-    run = folder/r.kind
-    if not (run/'model.safetensors').exists(): _REGIMES[r.kind](replace(cfg, out=str(run), resume=True))
+    if r.start:
+        cfg = replace(cfg, weights=str(first(r.start, folder.parent)))
+    run = folder / r.kind
+    if not (run / 'model.safetensors').exists():
+        _REGIMES[r.kind](replace(cfg, out=str(run), resume=True))
     net, about = open_net(run)
-    with threads(cfg.threads): metrics = _measured(net, r.tests, cfg.size)
-    seconds = {k: round(sum(e['seconds'] for e in read_log(folder/k/'history.jsonl')), 1) for k in ('search',r.kind)}
-    before = json.loads((run/'metrics.json').read_text())['before']
-    return dict(genotype=about.get('genotype'), softmax=found.get('softmax'), before=dict(mAP=before['mAP'], R1=before['R1']), metrics=metrics, seconds=seconds, params=n_params(net, ('classifier',)))
+    with threads(cfg.threads):
+        metrics = _measured(net, r.tests, cfg.size)
+    seconds = {
+        k: round(sum(e['seconds'] for e in read_log(folder / k / 'history.jsonl')), 1) for k in ('search', r.kind)
+    }
+    before = json.loads((run / 'metrics.json').read_text())['before']
+    return dict(
+        genotype=about.get('genotype'),
+        softmax=found.get('softmax'),
+        before=dict(mAP=before['mAP'], R1=before['R1']),
+        metrics=metrics,
+        seconds=seconds,
+        params=n_params(net, ('classifier',)),
+    )
 
 # %% ../../nbs/paper/50_trials.ipynb #6ceae907
 def _about_run(
-    r:Run, # as given, without places
-) -> dict: # what a row says about the question
+    r: Run,  # as given, without places
+) -> dict:  # what a row says about the question
     "The configuration behind a result, and where it ran."
-    return dict(key=key_of(r), run=r.name, seed=r.train.seed, config=dict(train=changed(r.train), search=changed(r.search), weights=r.weights), environment=environment())
+    return dict(
+        key=key_of(r),
+        run=r.name,
+        seed=r.train.seed,
+        config=dict(train=changed(r.train), search=changed(r.search), weights=r.weights),
+        environment=environment(),
+    )
 
 # %% ../../nbs/paper/50_trials.ipynb #521971f8
 def perform(
-    r:Run,
-    dir,           # folder of all trials
-    files:dict={}, # as for `_located`
-    keep:bool=False, # leave checkpoints; they are removed after success otherwise
-) -> dict: # the row: status 'done', or 'failed' with its error
+    r: Run,
+    dir,  # folder of all trials
+    files: dict = {},  # as for `_located`
+    keep: bool = False,  # leave checkpoints; they are removed after success otherwise
+) -> dict:  # the row: status 'done', or 'failed' with its error
     "Carry out a run, or read what it gave when it is done. Only a keyboard interrupt leaves it without a row."
-    folder = Path(dir)/key_of(r)
-    file = folder/'row.json'
-    if file.exists() and (row := json.loads(file.read_text()))['status'] == 'done': return row
+    folder = Path(dir) / key_of(r)
+    file = folder / 'row.json'
+    if file.exists() and (row := json.loads(file.read_text()))['status'] == 'done':
+        return row
     folder.mkdir(parents=True, exist_ok=True)
-    try: row = dict(status='done', error='', **_run_trial(_located(r, files), folder))
-    except Exception as e: row = dict(status='failed', error=f'{type(e).__name__}: {e}', where=traceback.format_exc(limit=-2))
+    try:
+        row = dict(status='done', error='', **_run_trial(_located(r, files), folder))
+    except Exception as e:
+        row = dict(status='failed', error=f'{type(e).__name__}: {e}', where=traceback.format_exc(limit=-2))
     row = _about_run(r) | row
     write_json(file, row)
     if row['status'] == 'done' and not keep:
-        for pt in folder.glob('*/*.pt'): pt.unlink()
+        for pt in folder.glob('*/*.pt'):
+            pt.unlink()
     return json.loads(file.read_text())
 
 # %% ../../nbs/paper/50_trials.ipynb #107f860a
 def shrunk(
-    r:Run,       # at the demo scale
-    data:str,    # a small set, as for `get_data`
-    epochs:int=2,
+    r: Run,  # at the demo scale
+    data: str,  # a small set, as for `get_data`
+    epochs: int = 2,
 ) -> Run:
     "The same run in seconds: for tests, lessons, and to see that a grid goes through before it takes a night."
-    small = dict(data=data, size=(64,32), channels=(8,32,48,64), batch=8, K=2, epochs=epochs, warmup=1, drops=())
-    if r.kind != 'train': small |= dict(iters=4, k1=8, k2=3, source=data.replace('synth:', 'synth:domain=B,') if r.kind == 'uda' else '')
-    return replace(r, train=replace(r.train, **small), search=r.search and replace(r.search, **small), tests=((r.tests[0][0], data),), start=r.start and shrunk(r.start, data, epochs))
+    small = dict(
+        data=data, size=(64, 32), channels=(8, 32, 48, 64), batch=8, K=2, epochs=epochs, warmup=1, milestones=()
+    )
+    if r.kind != 'train':
+        small |= dict(iters=4, k1=8, k2=3, source=data.replace('synth:', 'synth:domain=B,') if r.kind == 'uda' else '')
+    return replace(
+        r,
+        train=replace(r.train, **small),
+        search=r.search and replace(r.search, **small),
+        tests=((r.tests[0][0], data),),
+        start=r.start and shrunk(r.start, data, epochs),
+    )
 
 # %% ../../nbs/paper/50_trials.ipynb #6de024cf
 def read_rows(
-    where, # folder of trials, or a file of rows
-) -> list: # of dicts, one per trial, sorted by key
+    where,  # folder of trials, or a file of rows
+) -> list:  # of dicts, one per trial, sorted by key
     "All results of a folder or a file. An empty list when there is no such place."
     path = Path(where)
-    texts = path.read_text().splitlines() if path.is_file() else [p.read_text() for p in sorted(path.glob('*/row.json'))]
+    texts = (
+        path.read_text().splitlines() if path.is_file() else [p.read_text() for p in sorted(path.glob('*/row.json'))]
+    )
     return sorted((json.loads(t) for t in texts if t.strip()), key=lambda r: r['key'])
 
 # %% ../../nbs/paper/50_trials.ipynb #8e8acbfa
 def rows(
-    where, # folder of trials, or a file of rows
-) -> pd.DataFrame: # one row per trial; metrics as columns `set metric`, in percent
+    where,  # folder of trials, or a file of rows
+) -> pd.DataFrame:  # one row per trial; metrics as columns `set metric`, in percent
     "What was found, as a table."
+
     def flat(r):
-        m = {f'{s} {k}': 100*v for s,d in r.get('metrics', {}).items() for k,v in d.items() if k in ('mAP','R1','R5','R10','mINP')}
-        return {k: r.get(k) for k in ('key','run','seed','status','error','genotype')} | m | {f'{k} s': v for k,v in r.get('seconds', {}).items()}
+        m = {
+            f'{s} {k}': 100 * v
+            for s, d in r.get('metrics', {}).items()
+            for k, v in d.items()
+            if k in ('mAP', 'R1', 'R5', 'R10', 'mINP')
+        }
+        return (
+            {k: r.get(k) for k in ('key', 'run', 'seed', 'status', 'error', 'genotype')}
+            | m
+            | {f'{k} s': v for k, v in r.get('seconds', {}).items()}
+        )
+
     return pd.DataFrame([flat(r) for r in read_rows(where)])
 
 # %% ../../nbs/paper/50_trials.ipynb #3e541b1b
 def collect(
     dir,  # folder of trials
-    file, # JSON lines
+    file,  # JSON lines
 ) -> Path:
     "Put the rows of a folder into one file, small enough to share. Rows that the file has and the folder hasn't stay."
     both = {r['key']: r for w in (file, dir) for r in read_rows(w)}
-    write_atomic(Path(file), ''.join(json.dumps(both[k])+'\n' for k in sorted(both)).encode())
+    write_atomic(Path(file), ''.join(json.dumps(both[k]) + '\n' for k in sorted(both)).encode())
     return Path(file)
 
 # %% ../../nbs/paper/50_trials.ipynb #67eb8d77
 def _on_ray(
-    runs,          # of `Run`
-    dir, files,    # as for `perform`
-    workers:int,   # at a time, on this machine
-    address:str,   # of a cluster; empty: this machine
+    runs,  # of `Run`
+    dir,
+    files,  # as for `perform`
+    workers: int,  # at a time, on this machine
+    address: str,  # of a cluster; empty: this machine
 ):
     "Yields rows as they come, from workers that Ray starts. Raises `InputError` where Ray is not installed."
-    try: import ray
-    except ImportError: raise InputError('several workers need Ray, which is not installed: pip install ray, or take one worker') from None
+    try:
+        import ray
+    except ImportError:
+        raise InputError(
+            'several workers need Ray, which is not installed: pip install ray, or take one worker'
+        ) from None
     here = dict(num_cpus=workers) if not address else dict(address=address)
-    os.environ.setdefault('RAY_raylet_start_wait_time_s', '300') # a busy laptop takes more than the usual 30 s
+    os.environ.setdefault('RAY_raylet_start_wait_time_s', '300')  # a busy laptop takes more than the usual 30 s
     ray.init(include_dashboard=False, log_to_driver=False, **here)
     try:
         gpu = 1 if ray.cluster_resources().get('GPU') else 0
@@ -205,95 +274,126 @@ def _on_ray(
         while waiting:
             done, _ = ray.wait(list(waiting))
             r = waiting.pop(done[0])
-            try: yield ray.get(done[0])
-            except ray.exceptions.RayError as e: yield lost(r, dir, e)
-    finally: ray.shutdown()
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayError as e:
+                yield lost(r, dir, e)
+    finally:
+        ray.shutdown()
 
 # %% ../../nbs/paper/50_trials.ipynb #c31f5acf
 def lost(
-    r:Run, dir, # as for `perform`
-    e:Exception,
-) -> dict: # the row
+    r: Run,
+    dir,  # as for `perform`
+    e: Exception,
+) -> dict:  # the row
     "File a trial whose worker died again and again."
     row = _about_run(r) | dict(status='failed', error=f'worker lost: {str(e).splitlines()[0]}')
-    (folder := Path(dir)/row['key']).mkdir(parents=True, exist_ok=True)
-    write_json(folder/'row.json', row)
+    (folder := Path(dir) / row['key']).mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'row.json', row)
     return row
 
 # %% ../../nbs/paper/50_trials.ipynb #2658f884
 def grid(
-    runs,          # of `Run`; those with the same key are done once
-    dir,           # folder of all trials
-    files:dict={}, # as for `_located`
-    workers:int=1, # trials at a time on this machine
-    address:str='',# of a Ray cluster; empty: this machine
-    say=None,      # called with each row as it is done
-) -> pd.DataFrame: # as `rows`, of these runs
+    runs,  # of `Run`; those with the same key are done once
+    dir,  # folder of all trials
+    files: dict = {},  # as for `_located`
+    workers: int = 1,  # trials at a time on this machine
+    address: str = '',  # of a Ray cluster; empty: this machine
+    say=None,  # called with each row as it is done
+) -> pd.DataFrame:  # as `rows`, of these runs
     "Carry out many runs. Those that are done aren't done again, those that failed are tried again."
     todo, starts = ({key_of(r): r for r in rs} for rs in (runs, [r.start for r in runs if r.start]))
-    if not todo: raise InputError('there are no runs, expected one or more: see names_of')
-    if all(gone := [_unplaced(r, files) for r in todo.values()]): raise InputError(_untold('all of these runs', dict.fromkeys(sum(gone, []))))
-    for wave in (starts, {k: r for k,r in todo.items() if k not in starts}): # what others start from comes first, or two workers would train it
-        if not wave: continue
-        for row in _on_ray(wave.values(), dir, files, workers, address) if workers > 1 or address else (perform(r, dir, files) for r in wave.values()):
-            if say: say(row)
+    if not todo:
+        raise InputError('there are no runs, expected one or more: see names_of')
+    if all(gone := [_unplaced(r, files) for r in todo.values()]):
+        raise InputError(_untold('all of these runs', dict.fromkeys(sum(gone, []))))
+    for wave in (
+        starts,
+        {k: r for k, r in todo.items() if k not in starts},
+    ):  # what others start from comes first, or two workers would train it
+        if not wave:
+            continue
+        for row in (
+            _on_ray(wave.values(), dir, files, workers, address)
+            if workers > 1 or address
+            else (perform(r, dir, files) for r in wave.values())
+        ):
+            if say:
+                say(row)
     t = rows(dir)
     return t[t.key.isin(todo)].reset_index(drop=True)
 
 # %% ../../nbs/paper/50_trials.ipynb #49e45055
 def _n_pictures(
-    data:str, # a short name, or what `get_data` takes
+    data: str,  # a short name, or what `get_data` takes
 ) -> int:
     "Training pictures of a set, without reading it; 0 for a set of your own."
-    if data.split('=')[0] in PUBLISHED: return PUBLISHED[data.split('=')[0]]['train'][1]
+    if data.split('=')[0] in PUBLISHED:
+        return PUBLISHED[data.split('=')[0]]['train'][1]
     return len(synth(**synth_options(data)).train) if data.startswith('synth') else 0
 
 # %% ../../nbs/paper/50_trials.ipynb #8940732a
 def training_macs(
-    r:Run,
-) -> float: # multiply-accumulates
+    r: Run,
+) -> float:  # multiply-accumulates
     "What a run has to compute."
     with torch.device('meta'):
         t = r.train if r.kind == 'train' else resolve_defaults(r.train, r.kind)
-        seen = lambda cfg: _n_pictures(cfg.data)*cfg.epochs if r.kind == 'train' else cfg.epochs*(cfg.iters*cfg.batch*(1+(r.kind == 'uda')) + _n_pictures(cfg.data)/3) # clustering embeds all
-        once = lambda net, cfg: macs(net.to('meta'), cfg.size)*seen(cfg)
-        out = 3*once(network(t.backbone, t.genotype, t.channels, t.rho, t.size, 0), t)
-        if r.search: out += 3*once(supernet(channels=r.search.channels, rho=r.search.rho), r.search)
+        seen = lambda cfg: (
+            _n_pictures(cfg.data) * cfg.epochs
+            if r.kind == 'train'
+            else cfg.epochs * (cfg.iters * cfg.batch * (1 + (r.kind == 'uda')) + _n_pictures(cfg.data) / 3)
+        )  # clustering embeds all
+        once = lambda net, cfg: macs(net.to('meta'), cfg.size) * seen(cfg)
+        out = 3 * once(network(t.backbone, t.genotype, t.channels, t.rho, t.size, 0), t)
+        if r.search:
+            out += 3 * once(supernet(channels=r.search.channels, rho=r.search.rho), r.search)
     return float(out)
 
 # %% ../../nbs/paper/50_trials.ipynb #077a4a1f
 def training_rate(
-    cfg:TrainConfig, # the step that is timed
-    device:str='cpu',
-    steps:int=3,
-) -> float: # multiply-accumulates a second
+    cfg: TrainConfig,  # the step that is timed
+    device: str = 'cpu',
+    steps: int = 3,
+) -> float:  # multiply-accumulates a second
     "How fast a training step is here, the fastest of a few."
     set_seed(0)
-    net, sam = build(replace(cfg, lambda_sa=0.), 64)
+    net, sam = build(replace(cfg, lambda_sa=0.0), 64)
     net.to(device).train()
     step = TrainStep(net, OPTIMISERS[cfg.optimiser](net.parameters(), cfg.lr, cfg.wd))
-    x, y = torch.randn(cfg.batch, 3, *cfg.size, device=device), torch.arange(cfg.batch//cfg.K, device=device).repeat_interleave(cfg.K)
+    x, y = (
+        torch.randn(cfg.batch, 3, *cfg.size, device=device),
+        torch.arange(cfg.batch // cfg.K, device=device).repeat_interleave(cfg.K),
+    )
+
     def seconds():
         start = perf_counter()
         sum(step((x, y)).values()).item()
-        return perf_counter()-start
-    with threads(cfg.threads): best = min(seconds() for _ in range(steps))
-    return 3*macs(net, cfg.size)*cfg.batch/best
+        return perf_counter() - start
+
+    with threads(cfg.threads):
+        best = min(seconds() for _ in range(steps))
+    return 3 * macs(net, cfg.size) * cfg.batch / best
 
 # %% ../../nbs/paper/50_trials.ipynb #1974ef9f
 def plan(
-    runs, dir,  # as for `grid`
-    rate:float, # as from `training_rate`
-) -> pd.DataFrame: # one row per trial
+    runs,
+    dir,  # as for `grid`
+    rate: float,  # as from `training_rate`
+) -> pd.DataFrame:  # one row per trial
     "Which runs a grid has, what is done, and what the others will cost: hours of one worker, and GB of disk while running."
     status = {r['key']: r['status'] for r in read_rows(dir)}
+
     @cache
-    def cost(r): # of all seeds
-        size = 4*n_params(network(r.train.backbone, r.train.genotype, r.train.channels, r.train.rho, r.train.size, 0))
-        pictures = _n_pictures(r.train.data)*3*np.prod(r.train.size) # decoded
-        return training_macs(r)/rate/3600, (5*size + pictures)/1e9
+    def cost(r):  # of all seeds
+        size = 4 * n_params(network(r.train.backbone, r.train.genotype, r.train.channels, r.train.rho, r.train.size, 0))
+        pictures = _n_pictures(r.train.data) * 3 * np.prod(r.train.size)  # decoded
+        return training_macs(r) / rate / 3600, (5 * size + pictures) / 1e9
+
     def line(r):
         s = status.get(key_of(r), 'to do')
         hours, GB = cost(replace(r, train=replace(r.train, seed=0), search=r.search and replace(r.search, seed=0)))
-        return dict(run=r.name, seed=r.train.seed, status=s, hours=0. if s == 'done' else hours, GB=GB)
+        return dict(run=r.name, seed=r.train.seed, status=s, hours=0.0 if s == 'done' else hours, GB=GB)
+
     return pd.DataFrame([line(r) for r in {key_of(r): r for r in runs}.values()])

@@ -15,479 +15,726 @@ import numpy as np
 from .tracer import box, Capsule, Solid, unit_vector
 
 # %% ../../nbs/rendering/03_persons.ipynb #f8f569f4
-_COLOURS = {name: np.array(rgb, np.float32) for name,rgb in dict(
-    black=(.07,.07,.08), char=(.19,.19,.21), grey=(.45,.46,.48), light=(.68,.68,.69), white=(.90,.90,.88), navy=(.09,.12,.27),
-    blue=(.14,.28,.62), sky=(.46,.64,.84), denim=(.22,.31,.46), red=(.70,.10,.11), maroon=(.36,.08,.12), orange=(.86,.42,.10),
-    yellow=(.90,.76,.18), olive=(.33,.35,.17), green=(.12,.42,.22), mint=(.55,.78,.66), teal=(.08,.42,.45), purple=(.37,.20,.50),
-    pink=(.86,.52,.60), beige=(.76,.66,.50), brown=(.36,.23,.14), khaki=(.55,.49,.34), cream=(.88,.83,.70)).items()}
-_SKINS = np.array([(.95,.79,.69), (.88,.69,.56), (.76,.55,.42), (.58,.40,.30), (.42,.29,.22)], np.float32)
-_HAIRS = np.array([(.06,.05,.05), (.16,.10,.07), (.32,.20,.11), (.60,.45,.24), (.52,.51,.50), (.40,.14,.08)], np.float32)
+_COLOURS = {
+    name: np.array(rgb, np.float32)
+    for name, rgb in dict(
+        black=(0.07, 0.07, 0.08),
+        char=(0.19, 0.19, 0.21),
+        grey=(0.45, 0.46, 0.48),
+        light=(0.68, 0.68, 0.69),
+        white=(0.90, 0.90, 0.88),
+        navy=(0.09, 0.12, 0.27),
+        blue=(0.14, 0.28, 0.62),
+        sky=(0.46, 0.64, 0.84),
+        denim=(0.22, 0.31, 0.46),
+        red=(0.70, 0.10, 0.11),
+        maroon=(0.36, 0.08, 0.12),
+        orange=(0.86, 0.42, 0.10),
+        yellow=(0.90, 0.76, 0.18),
+        olive=(0.33, 0.35, 0.17),
+        green=(0.12, 0.42, 0.22),
+        mint=(0.55, 0.78, 0.66),
+        teal=(0.08, 0.42, 0.45),
+        purple=(0.37, 0.20, 0.50),
+        pink=(0.86, 0.52, 0.60),
+        beige=(0.76, 0.66, 0.50),
+        brown=(0.36, 0.23, 0.14),
+        khaki=(0.55, 0.49, 0.34),
+        cream=(0.88, 0.83, 0.70),
+    ).items()
+}
+_SKINS = np.array(
+    [(0.95, 0.79, 0.69), (0.88, 0.69, 0.56), (0.76, 0.55, 0.42), (0.58, 0.40, 0.30), (0.42, 0.29, 0.22)], np.float32
+)
+_HAIRS = np.array(
+    [
+        (0.06, 0.05, 0.05),
+        (0.16, 0.10, 0.07),
+        (0.32, 0.20, 0.11),
+        (0.60, 0.45, 0.24),
+        (0.52, 0.51, 0.50),
+        (0.40, 0.14, 0.08),
+    ],
+    np.float32,
+)
 
 # %% ../../nbs/rendering/03_persons.ipynb #84be375c
 def _cloth(
-    c:np.ndarray,    # (n, 3) colours, or one colour (3,)
-    P:np.ndarray,    # (n, 3) points on the body
-    folds:float=.06, # how strong
-) -> np.ndarray: # (n, 3)
+    c: np.ndarray,  # (n, 3) colours, or one colour (3,)
+    P: np.ndarray,  # (n, 3) points on the body
+    folds: float = 0.06,  # how strong
+) -> np.ndarray:  # (n, 3)
     "Colours with the soft folds of cloth."
     x, y, z = P.T
-    return c*(1+folds*np.sin(58*z+6*np.sin(15*y)+48*x)*np.sin(22*z+36*y))[:,None]
+    return c * (1 + folds * np.sin(58 * z + 6 * np.sin(15 * y) + 48 * x) * np.sin(22 * z + 36 * y))[:, None]
 
 # %% ../../nbs/rendering/03_persons.ipynb #18f4a73f
 _PATTERNS = dict(
-    plain =lambda z,w: np.zeros_like(z),
-    rings =lambda z,w: z%1 < .42,
-    lines =lambda z,w: 1.6*w%1 < .3,
-    check =lambda z,w: ((.8*z%1 < .4)*.5+(w%1 < .4)*.5),
-    dots  =lambda z,w: (.9*z%1-.5)**2+(.9*w%1-.5)**2 < .06,
-    block =lambda z,w: z > 0,
-    band  =lambda z,w: np.abs(z-.2) < .5)
+    plain=lambda z, w: np.zeros_like(z),
+    rings=lambda z, w: z % 1 < 0.42,
+    lines=lambda z, w: 1.6 * w % 1 < 0.3,
+    check=lambda z, w: (0.8 * z % 1 < 0.4) * 0.5 + (w % 1 < 0.4) * 0.5,
+    dots=lambda z, w: (0.9 * z % 1 - 0.5) ** 2 + (0.9 * w % 1 - 0.5) ** 2 < 0.06,
+    block=lambda z, w: z > 0,
+    band=lambda z, w: np.abs(z - 0.2) < 0.5,
+)
 
 # %% ../../nbs/rendering/03_persons.ipynb #1d12fdd3
 def pattern(
-    name:str,            # a key of `_PATTERNS`
-    first, second,       # (3,) colours
-    P:np.ndarray,        # (n, 3) points on the body
-    freq:float=16.,      # repeats over a body height
-    middle:float=.70,    # the height at which the pattern's own z is 0
-) -> np.ndarray: # (n, 3)
+    name: str,  # a key of `_PATTERNS`
+    first,
+    second,  # (3,) colours
+    P: np.ndarray,  # (n, 3) points on the body
+    freq: float = 16.0,  # repeats over a body height
+    middle: float = 0.70,  # the height at which the pattern's own z is 0
+) -> np.ndarray:  # (n, 3)
     "Two colours mixed by a pattern that runs around the body."
     x, y, z = P.T
-    share = _PATTERNS[name]((z-middle)*freq, np.arctan2(y, 1.6*x+1e-6)*.093*freq)
-    return first+share.astype(np.float32)[:,None]*(second-first)
+    share = _PATTERNS[name]((z - middle) * freq, np.arctan2(y, 1.6 * x + 1e-6) * 0.093 * freq)
+    return first + share.astype(np.float32)[:, None] * (second - first)
 
 # %% ../../nbs/rendering/03_persons.ipynb #c13c7b6a
 PRINTS = dict(
-    disc    =lambda u,v: u*u+v*v < 1,
-    ring    =lambda u,v: np.abs(u*u+v*v-.65) < .35,
-    square  =lambda u,v: np.maximum(np.abs(u), np.abs(v)) < .85,
-    bar     =lambda u,v: (np.abs(u) < 1.3) & (np.abs(v) < .42),
-    post    =lambda u,v: (np.abs(u) < .42) & (np.abs(v) < 1.2),
-    cross   =lambda u,v: (np.minimum(np.abs(u), np.abs(v)) < .32) & (np.maximum(np.abs(u), np.abs(v)) < 1),
-    triangle=lambda u,v: (v > -.8) & (v < 1-2*np.abs(u)),
-    chevron =lambda u,v: (np.abs(v-.9*np.abs(u)+.3) < .35) & (np.abs(u) < 1.1),
-    two     =lambda u,v: (np.abs(u) < 1) & (np.abs(np.abs(v)-.55) < .28))
+    disc=lambda u, v: u * u + v * v < 1,
+    ring=lambda u, v: np.abs(u * u + v * v - 0.65) < 0.35,
+    square=lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.85,
+    bar=lambda u, v: (np.abs(u) < 1.3) & (np.abs(v) < 0.42),
+    post=lambda u, v: (np.abs(u) < 0.42) & (np.abs(v) < 1.2),
+    cross=lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.32) & (np.maximum(np.abs(u), np.abs(v)) < 1),
+    triangle=lambda u, v: (v > -0.8) & (v < 1 - 2 * np.abs(u)),
+    chevron=lambda u, v: (np.abs(v - 0.9 * np.abs(u) + 0.3) < 0.35) & (np.abs(u) < 1.1),
+    two=lambda u, v: (np.abs(u) < 1) & (np.abs(np.abs(v) - 0.55) < 0.28),
+)
 
 # %% ../../nbs/rendering/03_persons.ipynb #c07fcfdc
 @dataclass(frozen=True)
 class _Top:
     "What is worn above."
-    kind:str           # tshirt, sweater, jacket, vest, hoodie, coat
-    colour:str         # a key of `_COLOURS`
-    second:str         # the pattern's other colour
-    pattern:str        # a key of `_PATTERNS`
-    freq:float         # the pattern's repeats over a body height
-    inner:str          # colour of what shows under an open jacket or a vest
+
+    kind: str  # tshirt, sweater, jacket, vest, hoodie, coat
+    colour: str  # a key of `_COLOURS`
+    second: str  # the pattern's other colour
+    pattern: str  # a key of `_PATTERNS`
+    freq: float  # the pattern's repeats over a body height
+    inner: str  # colour of what shows under an open jacket or a vest
 
 # %% ../../nbs/rendering/03_persons.ipynb #818e1701
 @dataclass(frozen=True)
 class _Bottom:
     "What is worn below."
-    kind:str             # trousers, shorts, skirt, gown
-    colour:str           # a key of `_COLOURS`
-    wide:float           # width of the trouser legs, about 1
-    stripe:str|None=None # colour of a stripe down the side
-    cuff:str|None=None   # colour of the lower ends
+
+    kind: str  # trousers, shorts, skirt, gown
+    colour: str  # a key of `_COLOURS`
+    wide: float  # width of the trouser legs, about 1
+    stripe: str | None = None  # colour of a stripe down the side
+    cuff: str | None = None  # colour of the lower ends
 
 # %% ../../nbs/rendering/03_persons.ipynb #99492ae9
 @dataclass(frozen=True)
 class _Print:
     "A small figure on the chest or the back."
-    shape:str    # a key of `PRINTS`
-    colour:str   # a key of `_COLOURS`
-    size:float   # half its width
-    y:float=0.   # where: left of the middle
-    z:float=.70  # where: height
+
+    shape: str  # a key of `PRINTS`
+    colour: str  # a key of `_COLOURS`
+    size: float  # half its width
+    y: float = 0.0  # where: left of the middle
+    z: float = 0.70  # where: height
 
 # %% ../../nbs/rendering/03_persons.ipynb #d5f57d43
 @dataclass(frozen=True)
 class _Bag:
     "Something carried."
-    kind:str   # backpack, cross (strap across the chest), hand, tote, case (on wheels)
-    colour:str # a key of `_COLOURS`
-    flap:str   # colour of its second part
-    side:int   # +1 left, -1 right
-    size:float # about 1; backpacks only
+
+    kind: str  # backpack, cross (strap across the chest), hand, tote, case (on wheels)
+    colour: str  # a key of `_COLOURS`
+    flap: str  # colour of its second part
+    side: int  # +1 left, -1 right
+    size: float  # about 1; backpacks only
 
 # %% ../../nbs/rendering/03_persons.ipynb #99d41b54
 @dataclass(frozen=True)
 class _Person:
     "Everything that makes one person look like itself."
-    build:float            # breadth, about 1
-    skin:int               # row of `_SKINS`
-    hair:int               # row of `_HAIRS`
-    style:str              # short, long, bun, tail, bald
-    top:_Top                # worn above
-    bottom:_Bottom          # worn below
-    shoe:str               # a key of `_COLOURS`
-    bare_legs:bool=True    # under a skirt: skin, or dark tights
-    boots:bool=False       # shoes that reach up the shin
-    beard:bool=False       # in the colour of the hair
-    glasses:bool=False     # dark ones
-    scarf:str|None=None    # colour
-    cap:str|None=None      # colour of a cap
-    beanie:str|None=None   # colour of a knitted hat
-    chest:_Print|None=None  # print on the chest
-    back:_Print|None=None   # print on the back
-    bag:_Bag|None=None      # what is carried
+
+    build: float  # breadth, about 1
+    skin: int  # row of `_SKINS`
+    hair: int  # row of `_HAIRS`
+    style: str  # short, long, bun, tail, bald
+    top: _Top  # worn above
+    bottom: _Bottom  # worn below
+    shoe: str  # a key of `_COLOURS`
+    bare_legs: bool = True  # under a skirt: skin, or dark tights
+    boots: bool = False  # shoes that reach up the shin
+    beard: bool = False  # in the colour of the hair
+    glasses: bool = False  # dark ones
+    scarf: str | None = None  # colour
+    cap: str | None = None  # colour of a cap
+    beanie: str | None = None  # colour of a knitted hat
+    chest: _Print | None = None  # print on the chest
+    back: _Print | None = None  # print on the back
+    bag: _Bag | None = None  # what is carried
 
 # %% ../../nbs/rendering/03_persons.ipynb #2cbe237b
 @dataclass(frozen=True)
 class _Wardrobe:
     "What people of one domain wear, and how often."
-    tops:dict      # kind: share
-    colours:list   # of tops
-    bottoms:dict   # kind: share
-    dyes:list      # colours of bottoms
-    bare_legs:bool # under skirts
-    boots:float    # share of people
+
+    tops: dict  # kind: share
+    colours: list  # of tops
+    bottoms: dict  # kind: share
+    dyes: list  # colours of bottoms
+    bare_legs: bool  # under skirts
+    boots: float  # share of people
 
 # %% ../../nbs/rendering/03_persons.ipynb #e35f45fa
 _WARDROBES = dict(
-    A=_Wardrobe(dict(tshirt=.42, sweater=.2, jacket=.16, vest=.08, hoodie=.1, coat=.04),
+    A=_Wardrobe(
+        dict(tshirt=0.42, sweater=0.2, jacket=0.16, vest=0.08, hoodie=0.1, coat=0.04),
         'white grey black navy blue sky red orange yellow green mint purple pink beige teal light'.split(),
-        dict(trousers=.62, shorts=.2, skirt=.12, gown=.06), 'black navy denim khaki grey beige char brown white'.split(), True, 0.),
-    B=_Wardrobe(dict(tshirt=.05, sweater=.16, jacket=.26, vest=.10, hoodie=.18, coat=.25),
+        dict(trousers=0.62, shorts=0.2, skirt=0.12, gown=0.06),
+        'black navy denim khaki grey beige char brown white'.split(),
+        True,
+        0.0,
+    ),
+    B=_Wardrobe(
+        dict(tshirt=0.05, sweater=0.16, jacket=0.26, vest=0.10, hoodie=0.18, coat=0.25),
         'black char grey navy brown maroon olive khaki char denim beige teal white red'.split(),
-        dict(trousers=.88, shorts=.01, skirt=.07, gown=.04), 'black char navy denim brown khaki'.split(), False, .3))
+        dict(trousers=0.88, shorts=0.01, skirt=0.07, gown=0.04),
+        'black char navy denim brown khaki'.split(),
+        False,
+        0.3,
+    ),
+)
 
 # %% ../../nbs/rendering/03_persons.ipynb #42f1ac4d
 def choose(
-    rng:np.random.Generator, # source of chance
-    options,                 # a sequence: all equally likely; or a dict option: share
+    rng: np.random.Generator,  # source of chance
+    options,  # a sequence: all equally likely; or a dict option: share
 ):
     "One of the options."
-    if not isinstance(options, dict): return options[int(rng.integers(len(options)))]
+    if not isinstance(options, dict):
+        return options[int(rng.integers(len(options)))]
     share = np.array(list(options.values()))
-    return list(options)[int(rng.choice(len(share), p=share/share.sum()))]
+    return list(options)[int(rng.choice(len(share), p=share / share.sum()))]
 
 # %% ../../nbs/rendering/03_persons.ipynb #26f42c34
 def base_person(
-    rng:np.random.Generator, # source of chance
-    domain:str,              # a key of `_WARDROBES`
+    rng: np.random.Generator,  # source of chance
+    domain: str,  # a key of `_WARDROBES`
 ) -> _Person:
     "A person without anything special about it: what a look-alike group shares."
     w = _WARDROBES[domain]
     colour, bottom = choose(rng, w.colours), choose(rng, w.bottoms)
-    fem = rng.random() < (.8 if bottom in ('skirt', 'gown') else .4)
-    top = _Top(choose(rng, w.tops), colour, choose(rng, [c for c in w.colours if c != colour]),
-              choose(rng, dict(plain=.5, rings=.12, check=.12, block=.08, band=.08, lines=.05, dots=.05)),
-              rng.uniform(12, 22), choose(rng, 'white grey sky black red cream'.split()))
-    return _Person(rng.uniform(.88, 1.2), int(rng.integers(len(_SKINS))), int(rng.integers(len(_HAIRS))),
-                  choose(rng, 'long bun tail short'.split() if fem else 'short short short bald'.split()), top,
-                  _Bottom(bottom, choose(rng, w.dyes), rng.uniform(.9, 1.25)), choose(rng, 'black white brown grey'.split()),
-                  bare_legs=w.bare_legs, boots=bool(rng.random() < w.boots), beard=bool(not fem and rng.random() < .2))
+    fem = rng.random() < (0.8 if bottom in ('skirt', 'gown') else 0.4)
+    top = _Top(
+        choose(rng, w.tops),
+        colour,
+        choose(rng, [c for c in w.colours if c != colour]),
+        choose(rng, dict(plain=0.5, rings=0.12, check=0.12, block=0.08, band=0.08, lines=0.05, dots=0.05)),
+        rng.uniform(12, 22),
+        choose(rng, 'white grey sky black red cream'.split()),
+    )
+    return _Person(
+        rng.uniform(0.88, 1.2),
+        int(rng.integers(len(_SKINS))),
+        int(rng.integers(len(_HAIRS))),
+        choose(rng, 'long bun tail short'.split() if fem else 'short short short bald'.split()),
+        top,
+        _Bottom(bottom, choose(rng, w.dyes), rng.uniform(0.9, 1.25)),
+        choose(rng, 'black white brown grey'.split()),
+        bare_legs=w.bare_legs,
+        boots=bool(rng.random() < w.boots),
+        beard=bool(not fem and rng.random() < 0.2),
+    )
 
 # %% ../../nbs/rendering/03_persons.ipynb #18bc9e63
 _BRIGHT = 'black red brown yellow teal blue white pink olive orange'.split()
 _CUES = dict(
-    bag   =lambda p,r: replace(p, bag=_Bag(choose(r, dict(backpack=.34, cross=.24, hand=.18, tote=.16, case=.08)), choose(r, _BRIGHT),
-                                          choose(r, _BRIGHT), choose(r, (1,-1)), r.uniform(.85, 1.15))),
-    chest =lambda p,r: replace(p, chest=_Print(choose(r, list(PRINTS)), choose(r, 'yellow white red black mint orange'.split()),
-                                              r.uniform(.03, .055), choose(r, (0,.045)), r.uniform(.68, .73))),
-    back  =lambda p,r: replace(p, back=_Print(choose(r, list(PRINTS)), choose(r, 'yellow white red black sky orange'.split()), r.uniform(.045, .07))),
-    shoe  =lambda p,r: replace(p, shoe=choose(r, [c for c in 'red yellow blue orange white mint black'.split() if c != p.shoe])),
-    hat   =lambda p,r: replace(p, **{choose(r, ('cap','beanie')): choose(r, _BRIGHT)}),
-    stripe=lambda p,r: replace(p, bottom=replace(p.bottom, stripe=choose(r, 'white red yellow sky'.split()), cuff=choose(r, (None,'white','red')))),
-    scarf =lambda p,r: replace(p, scarf=choose(r, 'red yellow teal white purple'.split())),
-    inner =lambda p,r: replace(p, glasses=True, top=replace(p.top, inner=choose(r, 'red yellow green pink white'.split()))))
+    bag=lambda p, r: replace(
+        p,
+        bag=_Bag(
+            choose(r, dict(backpack=0.34, cross=0.24, hand=0.18, tote=0.16, case=0.08)),
+            choose(r, _BRIGHT),
+            choose(r, _BRIGHT),
+            choose(r, (1, -1)),
+            r.uniform(0.85, 1.15),
+        ),
+    ),
+    chest=lambda p, r: replace(
+        p,
+        chest=_Print(
+            choose(r, list(PRINTS)),
+            choose(r, 'yellow white red black mint orange'.split()),
+            r.uniform(0.03, 0.055),
+            choose(r, (0, 0.045)),
+            r.uniform(0.68, 0.73),
+        ),
+    ),
+    back=lambda p, r: replace(
+        p,
+        back=_Print(
+            choose(r, list(PRINTS)), choose(r, 'yellow white red black sky orange'.split()), r.uniform(0.045, 0.07)
+        ),
+    ),
+    shoe=lambda p, r: replace(
+        p, shoe=choose(r, [c for c in 'red yellow blue orange white mint black'.split() if c != p.shoe])
+    ),
+    hat=lambda p, r: replace(p, **{choose(r, ('cap', 'beanie')): choose(r, _BRIGHT)}),
+    stripe=lambda p, r: replace(
+        p,
+        bottom=replace(
+            p.bottom, stripe=choose(r, 'white red yellow sky'.split()), cuff=choose(r, (None, 'white', 'red'))
+        ),
+    ),
+    scarf=lambda p, r: replace(p, scarf=choose(r, 'red yellow teal white purple'.split())),
+    inner=lambda p, r: replace(
+        p, glasses=True, top=replace(p.top, inner=choose(r, 'red yellow green pink white'.split()))
+    ),
+)
 
 # %% ../../nbs/rendering/03_persons.ipynb #49e9d310
 def tell_apart(
-    p:_Person,                # what a group shares
-    rng:np.random.Generator, # source of chance
-    n:int=3,                 # how many cues
+    p: _Person,  # what a group shares
+    rng: np.random.Generator,  # source of chance
+    n: int = 3,  # how many cues
 ) -> _Person:
     "The same person with `n` cues of its own."
     cues = [str(c) for c in rng.permutation(list(_CUES))[:n]]
-    if n and 'bag' not in cues and rng.random() < .5: cues[0] = 'bag'
-    for c in cues: p = _CUES[c](p, rng)
+    if n and 'bag' not in cues and rng.random() < 0.5:
+        cues[0] = 'bag'
+    for c in cues:
+        p = _CUES[c](p, rng)
     return p
 
 # %% ../../nbs/rendering/03_persons.ipynb #9ccb0ca8
 class Pose(NamedTuple):
     "One moment of a walk."
-    phase:float=0. # radians; one step is a full turn
-    swing:float=0. # how far the legs swing, radians
-    lean:float=0.  # how far the chest leans forward
-    turn:float=0.  # head to the left, radians
+
+    phase: float = 0.0  # radians; one step is a full turn
+    swing: float = 0.0  # how far the legs swing, radians
+    lean: float = 0.0  # how far the chest leans forward
+    turn: float = 0.0  # head to the left, radians
 
 # %% ../../nbs/rendering/03_persons.ipynb #ad336294
 def _hang(
-    angle:float, # radians forward from straight down
-    out:float=0, # how far to the left
-) -> np.ndarray: # (3,)
+    angle: float,  # radians forward from straight down
+    out: float = 0,  # how far to the left
+) -> np.ndarray:  # (3,)
     "Unit vector of a limb that hangs at an angle."
     return unit_vector(np.array([sin(angle), out, -cos(angle)]))
 
 # %% ../../nbs/rendering/03_persons.ipynb #f2bf5f3e
 def _leg_joints(
-    p:_Person, pose:Pose, # who, in which moment
-    side:int,            # +1 left, -1 right
-) -> tuple: # hip, knee, ankle, heel, toe; (3,) each
+    p: _Person,
+    pose: Pose,  # who, in which moment
+    side: int,  # +1 left, -1 right
+) -> tuple:  # hip, knee, ankle, heel, toe; (3,) each
     "Where one leg's joints are; a gown allows small steps only."
-    swing = side*pose.swing*sin(pose.phase)*(.5 if p.bottom.kind == 'gown' else 1)
-    bent = swing-.12-.9*pose.swing*max(0., side*cos(pose.phase))
-    hip = np.array([0, side*.047*p.build, .51])
-    knee = hip+.235*_hang(swing)
-    ankle = knee+.225*_hang(bent)
-    tilt = bent+.25
-    heel = ankle-(0,0,.012)
-    return hip, knee, ankle, heel, heel+(.075*cos(.4*tilt), 0, .06*sin(.4*tilt)-.006)
+    swing = side * pose.swing * sin(pose.phase) * (0.5 if p.bottom.kind == 'gown' else 1)
+    bent = swing - 0.12 - 0.9 * pose.swing * max(0.0, side * cos(pose.phase))
+    hip = np.array([0, side * 0.047 * p.build, 0.51])
+    knee = hip + 0.235 * _hang(swing)
+    ankle = knee + 0.225 * _hang(bent)
+    tilt = bent + 0.25
+    heel = ankle - (0, 0, 0.012)
+    return hip, knee, ankle, heel, heel + (0.075 * cos(0.4 * tilt), 0, 0.06 * sin(0.4 * tilt) - 0.006)
 
 # %% ../../nbs/rendering/03_persons.ipynb #6346b5bb
 def _arm_joints(
-    p:_Person, pose:Pose, # who, in which moment
-    side:int,            # +1 left, -1 right
-) -> tuple: # shoulder, elbow, wrist, fingers; (3,) each
+    p: _Person,
+    pose: Pose,  # who, in which moment
+    side: int,  # +1 left, -1 right
+) -> tuple:  # shoulder, elbow, wrist, fingers; (3,) each
     "Where one arm's joints are; an arm that carries a bag swings less."
-    carries = p.bag and p.bag.kind in ('hand','case') and p.bag.side == side
-    swing = -side*.8*pose.swing*sin(pose.phase)*(.25 if carries else 1)
-    shoulder = np.array([.1*pose.lean, side*.12*p.build, .777])
-    elbow = shoulder+.165*_hang(swing, .1*side)
-    fore = _hang(swing+.25+.35*pose.swing, .03*side)
-    return shoulder, elbow, elbow+.145*fore, elbow+.175*fore
+    carries = p.bag and p.bag.kind in ('hand', 'case') and p.bag.side == side
+    swing = -side * 0.8 * pose.swing * sin(pose.phase) * (0.25 if carries else 1)
+    shoulder = np.array([0.1 * pose.lean, side * 0.12 * p.build, 0.777])
+    elbow = shoulder + 0.165 * _hang(swing, 0.1 * side)
+    fore = _hang(swing + 0.25 + 0.35 * pose.swing, 0.03 * side)
+    return shoulder, elbow, elbow + 0.145 * fore, elbow + 0.175 * fore
 
 # %% ../../nbs/rendering/03_persons.ipynb #351e0bb1
-_HEEL, _TOE = .028, .021 # radii of a shoe's two ends
+_HEEL, _TOE = 0.028, 0.021  # radii of a shoe's two ends
 
 # %% ../../nbs/rendering/03_persons.ipynb #0db9ac4c
 def _ground(
-    p:_Person, pose:Pose, # who, in which moment
+    p: _Person,
+    pose: Pose,  # who, in which moment
 ) -> float:
     "Height of the lowest point of the shoes."
-    ends = [_leg_joints(p, pose, side)[3:] for side in (1,-1)]
-    return float(min(min(heel[2]-_HEEL, toe[2]-_TOE) for heel,toe in ends))
+    ends = [_leg_joints(p, pose, side)[3:] for side in (1, -1)]
+    return float(min(min(heel[2] - _HEEL, toe[2] - _TOE) for heel, toe in ends))
 
 # %% ../../nbs/rendering/03_persons.ipynb #3fff44e4
 def _open_front(
-    c:np.ndarray, # (n, 3) colours, changed in place
-    P:np.ndarray, # (n, 3) points
-    inner:str,    # colour underneath
+    c: np.ndarray,  # (n, 3) colours, changed in place
+    P: np.ndarray,  # (n, 3) points
+    inner: str,  # colour underneath
 ):
     "Open a jacket: what is underneath shows in a gap that widens upwards, between two dark edges."
     x, y, z = P.T
-    gap = .028+.018*np.clip((z-.56)/.22, 0, 1)
+    gap = 0.028 + 0.018 * np.clip((z - 0.56) / 0.22, 0, 1)
     c[(x > 0) & (np.abs(y) < gap)] = _COLOURS[inner]
-    c[(x > 0) & (np.abs(np.abs(y)-gap) < .006)] *= .6
+    c[(x > 0) & (np.abs(np.abs(y) - gap) < 0.006)] *= 0.6
 
 # %% ../../nbs/rendering/03_persons.ipynb #594ff355
 def _stamp(
-    c:np.ndarray, # (n, 3) colours, changed in place
-    P:np.ndarray, # (n, 3) points
-    what:_Print,   # what to print
-    side:int,     # +1 on the chest, -1 on the back
+    c: np.ndarray,  # (n, 3) colours, changed in place
+    P: np.ndarray,  # (n, 3) points
+    what: _Print,  # what to print
+    side: int,  # +1 on the chest, -1 on the back
 ):
     "Put a print on the chest or the back."
     x, y, z = P.T
-    c[(side*x > 0) & PRINTS[what.shape]((y-what.y)/what.size, (z-what.z)/what.size)] = _COLOURS[what.colour]
+    c[(side * x > 0) & PRINTS[what.shape]((y - what.y) / what.size, (z - what.z) / what.size)] = _COLOURS[what.colour]
 
 # %% ../../nbs/rendering/03_persons.ipynb #fb6dc788
 def _straps(
-    c:np.ndarray, # (n, 3) colours, changed in place
-    P:np.ndarray, # (n, 3) points
-    bag:_Bag,      # what they hold
+    c: np.ndarray,  # (n, 3) colours, changed in place
+    P: np.ndarray,  # (n, 3) points
+    bag: _Bag,  # what they hold
 ):
     "Draw what holds a bag: two bands over the shoulders, or one across."
     x, y, z = P.T
-    if bag.kind == 'backpack': c[(x > 0) & (np.abs(np.abs(y)-.062) < .013) & (z > .6)] = .8*_COLOURS[bag.colour]
-    if bag.kind == 'cross': c[np.abs(z-.68+1.25*bag.side*y) < .017] = .8*_COLOURS[bag.colour]
+    if bag.kind == 'backpack':
+        c[(x > 0) & (np.abs(np.abs(y) - 0.062) < 0.013) & (z > 0.6)] = 0.8 * _COLOURS[bag.colour]
+    if bag.kind == 'cross':
+        c[np.abs(z - 0.68 + 1.25 * bag.side * y) < 0.017] = 0.8 * _COLOURS[bag.colour]
 
 # %% ../../nbs/rendering/03_persons.ipynb #00a1533e
 def _torso(
-    p:_Person, pose:Pose, # who, in which moment
+    p: _Person,
+    pose: Pose,  # who, in which moment
 ) -> list:
     "Chest and shoulders; the lower part of a coat; a hood."
-    top, lean = p.top, np.array([.1*pose.lean, 0, 0])
+    top, lean = p.top, np.array([0.1 * pose.lean, 0, 0])
+
     def paint(P, n, s):
         c = pattern(top.pattern, _COLOURS[top.colour], _COLOURS[top.second], P, top.freq)
-        if top.kind in ('jacket','coat'): _open_front(c, P, top.inner)
-        if top.kind in ('hoodie','vest'): c[(P[:,0] > 0) & (np.abs(P[:,1]) < .005)] *= .5
-        if p.chest: _stamp(c, P, p.chest, 1)
-        if p.back: _stamp(c, P, p.back, -1)
-        if p.bag: _straps(c, P, p.bag)
+        if top.kind in ('jacket', 'coat'):
+            _open_front(c, P, top.inner)
+        if top.kind in ('hoodie', 'vest'):
+            c[(P[:, 0] > 0) & (np.abs(P[:, 1]) < 0.005)] *= 0.5
+        if p.chest:
+            _stamp(c, P, p.chest, 1)
+        if p.back:
+            _stamp(c, P, p.back, -1)
+        if p.bag:
+            _straps(c, P, p.bag)
         return _cloth(c, P)
+
     b, parts = p.build, []
-    if top.kind == 'coat': parts.append(Capsule((0,0,.60), (0,0,.31), .088*b, .132*b, paint, (.86,1,1), floor=.335))
-    if top.kind == 'hoodie': parts.append(Capsule(lean+(-.035,.03,.825), lean+(-.035,-.03,.825), .042, .042, lambda P,n,s: _cloth(_COLOURS[top.colour], P, .15)))
-    return parts+[Capsule((0,0,.545), lean+(0,0,.745), .080*b, .098*b, paint, (.6,1,1)),
-                  Capsule(lean+(0,.062*b,.783), lean+(0,-.062*b,.783), .05, .05, paint, (.75,1,1))]
+    if top.kind == 'coat':
+        parts.append(Capsule((0, 0, 0.60), (0, 0, 0.31), 0.088 * b, 0.132 * b, paint, (0.86, 1, 1), floor=0.335))
+    if top.kind == 'hoodie':
+        parts.append(
+            Capsule(
+                lean + (-0.035, 0.03, 0.825),
+                lean + (-0.035, -0.03, 0.825),
+                0.042,
+                0.042,
+                lambda P, n, s: _cloth(_COLOURS[top.colour], P, 0.15),
+            )
+        )
+    return parts + [
+        Capsule((0, 0, 0.545), lean + (0, 0, 0.745), 0.080 * b, 0.098 * b, paint, (0.6, 1, 1)),
+        Capsule(lean + (0, 0.062 * b, 0.783), lean + (0, -0.062 * b, 0.783), 0.05, 0.05, paint, (0.75, 1, 1)),
+    ]
 
 # %% ../../nbs/rendering/03_persons.ipynb #d5a707a4
 def _face(
-    p:_Person,          # whose
-    centre:np.ndarray, # (3,) middle of the head
-    turn:float,        # radians to the left
+    p: _Person,  # whose
+    centre: np.ndarray,  # (3,) middle of the head
+    turn: float,  # radians to the left
 ):
     "The paint of a head: skin, hair, eyes, mouth, beard, glasses."
-    ahead, left = np.array([[cos(turn), sin(turn), 0], [-sin(turn), cos(turn), 0]], np.float32)/np.float32(.062)
-    skin, hair, mid = _SKINS[p.skin], _HAIRS[p.hair], centre.astype(np.float32)
+    ahead, left = np.array([[cos(turn), sin(turn), 0], [-sin(turn), cos(turn), 0]], np.float32) / np.float32(0.062)
+    skin = _SKINS[p.skin]
+    hair = _HAIRS[p.hair]
+    mid = centre.astype(np.float32)
+
     def paint(P, n, s):
-        q = P-mid
-        x, y, z = q@ahead, np.abs(q@left), q[:,2]/np.float32(.062)
+        q = P - mid
+        x = q @ ahead
+        y = np.abs(q @ left)
+        z = q[:, 2] / np.float32(0.062)
         c = np.repeat(skin[None], len(P), 0)
         if p.style != 'bald':
-            hairy = (z > .55-.12*y) | ((x < 0) & (z > -.5)) | ((y > .76) & (x < .35) & (z > -.1))
-            c[hairy] = hair*(1+.25*np.sin(40*y[hairy]))[:,None]
-        if p.beard: c[(x > .3) & (z < -.48)] = hair
-        c[(x > .5) & (np.abs(y-.36) < .12) & (np.abs(z-.08) < .09)] *= .3
-        c[(x > .5) & (y < .26) & (np.abs(z+.52) < .05)] *= .7
-        if p.glasses: c[(x > .35) & (np.abs(y-.38) < .3) & (np.abs(z-.08) < .15)] = .06
+            hairy = (z > 0.55 - 0.12 * y) | ((x < 0) & (z > -0.5)) | ((y > 0.76) & (x < 0.35) & (z > -0.1))
+            c[hairy] = hair * (1 + 0.25 * np.sin(40 * y[hairy]))[:, None]
+        if p.beard:
+            c[(x > 0.3) & (z < -0.48)] = hair
+        c[(x > 0.5) & (np.abs(y - 0.36) < 0.12) & (np.abs(z - 0.08) < 0.09)] *= 0.3
+        c[(x > 0.5) & (y < 0.26) & (np.abs(z + 0.52) < 0.05)] *= 0.7
+        if p.glasses:
+            c[(x > 0.35) & (np.abs(y - 0.38) < 0.3) & (np.abs(z - 0.08) < 0.15)] = 0.06
         return c
+
     return paint
 
 # %% ../../nbs/rendering/03_persons.ipynb #880b873e
 def _hairdo(
-    p:_Person,         # whose
-    head:np.ndarray,  # (3,) middle of the head
-    ahead:np.ndarray, # (3,) where the face looks
+    p: _Person,  # whose
+    head: np.ndarray,  # (3,) middle of the head
+    ahead: np.ndarray,  # (3,) where the face looks
 ) -> list:
     "Hair that stands off the head."
     hair = _HAIRS[p.hair]
-    strands = lambda P,n,s: _cloth(hair, P, .25)
-    if p.style == 'long': return [Capsule(head-.022*ahead, head-.050*ahead-(0,0,.13), .058, .040, strands)]
-    if p.style == 'bun': return [Capsule(head-.055*ahead+(0,0,.045), head-.06*ahead+(0,0,.045), .030, .028, hair)]
-    if p.style == 'tail': return [Capsule(head-.065*ahead+(0,0,.02), head-.085*ahead-(0,0,.1), .020, .012, hair)]
+    strands = lambda P, n, s: _cloth(hair, P, 0.25)
+    if p.style == 'long':
+        return [Capsule(head - 0.022 * ahead, head - 0.050 * ahead - (0, 0, 0.13), 0.058, 0.040, strands)]
+    if p.style == 'bun':
+        return [Capsule(head - 0.055 * ahead + (0, 0, 0.045), head - 0.06 * ahead + (0, 0, 0.045), 0.030, 0.028, hair)]
+    if p.style == 'tail':
+        return [Capsule(head - 0.065 * ahead + (0, 0, 0.02), head - 0.085 * ahead - (0, 0, 0.1), 0.020, 0.012, hair)]
     return []
 
 # %% ../../nbs/rendering/03_persons.ipynb #ec39802f
 def _hat(
-    p:_Person,         # whose
-    head:np.ndarray,  # (3,) middle of the head
-    ahead:np.ndarray, # (3,) where the face looks
+    p: _Person,  # whose
+    head: np.ndarray,  # (3,) middle of the head
+    ahead: np.ndarray,  # (3,) where the face looks
 ) -> list:
     "A cap with its peak, or a knitted hat."
     parts = []
-    if p.cap: parts += [Capsule(head+(0,0,.040), head+(0,0,.046), .062, .056, _COLOURS[p.cap]),
-                        Capsule(head+.045*ahead+(0,0,.03), head+.09*ahead+(0,0,.024), .026, .022, .8*_COLOURS[p.cap], (1,1,.33))]
-    if p.beanie: parts.append(Capsule(head+(0,0,.030), head+(0,0,.052), .071, .058, lambda P,n,s: _cloth(_COLOURS[p.beanie], P, .2), floor=head[2]+.018))
+    if p.cap:
+        parts += [
+            Capsule(head + (0, 0, 0.040), head + (0, 0, 0.046), 0.062, 0.056, _COLOURS[p.cap]),
+            Capsule(
+                head + 0.045 * ahead + (0, 0, 0.03),
+                head + 0.09 * ahead + (0, 0, 0.024),
+                0.026,
+                0.022,
+                0.8 * _COLOURS[p.cap],
+                (1, 1, 0.33),
+            ),
+        ]
+    if p.beanie:
+        parts.append(
+            Capsule(
+                head + (0, 0, 0.030),
+                head + (0, 0, 0.052),
+                0.071,
+                0.058,
+                lambda P, n, s: _cloth(_COLOURS[p.beanie], P, 0.2),
+                floor=head[2] + 0.018,
+            )
+        )
     return parts
 
 # %% ../../nbs/rendering/03_persons.ipynb #de357b53
 def head(
-    p:_Person, pose:Pose, # who, in which moment
+    p: _Person,
+    pose: Pose,  # who, in which moment
 ) -> list:
     "Neck or scarf, head, hair, hat."
-    x = .1*pose.lean+.012
-    mid, ahead = np.array([x, 0, .925]), np.array([cos(pose.turn), sin(pose.turn), 0])
-    if p.scarf: neck = Capsule((.6*x,.012,.838), (.6*x,-.012,.838), .042, .042, lambda P,n,s: _cloth(_COLOURS[p.scarf], P, .15))
-    else: neck = Capsule((.6*x,0,.80), (x,0,.87), .030, .028, .92*_SKINS[p.skin])
-    ball = Capsule(mid, mid, .066, .066, _face(p, mid, pose.turn), (1,.86,1.12))
-    return [neck, ball]+_hairdo(p, mid, ahead)+_hat(p, mid, ahead)
+    x = 0.1 * pose.lean + 0.012
+    mid, ahead = np.array([x, 0, 0.925]), np.array([cos(pose.turn), sin(pose.turn), 0])
+    if p.scarf:
+        neck = Capsule(
+            (0.6 * x, 0.012, 0.838),
+            (0.6 * x, -0.012, 0.838),
+            0.042,
+            0.042,
+            lambda P, n, s: _cloth(_COLOURS[p.scarf], P, 0.15),
+        )
+    else:
+        neck = Capsule((0.6 * x, 0, 0.80), (x, 0, 0.87), 0.030, 0.028, 0.92 * _SKINS[p.skin])
+    ball = Capsule(mid, mid, 0.066, 0.066, _face(p, mid, pose.turn), (1, 0.86, 1.12))
+    return [neck, ball] + _hairdo(p, mid, ahead) + _hat(p, mid, ahead)
 
 # %% ../../nbs/rendering/03_persons.ipynb #d6b1a4e2
 def arm(
-    p:_Person, pose:Pose, # who, in which moment
-    side:int,            # +1 left, -1 right
+    p: _Person,
+    pose: Pose,  # who, in which moment
+    side: int,  # +1 left, -1 right
 ) -> list:
     "Upper arm, forearm, hand."
     top, skin = p.top, _SKINS[p.skin]
     shoulder, elbow, wrist, fingers = _arm_joints(p, pose, side)
     colour, second = _COLOURS[top.inner if top.kind == 'vest' else top.colour], _COLOURS[top.second]
-    name = top.pattern if top.pattern in ('rings','check','dots') else 'plain'
+    name = top.pattern if top.pattern in ('rings', 'check', 'dots') else 'plain'
+
     def sleeve(P, n, s):
         c = pattern(name, colour, second, P, top.freq)
-        if top.kind == 'tshirt': c[s > .62] = skin
+        if top.kind == 'tshirt':
+            c[s > 0.62] = skin
         return _cloth(c, P)
-    fore = skin if top.kind == 'tshirt' else lambda P,n,s: _cloth(pattern(name, colour, second, P, top.freq), P)
-    return [Capsule(shoulder, elbow, .037, .029, sleeve), Capsule(elbow, wrist, .0285, .021, fore), Capsule(wrist, fingers, .021, .016, skin)]
+
+    fore = skin if top.kind == 'tshirt' else lambda P, n, s: _cloth(pattern(name, colour, second, P, top.freq), P)
+    return [
+        Capsule(shoulder, elbow, 0.037, 0.029, sleeve),
+        Capsule(elbow, wrist, 0.0285, 0.021, fore),
+        Capsule(wrist, fingers, 0.021, 0.016, skin),
+    ]
 
 # %% ../../nbs/rendering/03_persons.ipynb #680ce7b5
 def _leg(
-    p:_Person, pose:Pose, # who, in which moment
-    side:int,            # +1 left, -1 right
+    p: _Person,
+    pose: Pose,  # who, in which moment
+    side: int,  # +1 left, -1 right
 ) -> list:
     "Thigh, shin, shoe."
     low, skin = p.bottom, _SKINS[p.skin]
     hip, knee, ankle, heel, toe = _leg_joints(p, pose, side)
-    dyed = _COLOURS[low.colour] if low.kind in ('trousers','shorts') else skin if p.bare_legs else _COLOURS['char']
+    dyed = _COLOURS[low.colour] if low.kind in ('trousers', 'shorts') else skin if p.bare_legs else _COLOURS['char']
+
     def thigh(P, n, s):
         c = np.repeat(dyed[None], len(P), 0)
-        if low.stripe: c[side*n[:,1] > .72] = _COLOURS[low.stripe]
-        if low.kind == 'shorts': c[s > .85] = skin
-        if low.kind in ('skirt','gown'): c[s < .6] = _COLOURS[low.colour]
-        return _cloth(c, P, .05)
+        if low.stripe:
+            c[side * n[:, 1] > 0.72] = _COLOURS[low.stripe]
+        if low.kind == 'shorts':
+            c[s > 0.85] = skin
+        if low.kind in ('skirt', 'gown'):
+            c[s < 0.6] = _COLOURS[low.colour]
+        return _cloth(c, P, 0.05)
+
     def shin(P, n, s):
         c = np.repeat((skin if low.kind == 'shorts' else dyed)[None], len(P), 0)
-        if low.stripe and low.kind == 'trousers': c[side*n[:,1] > .72] = _COLOURS[low.stripe]
-        if low.cuff: c[s > .8] = _COLOURS[low.cuff]
-        return _cloth(c, P, .05)
-    shoe = lambda P,n,s: np.where(n[:,2:] < -.35, _COLOURS['white'], _COLOURS[p.shoe])
+        if low.stripe and low.kind == 'trousers':
+            c[side * n[:, 1] > 0.72] = _COLOURS[low.stripe]
+        if low.cuff:
+            c[s > 0.8] = _COLOURS[low.cuff]
+        return _cloth(c, P, 0.05)
+
+    shoe = lambda P, n, s: np.where(n[:, 2:] < -0.35, _COLOURS['white'], _COLOURS[p.shoe])
     wide = low.wide if low.kind == 'trousers' else 1
-    parts = [Capsule(hip, knee, .056, .041*wide, thigh), Capsule(knee, ankle, .037*wide, .026*wide, shin), Capsule(heel, toe, _HEEL, _TOE, shoe)]
-    return parts+[Capsule(ankle, ankle+.07*unit_vector(knee-ankle), .031, .033, _COLOURS[p.shoe])]*p.boots
+    parts = [
+        Capsule(hip, knee, 0.056, 0.041 * wide, thigh),
+        Capsule(knee, ankle, 0.037 * wide, 0.026 * wide, shin),
+        Capsule(heel, toe, _HEEL, _TOE, shoe),
+    ]
+    return parts + [Capsule(ankle, ankle + 0.07 * unit_vector(knee - ankle), 0.031, 0.033, _COLOURS[p.shoe])] * p.boots
 
 # %% ../../nbs/rendering/03_persons.ipynb #7d339d5d
 def _hips(
-    p:_Person, # whose
+    p: _Person,  # whose
 ) -> list:
     "What joins torso and legs: the seat, a skirt."
     low, b = p.bottom, p.build
-    seat = Capsule((0,.02*b,.525), (0,-.02*b,.525), .066*b, .066*b, lambda P,n,s: _cloth(_COLOURS[low.colour], P), (.75,1,1))
-    if low.kind not in ('skirt','gown'): return [seat]
-    end = .36 if low.kind == 'skirt' else .18
-    return [seat, Capsule((0,0,.565), (0,0,end-.03), .080*b, .135*b, lambda P,n,s: _cloth(_COLOURS[low.colour], P, .12), (.92,1,1), floor=end)]
+    seat = Capsule(
+        (0, 0.02 * b, 0.525),
+        (0, -0.02 * b, 0.525),
+        0.066 * b,
+        0.066 * b,
+        lambda P, n, s: _cloth(_COLOURS[low.colour], P),
+        (0.75, 1, 1),
+    )
+    if low.kind not in ('skirt', 'gown'):
+        return [seat]
+    end = 0.36 if low.kind == 'skirt' else 0.18
+    return [
+        seat,
+        Capsule(
+            (0, 0, 0.565),
+            (0, 0, end - 0.03),
+            0.080 * b,
+            0.135 * b,
+            lambda P, n, s: _cloth(_COLOURS[low.colour], P, 0.12),
+            (0.92, 1, 1),
+            floor=end,
+        ),
+    ]
 
 # %% ../../nbs/rendering/03_persons.ipynb #9671d26c
 def _crate(
-    mid, half,     # (3,) middle and half the size
-    flap:Callable, # (points) -> (n,) where the second colour is
-    bag:_Bag,       # whose colours
+    mid,
+    half,  # (3,) middle and half the size
+    flap: Callable,  # (points) -> (n,) where the second colour is
+    bag: _Bag,  # whose colours
 ) -> Solid:
     "A box in the two colours of a bag."
-    return box(mid-half, mid+half, lambda P,n,s: np.where(flap(P)[:,None], _COLOURS[bag.flap], _COLOURS[bag.colour]))
+    return box(
+        mid - half, mid + half, lambda P, n, s: np.where(flap(P)[:, None], _COLOURS[bag.flap], _COLOURS[bag.colour])
+    )
 
 # %% ../../nbs/rendering/03_persons.ipynb #a6584b50
 def _carried(
-    p:_Person, pose:Pose, # who, in which moment
+    p: _Person,
+    pose: Pose,  # who, in which moment
 ) -> list:
     "The bag."
     bag = p.bag
-    colour, hip, fingers = _COLOURS[bag.colour], bag.side*.118*p.build, _arm_joints(p, pose, bag.side)[3]
+    colour = _COLOURS[bag.colour]
+    hip = bag.side * 0.118 * p.build
+    fingers = _arm_joints(p, pose, bag.side)[3]
     if bag.kind == 'hand':
-        mid = fingers+(0, .012*bag.side, -.11)
-        ropes = [Capsule(mid+(dx,0,.06), fingers, .006, .006, .7*colour) for dx in (-.04,.04)]
-        return ropes+[_crate(mid, np.array([.085,.028,.062]), lambda P: np.abs(P[:,2]-mid[2]) < .014, bag)]
+        mid = fingers + (0, 0.012 * bag.side, -0.11)
+        ropes = [Capsule(mid + (dx, 0, 0.06), fingers, 0.006, 0.006, 0.7 * colour) for dx in (-0.04, 0.04)]
+        return ropes + [_crate(mid, np.array([0.085, 0.028, 0.062]), lambda P: np.abs(P[:, 2] - mid[2]) < 0.014, bag)]
     if bag.kind == 'case':
-        mid = np.array([fingers[0]-.16, fingers[1]+.03*bag.side, _ground(p, pose)+.16])
-        return [_crate(mid, np.array([.055,.085,.15]), lambda P: P[:,2]*15%1 < .15, replace(bag, flap='grey')), Capsule(mid+(0,0,.15), fingers, .007, .007, _COLOURS['grey'])]
+        mid = np.array([fingers[0] - 0.16, fingers[1] + 0.03 * bag.side, _ground(p, pose) + 0.16])
+        return [
+            _crate(mid, np.array([0.055, 0.085, 0.15]), lambda P: P[:, 2] * 15 % 1 < 0.15, replace(bag, flap='grey')),
+            Capsule(mid + (0, 0, 0.15), fingers, 0.007, 0.007, _COLOURS['grey']),
+        ]
     if bag.kind == 'backpack':
-        mid = np.array([.1*pose.lean-.1, 0, .695])
+        mid = np.array([0.1 * pose.lean - 0.1, 0, 0.695])
+
         def paint(P, n, s):
-            z = P[:,2]-mid[2]
-            c = np.where(((z < -.018) & (np.abs(P[:,1]) < .062))[:,None], _COLOURS[bag.flap], colour)
-            c[np.abs(z+.018) < .004] *= .5
+            z = P[:, 2] - mid[2]
+            c = np.where(((z < -0.018) & (np.abs(P[:, 1]) < 0.062))[:, None], _COLOURS[bag.flap], colour)
+            c[np.abs(z + 0.018) < 0.004] *= 0.5
             return _cloth(c, P)
-        return [Capsule(mid-(0,0,.065*bag.size), mid+(0,0,.045*bag.size), .082, .07, paint, (.62,1,1))]
-    mid, half = np.array([0, hip, .50 if bag.kind == 'cross' else .57]), np.array([.075, .024, .055 if bag.kind == 'cross' else .085])
-    ropes = [Capsule(mid+(dx,0,.08), (.3*dx, .85*hip, .815), .008, .008, .8*colour) for dx in (-.035,.035)]
-    return [_crate(mid, half, lambda P: P[:,2] > mid[2]+.25*half[2], bag)]+ropes*(bag.kind == 'tote')
+
+        return [
+            Capsule(mid - (0, 0, 0.065 * bag.size), mid + (0, 0, 0.045 * bag.size), 0.082, 0.07, paint, (0.62, 1, 1))
+        ]
+    mid, half = (
+        np.array([0, hip, 0.50 if bag.kind == 'cross' else 0.57]),
+        np.array([0.075, 0.024, 0.055 if bag.kind == 'cross' else 0.085]),
+    )
+    ropes = [
+        Capsule(mid + (dx, 0, 0.08), (0.3 * dx, 0.85 * hip, 0.815), 0.008, 0.008, 0.8 * colour)
+        for dx in (-0.035, 0.035)
+    ]
+    return [_crate(mid, half, lambda P: P[:, 2] > mid[2] + 0.25 * half[2], bag)] + ropes * (bag.kind == 'tote')
 
 # %% ../../nbs/rendering/03_persons.ipynb #4d5ebe58
 def person(
-    p:_Person,         # who
-    pose:Pose=Pose(), # in which moment
-) -> list: # of shapes
+    p: _Person,  # who
+    pose: Pose = Pose(),  # in which moment
+) -> list:  # of shapes
     "A person in a pose."
-    limbs = [part for side in (1,-1) for part in _leg(p, pose, side)+arm(p, pose, side)]
-    return limbs+_torso(p, pose)+_hips(p)*(p.top.kind != 'coat')+head(p, pose)+(_carried(p, pose) if p.bag else [])
+    limbs = [part for side in (1, -1) for part in _leg(p, pose, side) + arm(p, pose, side)]
+    return (
+        limbs
+        + _torso(p, pose)
+        + _hips(p) * (p.top.kind != 'coat')
+        + head(p, pose)
+        + (_carried(p, pose) if p.bag else [])
+    )
 
 # %% ../../nbs/rendering/03_persons.ipynb #bf571dfa
 @dataclass(frozen=True)
 class Actor:
     "What a scene needs to know about one kind of actor. Lengths are in units of its own."
-    base:Callable       # (rng, domain) -> an identity
-    tell_apart:Callable # (identity, rng, n) -> the same with n cues of its own
-    n_cues:int          # the most cues that one may have
-    shapes:Callable     # (identity, pose) -> list of shapes
-    ground:Callable     # (identity, pose) -> height of its lowest point
-    extent:Callable     # (identity, azimuth, elevation) -> its width and height on the picture, the height of its middle
-    shadow:Callable     # (identity, azimuth) -> the dark spot below: half width, half depth, shift to the right per length away
-    aspect:float        # width of its pictures over their height
-    metres:float        # how long its unit is
-    field:float         # how many metres of a place its pictures are high
-    near:tuple          # one that passes close by: length of its unit and how far below the middle, in picture heights
+
+    base: Callable  # (rng, domain) -> an identity
+    tell_apart: Callable  # (identity, rng, n) -> the same with n cues of its own
+    n_cues: int  # the most cues that one may have
+    shapes: Callable  # (identity, pose) -> list of shapes
+    ground: Callable  # (identity, pose) -> height of its lowest point
+    extent: Callable  # (identity, azimuth, elevation) -> its width and height on the picture, the height of its middle
+    shadow: Callable  # (identity, azimuth) -> the dark spot below: half width, half depth, shift to the right per length away
+    aspect: float  # width of its pictures over their height
+    metres: float  # how long its unit is
+    field: float  # how many metres of a place its pictures are high
+    near: tuple  # one that passes close by: length of its unit and how far below the middle, in picture heights
 
 # %% ../../nbs/rendering/03_persons.ipynb #eecdc8b4
-ACTORS = dict(person=Actor(base_person, tell_apart, len(_CUES), person, _ground, extent=lambda p,azimuth,elevation: (.4, cos(elevation)+.17*sin(elevation), .5),
-                           shadow=lambda p,azimuth: (.21, .21, 0.), aspect=.5, metres=1.72, field=2.05, near=(.95,.1)))
+ACTORS = dict(
+    person=Actor(
+        base_person,
+        tell_apart,
+        len(_CUES),
+        person,
+        _ground,
+        extent=lambda p, azimuth, elevation: (0.4, cos(elevation) + 0.17 * sin(elevation), 0.5),
+        shadow=lambda p, azimuth: (0.21, 0.21, 0.0),
+        aspect=0.5,
+        metres=1.72,
+        field=2.05,
+        near=(0.95, 0.1),
+    )
+)

@@ -6,9 +6,10 @@
 __all__ = ['KINDS', 'DOMAINS', 'OBSTACLES', 'keyed', 'Camera', 'sunlight', 'camera', 'canvas', 'develop', 'degrade']
 
 # %% ../../nbs/rendering/03_scene.ipynb #34bbe1a2
-import io, zlib
+import io
+import zlib
 from colorsys import hsv_to_rgb
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +22,7 @@ from .vehicles import VEHICLES
 
 # %% ../../nbs/rendering/03_scene.ipynb #0486a8af
 def keyed(
-    *name, # words and non-negative whole numbers
+    *name,  # words and non-negative whole numbers
 ) -> np.random.Generator:
     "A random generator of its own for a name."
     return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in name])
@@ -33,225 +34,297 @@ KINDS = ACTORS | VEHICLES
 @dataclass(frozen=True)
 class _Domain:
     "From which ranges a domain's cameras are drawn."
-    ambient:tuple    # share of the sky's light
-    gain:tuple       # exposure
-    gamma:tuple      # contrast curve
-    saturation:tuple # 1 as it is, 0 grey
-    casts:tuple      # colour casts to choose from, logarithms for red, green, blue
-    blur:tuple       # standard deviation, pixels at a height of 256
-    noise:tuple      # standard deviation, 1 is white
-    sharpness:tuple  # resolution, as a share of the picture's
-    jpeg:tuple       # quality
-    horizon:tuple    # where the floor begins, share of the canvas
-    shade:float      # how dark the spot below an actor is
+
+    ambient: tuple  # share of the sky's light
+    gain: tuple  # exposure
+    gamma: tuple  # contrast curve
+    saturation: tuple  # 1 as it is, 0 grey
+    casts: tuple  # colour casts to choose from, logarithms for red, green, blue
+    blur: tuple  # standard deviation, pixels at a height of 256
+    noise: tuple  # standard deviation, 1 is white
+    sharpness: tuple  # resolution, as a share of the picture's
+    jpeg: tuple  # quality
+    horizon: tuple  # where the floor begins, share of the canvas
+    shade: float  # how dark the spot below an actor is
 
 # %% ../../nbs/rendering/03_scene.ipynb #5471367d
 DOMAINS = dict(
-    A=_Domain((.38,.55), (.85,1.2), (1.4,1.8), (.85,1.15), ((0,0,0),),
-             (0,.5), (.006,.018), (.75,1), (60,92), (.22,.42), .45),
-    B=_Domain((.6,.8), (.45,.8), (1.3,2), (.55,.95),
-             ((.14,0,-.18), (-.12,.02,.14), (-.02,.10,-.08), (.08,-.02,.04)), (.3,.9), (.015,.04), (.5,.8), (35,70), (.12,.30), .35))
+    A=_Domain(
+        (0.38, 0.55),
+        (0.85, 1.2),
+        (1.4, 1.8),
+        (0.85, 1.15),
+        ((0, 0, 0),),
+        (0, 0.5),
+        (0.006, 0.018),
+        (0.75, 1),
+        (60, 92),
+        (0.22, 0.42),
+        0.45,
+    ),
+    B=_Domain(
+        (0.6, 0.8),
+        (0.45, 0.8),
+        (1.3, 2),
+        (0.55, 0.95),
+        ((0.14, 0, -0.18), (-0.12, 0.02, 0.14), (-0.02, 0.10, -0.08), (0.08, -0.02, 0.04)),
+        (0.3, 0.9),
+        (0.015, 0.04),
+        (0.5, 0.8),
+        (35, 70),
+        (0.12, 0.30),
+        0.35,
+    ),
+)
 
 # %% ../../nbs/rendering/03_scene.ipynb #491bd7ec
 @dataclass(frozen=True)
 class _Post:
     "Where the cameras of one kind and domain hang."
-    places:tuple    # names of their canvases, one per camera, then again from the first
-    elevation:tuple # degrees above the horizon
-    path:tuple      # azimuth from which actors are seen the first time
-    ways:tuple      # what may be added to it the second time
+
+    places: tuple  # names of their canvases, one per camera, then again from the first
+    elevation: tuple  # degrees above the horizon
+    path: tuple  # azimuth from which actors are seen the first time
+    ways: tuple  # what may be added to it the second time
 
 # %% ../../nbs/rendering/03_scene.ipynb #e7e52310
 _POSTS = {
-    ('person', 'A'):  _Post('brick shop park zebra plaza poster hedge shop'.split(), (6,18), (0,360), (180,)),
-    ('person', 'B'):  _Post('metro mall night parking corridor mall night metro'.split(), (18,32), (0,360), (180,)),
-    ('vehicle', 'A'): _Post('road gate vpark zebra verge vpark road gate'.split(), (14,26), (0,360), (180,90,135)),
-    ('vehicle', 'B'): _Post('nroad tunnel toll nroad tunnel toll nroad toll'.split(), (20,36), (-25,25), (180,))}
+    ('person', 'A'): _Post('brick shop park zebra plaza poster hedge shop'.split(), (6, 18), (0, 360), (180,)),
+    ('person', 'B'): _Post('metro mall night parking corridor mall night metro'.split(), (18, 32), (0, 360), (180,)),
+    ('vehicle', 'A'): _Post('road gate vpark zebra verge vpark road gate'.split(), (14, 26), (0, 360), (180, 90, 135)),
+    ('vehicle', 'B'): _Post('nroad tunnel toll nroad tunnel toll nroad toll'.split(), (20, 36), (-25, 25), (180,)),
+}
 
 # %% ../../nbs/rendering/03_scene.ipynb #e3a011b2
 @dataclass(frozen=True)
 class Camera:
     "What one camera does to every picture it takes."
-    name:tuple         # its key: seed, kind, domain, number
-    place:str          # a key of `PLACES`
-    elevation:float    # radians above the horizon
-    path:float         # actors are seen from this azimuth, radians
-    back:float         # or from this one
-    sun:tuple          # azimuth and height of the sun, radians
-    ambient:float      # share of the sky's light
-    gain:float         # exposure
-    balance:np.ndarray # (3,) factors for red, green, blue
-    gamma:float        # contrast curve
-    saturation:float   # 1 as it is, 0 grey
-    blur:float         # standard deviation, pixels at a height of 256
-    noise:float        # standard deviation, 1 is white
-    sharpness:float    # resolution, as a share of the picture's
-    jpeg:float         # quality
-    zoom:float         # how tightly actors are cut out
-    obstacle:str       # a key of `OBSTACLES`
-    blocked:float      # how often it stands in the way
-    horizon:float      # where the floor begins, share of the canvas
-    hue:float          # the colour of its things
-    shade:float        # how dark the spot below an actor is
+
+    name: tuple  # its key: seed, kind, domain, number
+    place: str  # a key of `PLACES`
+    elevation: float  # radians above the horizon
+    path: float  # actors are seen from this azimuth, radians
+    back: float  # or from this one
+    sun: tuple  # azimuth and height of the sun, radians
+    ambient: float  # share of the sky's light
+    gain: float  # exposure
+    balance: np.ndarray  # (3,) factors for red, green, blue
+    gamma: float  # contrast curve
+    saturation: float  # 1 as it is, 0 grey
+    blur: float  # standard deviation, pixels at a height of 256
+    noise: float  # standard deviation, 1 is white
+    sharpness: float  # resolution, as a share of the picture's
+    jpeg: float  # quality
+    zoom: float  # how tightly actors are cut out
+    obstacle: str  # a key of `OBSTACLES`
+    blocked: float  # how often it stands in the way
+    horizon: float  # where the floor begins, share of the canvas
+    hue: float  # the colour of its things
+    shade: float  # how dark the spot below an actor is
 
 # %% ../../nbs/rendering/03_scene.ipynb #9dec5849
 def sunlight(
-    cam:Camera,    # whose sun
-    azimuth:float, # from which side the camera sees the actor
+    cam: Camera,  # whose sun
+    azimuth: float,  # from which side the camera sees the actor
 ) -> Light:
     "The camera's sun and sky as an actor sees them."
-    a, e = azimuth+cam.sun[0], cam.sun[1]
-    return Light(np.array([np.cos(a)*np.cos(e), np.sin(a)*np.cos(e), np.sin(e)]), cam.ambient)
+    a, e = azimuth + cam.sun[0], cam.sun[1]
+    return Light(np.array([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)]), cam.ambient)
 
 # %% ../../nbs/rendering/03_scene.ipynb #31dc01a2
 def _bystander(
-    cam:Camera,              # from where, in which light
-    r:np.random.Generator,   # source of chance
-    size:tuple,              # (H, W) of the picture, pixels
-    scale:float,             # pixels per unit of the actor
-    right:float, down:float, # where it stands: pixels from the picture's middle
-) -> tuple[np.ndarray,np.ndarray]: # (H, W, 3) colours times coverage, (H, W) coverage
+    cam: Camera,  # from where, in which light
+    r: np.random.Generator,  # source of chance
+    size: tuple,  # (H, W) of the picture, pixels
+    scale: float,  # pixels per unit of the actor
+    right: float,
+    down: float,  # where it stands: pixels from the picture's middle
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) colours times coverage, (H, W) coverage
     "Somebody without a name, on an otherwise empty picture."
     _, kind, domain, _ = cam.name
-    actor, azimuth = KINDS[kind], r.uniform(0, 2*np.pi)
+    actor, azimuth = KINDS[kind], r.uniform(0, 2 * np.pi)
     who = actor.tell_apart(actor.base(r, domain), r)
-    view = View(size, azimuth, cam.elevation, scale, o=(0,0,.5), ss=1).shifted(right, down)
-    return shoot(actor.shapes(who, Pose(r.uniform(0, 6), .3)), view, sunlight(cam, azimuth))
+    view = View(size, azimuth, cam.elevation, scale, o=(0, 0, 0.5), ss=1).shifted(right, down)
+    return shoot(actor.shapes(who, Pose(r.uniform(0, 6), 0.3)), view, sunlight(cam, azimuth))
 
 # %% ../../nbs/rendering/03_scene.ipynb #b5f5e4bb
 def _solid(
-    cover:np.ndarray, # (H, W) booleans
-    colour,           # (3,) or (H, W, 3)
-) -> tuple[np.ndarray,np.ndarray]: # colours times coverage, coverage
+    cover: np.ndarray,  # (H, W) booleans
+    colour,  # (3,) or (H, W, 3)
+) -> tuple[np.ndarray, np.ndarray]:  # colours times coverage, coverage
     "Something of one colour."
     cover = cover.astype(np.float32)
-    return cover[...,None]*np.asarray(colour, np.float32), cover
+    return cover[..., None] * np.asarray(colour, np.float32), cover
 
 # %% ../../nbs/rendering/03_scene.ipynb #05272c44
-def _pole(cam:Camera, r:np.random.Generator, h:int, w:int):
+def _pole(cam: Camera, r: np.random.Generator, h: int, w: int):
     "A lamp post, lit from the left."
-    half, x = r.uniform(.05, .10)*w, np.arange(w)-r.uniform(.1, .9)*w
-    shade = 1.2-.6*np.clip((x+half)/(2*half), 0, 1)
-    return _solid(np.tile(np.abs(x) < half, (h,1)), np.tile(shade[:,None]*(.42,.43,.45), (h,1,1)))
+    half, x = r.uniform(0.05, 0.10) * w, np.arange(w) - r.uniform(0.1, 0.9) * w
+    shade = 1.2 - 0.6 * np.clip((x + half) / (2 * half), 0, 1)
+    return _solid(np.tile(np.abs(x) < half, (h, 1)), np.tile(shade[:, None] * (0.42, 0.43, 0.45), (h, 1, 1)))
 
 # %% ../../nbs/rendering/03_scene.ipynb #0764f269
-def _rail(cam:Camera, r:np.random.Generator, h:int, w:int):
+def _rail(cam: Camera, r: np.random.Generator, h: int, w: int):
     "A railing: two bars and posts."
-    y, x = np.mgrid[:h,:w]
-    top, start = r.uniform(.55, .75)*h, r.uniform(.1, .9)*w
-    bars = (np.abs(y-top) < .02*h) | (np.abs(y-top-.16*h) < .015*h)
-    return _solid(bars | ((y > top) & ((x+start)%(w/2.2) < .07*w)), (.30,.33,.36) if cam.name[2] == 'A' else (.72,.70,.20))
+    y, x = np.mgrid[:h, :w]
+    top, start = r.uniform(0.55, 0.75) * h, r.uniform(0.1, 0.9) * w
+    bars = (np.abs(y - top) < 0.02 * h) | (np.abs(y - top - 0.16 * h) < 0.015 * h)
+    return _solid(
+        bars | ((y > top) & ((x + start) % (w / 2.2) < 0.07 * w)),
+        (0.30, 0.33, 0.36) if cam.name[2] == 'A' else (0.72, 0.70, 0.20),
+    )
 
 # %% ../../nbs/rendering/03_scene.ipynb #e37b2da9
-def _bush(cam:Camera, r:np.random.Generator, h:int, w:int):
+def _bush(cam: Camera, r: np.random.Generator, h: int, w: int):
     "Leaves in front of the legs."
-    y, x = np.mgrid[:h,:w]
-    cover, colour = np.zeros((h,w), bool), np.zeros((h,w,3))
+    y, x = np.mgrid[:h, :w]
+    cover, colour = np.zeros((h, w), bool), np.zeros((h, w, 3))
     for _ in range(26):
-        leaf = (x-r.uniform(-.1, 1.1)*w)**2+(y-r.uniform(.82, 1.05)*h)**2 < (r.uniform(.06, .15)*h)**2
-        cover, colour[leaf] = cover | leaf, np.array([.14,.30,.10])*r.uniform(.6, 1.5)
+        leaf = (x - r.uniform(-0.1, 1.1) * w) ** 2 + (y - r.uniform(0.82, 1.05) * h) ** 2 < (
+            r.uniform(0.06, 0.15) * h
+        ) ** 2
+        cover, colour[leaf] = cover | leaf, np.array([0.14, 0.30, 0.10]) * r.uniform(0.6, 1.5)
     return _solid(cover, colour)
 
 # %% ../../nbs/rendering/03_scene.ipynb #cd55ce03
-def _bin_(cam:Camera, r:np.random.Generator, h:int, w:int):
+def _bin_(cam: Camera, r: np.random.Generator, h: int, w: int):
     "A bin in the camera's own colour."
-    y, x = np.mgrid[:h,:w]
-    cover = (np.abs(x-r.uniform(.1, .9)*w) < r.uniform(.15, .3)*w) & (y > r.uniform(.6, .8)*h)
-    return _solid(cover, hsv_to_rgb(cam.hue, .6, .6))
+    y, x = np.mgrid[:h, :w]
+    cover = (np.abs(x - r.uniform(0.1, 0.9) * w) < r.uniform(0.15, 0.3) * w) & (y > r.uniform(0.6, 0.8) * h)
+    return _solid(cover, hsv_to_rgb(cam.hue, 0.6, 0.6))
 
 # %% ../../nbs/rendering/03_scene.ipynb #9d76ef3e
-def _passer(cam:Camera, r:np.random.Generator, h:int, w:int):
+def _passer(cam: Camera, r: np.random.Generator, h: int, w: int):
     "Somebody who walks in front, half outside the picture."
     scale, low = KINDS[cam.name[1]].near
-    return _bystander(cam, r, (h,w), scale*h, choose(r, (1,-1))*r.uniform(.42, .62)*w, low*h)
+    return _bystander(cam, r, (h, w), scale * h, choose(r, (1, -1)) * r.uniform(0.42, 0.62) * w, low * h)
 
 # %% ../../nbs/rendering/03_scene.ipynb #0941355e
 OBSTACLES = dict(pole=_pole, rail=_rail, bush=_bush, bin=_bin_, passer=_passer)
 
 # %% ../../nbs/rendering/03_scene.ipynb #3f6c266a
 def camera(
-    seed:int, kind:str, domain:str, number:int, # its name
-    strength:float=1., # 0: it changes no colour, adds no noise; 1: in full
+    seed: int,
+    kind: str,
+    domain: str,
+    number: int,  # its name
+    strength: float = 1.0,  # 0: it changes no colour, adds no noise; 1: in full
 ) -> Camera:
     "A camera from its name; `strength` says how much its pictures differ from those of others."
-    d, post, r = DOMAINS[domain], _POSTS[kind, domain], keyed(seed, 'camera', kind, domain, number)
-    drawn = {k: r.uniform(*getattr(post if k == 'elevation' else d, k)) for k in ('elevation','ambient','gain','gamma','saturation','blur','noise','sharpness','jpeg','horizon')}
-    tint = r.normal(0, .05, 3)+choose(r, d.casts)
-    drawn |= dict(elevation=np.deg2rad(drawn['elevation']), balance=np.exp(strength*tint), gain=drawn['gain']**strength)
+    d = DOMAINS[domain]
+    post = _POSTS[kind, domain]
+    r = keyed(seed, 'camera', kind, domain, number)
+    drawn = {
+        k: r.uniform(*getattr(post if k == 'elevation' else d, k))
+        for k in (
+            'elevation',
+            'ambient',
+            'gain',
+            'gamma',
+            'saturation',
+            'blur',
+            'noise',
+            'sharpness',
+            'jpeg',
+            'horizon',
+        )
+    }
+    tint = r.normal(0, 0.05, 3) + choose(r, d.casts)
+    drawn |= dict(
+        elevation=np.deg2rad(drawn['elevation']), balance=np.exp(strength * tint), gain=drawn['gain'] ** strength
+    )
     toward = dict(gamma=1.6, saturation=1, blur=0, noise=0, sharpness=1, jpeg=95)
-    drawn |= {k: v+(drawn[k]-v)*strength for k,v in toward.items()}
+    drawn |= {k: v + (drawn[k] - v) * strength for k, v in toward.items()}
     path = r.uniform(*np.deg2rad(post.path))
-    return Camera((seed, kind, domain, number), post.places[number%len(post.places)], path=path,
-                  sun=(r.uniform(0, 2*np.pi), np.deg2rad(r.uniform(25, 65))), zoom=r.uniform(.95, 1.04), obstacle=choose(r, list(OBSTACLES)),
-                  blocked=strength*r.uniform(.12, .3), hue=r.random(), shade=d.shade, back=path+np.deg2rad(choose(r, post.ways)), **drawn)
+    return Camera(
+        (seed, kind, domain, number),
+        post.places[number % len(post.places)],
+        path=path,
+        sun=(r.uniform(0, 2 * np.pi), np.deg2rad(r.uniform(25, 65))),
+        zoom=r.uniform(0.95, 1.04),
+        obstacle=choose(r, list(OBSTACLES)),
+        blocked=strength * r.uniform(0.12, 0.3),
+        hue=r.random(),
+        shade=d.shade,
+        back=path + np.deg2rad(choose(r, post.ways)),
+        **drawn,
+    )
 
 # %% ../../nbs/rendering/03_scene.ipynb #9787c295
 def _furnish(
-    image:np.ndarray, # (h, w, 3) an empty place, changed in place
-    cam:Camera,       # whose
-    height:int,       # of the pictures that will be cut from it
+    image: np.ndarray,  # (h, w, 3) an empty place, changed in place
+    cam: Camera,  # whose
+    height: int,  # of the pictures that will be cut from it
 ):
     "Put people, parked vehicles or bins at the edge of the floor."
     actor, busy = KINDS[cam.name[1]], PLACES[cam.place].busy
-    (h, w), m = image.shape[:2], height/actor.field
-    floor = int(h*cam.horizon)
+    (h, w), m = image.shape[:2], height / actor.field
+    floor = int(h * cam.horizon)
     n = int(keyed(*cam.name, 'things').integers(4, 8))
     for i in range(n):
         r = keyed(*cam.name, 'thing', i)
-        x, tall = (i+r.uniform(.1, .9))*w/n, .85*m*actor.metres
+        x, tall = (i + r.uniform(0.1, 0.9)) * w / n, 0.85 * m * actor.metres
         if r.random() < busy:
-            colour, cover = _bystander(cam, r, (h,w), tall, x-w/2, floor-.38*tall-h/2)
-            image *= 1-cover[...,None]; image += colour
+            colour, cover = _bystander(cam, r, (h, w), tall, x - w / 2, floor - 0.38 * tall - h / 2)
+            image *= 1 - cover[..., None]
+            image += colour
         else:
-            x, wide, foot, top = int(x), int(r.uniform(.2, .4)*m), floor+int(.12*(h-floor)), r.uniform(.5, 1)*m
-            part, side = image[max(0, foot-int(top)):foot, x:x+wide], max(1, wide//5)
-            part[:] = np.array(hsv_to_rgb(r.random(), .75, .7))*r.uniform(.9, 1.1); part[:,:side] *= .7
+            x = int(x)
+            wide = int(r.uniform(0.2, 0.4) * m)
+            foot = floor + int(0.12 * (h - floor))
+            top = r.uniform(0.5, 1) * m
+            part, side = image[max(0, foot - int(top)) : foot, x : x + wide], max(1, wide // 5)
+            part[:] = np.array(hsv_to_rgb(r.random(), 0.75, 0.7)) * r.uniform(0.9, 1.1)
+            part[:, :side] *= 0.7
 
 # %% ../../nbs/rendering/03_scene.ipynb #8b355832
 def canvas(
-    cam:Camera,        # whose
-    height:int,        # of the pictures that will be cut from it, pixels
-    contrast:float=1., # 0: one colour; 1: as painted
-) -> np.ndarray: # (1.5 height, (3+2 aspect) height, 3) linear colours
+    cam: Camera,  # whose
+    height: int,  # of the pictures that will be cut from it, pixels
+    contrast: float = 1.0,  # 0: one colour; 1: as painted
+) -> np.ndarray:  # (1.5 height, (3+2 aspect) height, 3) linear colours
     "What the camera sees when nobody is there who matters."
     actor = KINDS[cam.name[1]]
     image = paint(PLACES[cam.place], height, cam.horizon, keyed(*cam.name, 'canvas'), actor.field, actor.aspect)
     _furnish(image, cam, height)
-    return contrast*image+(1-contrast)*(.5*image.mean((0,1))+.5*image.mean())
+    return contrast * image + (1 - contrast) * (0.5 * image.mean((0, 1)) + 0.5 * image.mean())
 
 # %% ../../nbs/rendering/03_scene.ipynb #e624489e
 @lru_cache(8)
 def _corners(
-    h:int, w:int, # pixels
-) -> np.ndarray: # (h, w, 1) factors
+    h: int,
+    w: int,  # pixels
+) -> np.ndarray:  # (h, w, 1) factors
     "How much a lens darkens towards the corners."
-    y, x = np.linspace(-1, 1, h, dtype=np.float32)[:,None], np.linspace(-1, 1, w, dtype=np.float32)[None]
-    return (1-.12*(x*x+y*y))[...,None]
+    y, x = np.linspace(-1, 1, h, dtype=np.float32)[:, None], np.linspace(-1, 1, w, dtype=np.float32)[None]
+    return (1 - 0.12 * (x * x + y * y))[..., None]
 
 # %% ../../nbs/rendering/03_scene.ipynb #ca94c04d
 def develop(
-    image:np.ndarray, # (H, W, 3) linear colours
-    cam:Camera,       # which one
-    gain:float=1.,    # extra exposure
-) -> np.ndarray: # (H, W, 3) uint8
+    image: np.ndarray,  # (H, W, 3) linear colours
+    cam: Camera,  # which one
+    gain: float = 1.0,  # extra exposure
+) -> np.ndarray:  # (H, W, 3) uint8
     "Lens and film: exposure, white balance, saturation, dark corners, contrast curve."
-    x = image*(cam.gain*gain*cam.balance).astype(np.float32)
+    x = image * (cam.gain * gain * cam.balance).astype(np.float32)
     grey = x.mean(-1, keepdims=True)
-    x = (grey+(x-grey)*np.float32(cam.saturation))*_corners(*x.shape[:2])
-    return (255*np.clip(x, 0, 1)**np.float32(1/cam.gamma)).astype(np.uint8)
+    x = (grey + (x - grey) * np.float32(cam.saturation)) * _corners(*x.shape[:2])
+    return (255 * np.clip(x, 0, 1) ** np.float32(1 / cam.gamma)).astype(np.uint8)
 
 # %% ../../nbs/rendering/03_scene.ipynb #a30b4c27
 def degrade(
-    image:np.ndarray,      # (H, W, 3) uint8
-    cam:Camera,            # which one
-    r:np.random.Generator, # source of chance
-) -> np.ndarray: # (H, W, 3) uint8
+    image: np.ndarray,  # (H, W, 3) uint8
+    cam: Camera,  # which one
+    r: np.random.Generator,  # source of chance
+) -> np.ndarray:  # (H, W, 3) uint8
     "Cheap electronics: fewer pixels, blur, noise, JPEG."
     h, w = image.shape[:2]
-    im, share = Image.fromarray(image), cam.sharpness*np.exp(r.normal(0, .12))*(1.25 if h < 128 else 1)
-    if share < .95: im = im.resize((max(4, int(w*share)), max(4, int(h*share))), Image.BILINEAR).resize((w, h), Image.BICUBIC)
-    if cam.blur > .3: im = im.filter(ImageFilter.GaussianBlur(cam.blur*h/256))
-    noise = .8*r.standard_normal((h, w, 1), np.float32)+.5*r.standard_normal((h, w, 3), np.float32)
-    noisy = np.clip(np.asarray(im)+np.float32(255*cam.noise)*noise, 0, 255).astype(np.uint8)
+    im, share = Image.fromarray(image), cam.sharpness * np.exp(r.normal(0, 0.12)) * (1.25 if h < 128 else 1)
+    if share < 0.95:
+        im = im.resize((max(4, int(w * share)), max(4, int(h * share))), Image.BILINEAR).resize((w, h), Image.BICUBIC)
+    if cam.blur > 0.3:
+        im = im.filter(ImageFilter.GaussianBlur(cam.blur * h / 256))
+    noise = 0.8 * r.standard_normal((h, w, 1), np.float32) + 0.5 * r.standard_normal((h, w, 3), np.float32)
+    noisy = np.clip(np.asarray(im) + np.float32(255 * cam.noise) * noise, 0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(file := io.BytesIO(), 'JPEG', quality=int(cam.jpeg))
     return np.asarray(Image.open(file))

@@ -18,216 +18,291 @@ from .persons import choose
 # %% ../../nbs/rendering/03_scenery.ipynb #e2e8a5c3
 class _Board:
     "A wall above a floor, to be painted on."
-    def __init__(self,
-        height:int,    # of the pictures that will be cut from it, pixels
-        wall, floor,   # (3,) colours
-        horizon:float, # where the floor begins, share of the board
-        field:float=2.05, # metres that such a picture is high
-        aspect:float=.5,  # its width over its height
+
+    def __init__(
+        self,
+        height: int,  # of the pictures that will be cut from it, pixels
+        wall,
+        floor,  # (3,) colours
+        horizon: float,  # where the floor begins, share of the board
+        field: float = 2.05,  # metres that such a picture is high
+        aspect: float = 0.5,  # its width over its height
     ):
-        self.h, self.w, self.m = int(1.5*height), int((3+2*aspect)*height), height/field
-        self.y, self.wall, self.floor = int(self.h*horizon), np.array(wall), np.array(floor)
+        self.h = int(1.5 * height)
+        self.w = int((3 + 2 * aspect) * height)
+        self.m = height / field
+        self.y = int(self.h * horizon)
+        self.wall = np.array(wall)
+        self.floor = np.array(floor)
         self.image = Image.new('RGB', (self.w, self.h))
         self.draw = ImageDraw.Draw(self.image)
         self.rect(0, 0, self.w, self.y, wall)
         self.rect(0, self.y, self.w, self.h, floor)
 
-    def rgb(self, colour): return tuple(int(255*min(1, max(0, c))) for c in colour)
-    def rect(self, x0, y0, x1, y1, colour): self.draw.rectangle([x0, y0, max(x0,x1), max(y0,y1)], fill=self.rgb(colour))
-    def line(self, x0, y0, x1, y1, colour, width=1): self.draw.line([x0, y0, x1, y1], fill=self.rgb(colour), width=max(1, int(width)))
-    def disc(self, x, y, rx, ry, colour): self.draw.ellipse([x-rx, y-ry, x+rx, y+ry], fill=self.rgb(colour))
-    def every(self, metres, start=0.): return np.arange(start*self.m, self.w, metres*self.m) # columns at equal distances
+    def rgb(self, colour):
+        return tuple(int(255 * min(1, max(0, c))) for c in colour)
+
+    def rect(self, x0, y0, x1, y1, colour):
+        self.draw.rectangle([x0, y0, max(x0, x1), max(y0, y1)], fill=self.rgb(colour))
+
+    def line(self, x0, y0, x1, y1, colour, width=1):
+        self.draw.line([x0, y0, x1, y1], fill=self.rgb(colour), width=max(1, int(width)))
+
+    def disc(self, x, y, rx, ry, colour):
+        self.draw.ellipse([x - rx, y - ry, x + rx, y + ry], fill=self.rgb(colour))
+
+    def every(self, metres, start=0.0):
+        return np.arange(start * self.m, self.w, metres * self.m)  # columns at equal distances
 
 # %% ../../nbs/rendering/03_scenery.ipynb #82643ea0
-def _bricks(b:_Board, r:np.random.Generator):
+def _bricks(b: _Board, r: np.random.Generator):
     "Rows of bricks with a window now and then."
-    h = max(2, int(.1*b.m))
-    for j,y in enumerate(range(0, b.y, h)):
-        for x in range(-(j%2)*3*h//2, b.w, 3*h): b.rect(x+1, y+1, x+3*h-1, y+h-1, b.wall*r.uniform(.85, 1.15))
+    h = max(2, int(0.1 * b.m))
+    for j, y in enumerate(range(0, b.y, h)):
+        for x in range(-(j % 2) * 3 * h // 2, b.w, 3 * h):
+            b.rect(x + 1, y + 1, x + 3 * h - 1, y + h - 1, b.wall * r.uniform(0.85, 1.15))
     for x in b.every(3.2, r.uniform(0, 2)):
-        b.rect(x, 0, x+.9*b.m, .75*b.y, (.25,.30,.36))
-        b.rect(x+.06*b.m, 0, x+.42*b.m, .7*b.y, (.45,.55,.64))
+        b.rect(x, 0, x + 0.9 * b.m, 0.75 * b.y, (0.25, 0.30, 0.36))
+        b.rect(x + 0.06 * b.m, 0, x + 0.42 * b.m, 0.7 * b.y, (0.45, 0.55, 0.64))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #36c83886
-def _shops(b:_Board, r:np.random.Generator, light=.5, closed=0.):
+def _shops(b: _Board, r: np.random.Generator, light=0.5, closed=0.0):
     "Shop windows under bright signs; a share of them is closed."
     x = 0
     while x < b.w:
-        w = r.uniform(1.2, 2.8)*b.m
-        pane, sign, dark = hsv_to_rgb(r.random(), .25, .7*light), hsv_to_rgb(r.random(), .8, .8), r.random() < closed
-        b.rect(x, 0, x+.94*w, b.y, b.wall if dark else pane)
-        b.rect(x, .05*b.y, x+.94*w, .3*b.y, sign)
+        w = r.uniform(1.2, 2.8) * b.m
+        pane = hsv_to_rgb(r.random(), 0.25, 0.7 * light)
+        sign = hsv_to_rgb(r.random(), 0.8, 0.8)
+        dark = r.random() < closed
+        b.rect(x, 0, x + 0.94 * w, b.y, b.wall if dark else pane)
+        b.rect(x, 0.05 * b.y, x + 0.94 * w, 0.3 * b.y, sign)
         for _ in range(5):
-            left = x+r.uniform(0, .8)*w
-            b.rect(left, r.uniform(.35, .6)*b.y, left+.12*w, .95*b.y, hsv_to_rgb(r.random(), .5, r.uniform(.2, .9)))
+            left = x + r.uniform(0, 0.8) * w
+            b.rect(
+                left,
+                r.uniform(0.35, 0.6) * b.y,
+                left + 0.12 * w,
+                0.95 * b.y,
+                hsv_to_rgb(r.random(), 0.5, r.uniform(0.2, 0.9)),
+            )
         x += w
 
 # %% ../../nbs/rendering/03_scenery.ipynb #79e6f697
-def _tiles(b:_Board, r:np.random.Generator):
+def _tiles(b: _Board, r: np.random.Generator):
     "Wall tiles and framed pictures, as in an underground station."
-    for x in b.every(.3): b.line(x, 0, x, b.y, .85*b.wall)
-    for y in np.arange(0, b.y, .2*b.m): b.line(0, y, b.w, y, .85*b.wall)
-    for x in b.every(2, .3): b.rect(x, .2*b.y, x+r.uniform(.8, 1.5)*b.m, .62*b.y, hsv_to_rgb(r.random(), .7, .75))
+    for x in b.every(0.3):
+        b.line(x, 0, x, b.y, 0.85 * b.wall)
+    for y in np.arange(0, b.y, 0.2 * b.m):
+        b.line(0, y, b.w, y, 0.85 * b.wall)
+    for x in b.every(2, 0.3):
+        b.rect(x, 0.2 * b.y, x + r.uniform(0.8, 1.5) * b.m, 0.62 * b.y, hsv_to_rgb(r.random(), 0.7, 0.75))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #29175dc5
-def _doors(b:_Board, r:np.random.Generator):
+def _doors(b: _Board, r: np.random.Generator):
     "A corridor of wooden doors."
-    for x in np.cumsum(r.uniform(1.2, 2.8, 20))*b.m:
-        b.rect(x, 0, x+.9*b.m, b.y, (.45,.32,.20))
-        b.line(x, 0, x, b.y, (.2,.2,.2))
+    for x in np.cumsum(r.uniform(1.2, 2.8, 20)) * b.m:
+        b.rect(x, 0, x + 0.9 * b.m, b.y, (0.45, 0.32, 0.20))
+        b.line(x, 0, x, b.y, (0.2, 0.2, 0.2))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #3391f5da
-def leaves(b:_Board, r:np.random.Generator, large=1.):
+def leaves(b: _Board, r: np.random.Generator, large=1.0):
     "Bushes, many discs of green, and trunks."
     for _ in range(260):
-        size = large*r.uniform(.08, .35)*b.m
-        b.disc(r.uniform(0, b.w), r.uniform(-.2, 1)*b.y, size, .8*size, np.array([.20,.36,.14])*r.uniform(.6, 1.5))
+        size = large * r.uniform(0.08, 0.35) * b.m
+        b.disc(
+            r.uniform(0, b.w),
+            r.uniform(-0.2, 1) * b.y,
+            size,
+            0.8 * size,
+            np.array([0.20, 0.36, 0.14]) * r.uniform(0.6, 1.5),
+        )
     _posts(b, r)
 
 # %% ../../nbs/rendering/03_scenery.ipynb #55310914
-def _posts(b:_Board, r:np.random.Generator):
+def _posts(b: _Board, r: np.random.Generator):
     "Trunks or posts."
-    for x in r.uniform(0, b.w, 6): b.rect(x, 0, x+.1*b.m, b.y+.1*b.m, (.26,.19,.13))
+    for x in r.uniform(0, b.w, 6):
+        b.rect(x, 0, x + 0.1 * b.m, b.y + 0.1 * b.m, (0.26, 0.19, 0.13))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #e52693f4
-def _glass(b:_Board, r:np.random.Generator):
+def _glass(b: _Board, r: np.random.Generator):
     "Panes of glass, each reflecting something else, and posts."
-    b.rect(0, 0, b.w, b.y, (.55,.58,.62))
-    for x in b.every(1.1): b.rect(x, 0, x+.8*b.m, .8*b.y, np.array([.30,.36,.44])*r.uniform(.7, 1.4))
+    b.rect(0, 0, b.w, b.y, (0.55, 0.58, 0.62))
+    for x in b.every(1.1):
+        b.rect(x, 0, x + 0.8 * b.m, 0.8 * b.y, np.array([0.30, 0.36, 0.44]) * r.uniform(0.7, 1.4))
     _posts(b, r)
 
 # %% ../../nbs/rendering/03_scenery.ipynb #1ee68d78
-def _posters(b:_Board, r:np.random.Generator):
+def _posters(b: _Board, r: np.random.Generator):
     "Loud posters in related colours."
     hue = r.random()
-    for x in b.every(1.5, .3):
-        b.rect(x, .1*b.y, x+b.m, .85*b.y, hsv_to_rgb((hue+r.uniform(-.2, .2))%1, .85, .8))
-        b.disc(x+.45*b.m, .48*b.y, .25*b.m, .22*b.y, hsv_to_rgb(r.random(), .8, .9))
+    for x in b.every(1.5, 0.3):
+        b.rect(x, 0.1 * b.y, x + b.m, 0.85 * b.y, hsv_to_rgb((hue + r.uniform(-0.2, 0.2)) % 1, 0.85, 0.8))
+        b.disc(x + 0.45 * b.m, 0.48 * b.y, 0.25 * b.m, 0.22 * b.y, hsv_to_rgb(r.random(), 0.8, 0.9))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #7aa455b0
-def _pillars(b:_Board, r:np.random.Generator):
+def _pillars(b: _Board, r: np.random.Generator):
     "Concrete pillars with a yellow band."
     for x in b.every(2.4):
-        b.rect(x, 0, x+.45*b.m, 1.02*b.y, .8*b.wall)
-        b.rect(x, .5*b.y, x+.45*b.m, .75*b.y, (.85,.70,.10))
+        b.rect(x, 0, x + 0.45 * b.m, 1.02 * b.y, 0.8 * b.wall)
+        b.rect(x, 0.5 * b.y, x + 0.45 * b.m, 0.75 * b.y, (0.85, 0.70, 0.10))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #d7108fe6
-def _lamps(b:_Board, r:np.random.Generator):
+def _lamps(b: _Board, r: np.random.Generator):
     "Small lights in the dark."
     for _ in range(40):
-        size = r.uniform(.03, .12)*b.m
-        b.disc(r.uniform(0, b.w), r.uniform(0, .9)*b.y, size, size, hsv_to_rgb(choose(r, (.1,.12,0,.55,.35)), r.uniform(.3, .9), 1))
+        size = r.uniform(0.03, 0.12) * b.m
+        b.disc(
+            r.uniform(0, b.w),
+            r.uniform(0, 0.9) * b.y,
+            size,
+            size,
+            hsv_to_rgb(choose(r, (0.1, 0.12, 0, 0.55, 0.35)), r.uniform(0.3, 0.9), 1),
+        )
 
 # %% ../../nbs/rendering/03_scenery.ipynb #7ab247d8
-def _booths(b:_Board, r:np.random.Generator):
+def _booths(b: _Board, r: np.random.Generator):
     "A toll station: booths with lit windows under a roof with signs."
     for x in b.every(4.2, r.uniform(0, 2)):
-        b.rect(x, .3*b.y, x+1.6*b.m, b.y, hsv_to_rgb(r.random(), .35, .55))
-        b.rect(x+.25*b.m, .45*b.y, x+1.35*b.m, .75*b.y, (.90,.88,.70))
-    b.rect(0, 0, b.w, .3*b.y, .8*b.wall)
-    for x in b.every(4.2, 2.4): b.rect(x, .06*b.y, x+1.5*b.m, .26*b.y, choose(r, ((.1,.6,.2), (.7,.1,.1), (.1,.2,.6))))
+        b.rect(x, 0.3 * b.y, x + 1.6 * b.m, b.y, hsv_to_rgb(r.random(), 0.35, 0.55))
+        b.rect(x + 0.25 * b.m, 0.45 * b.y, x + 1.35 * b.m, 0.75 * b.y, (0.90, 0.88, 0.70))
+    b.rect(0, 0, b.w, 0.3 * b.y, 0.8 * b.wall)
+    for x in b.every(4.2, 2.4):
+        b.rect(x, 0.06 * b.y, x + 1.5 * b.m, 0.26 * b.y, choose(r, ((0.1, 0.6, 0.2), (0.7, 0.1, 0.1), (0.1, 0.2, 0.6))))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #3112b370
-def strip_lights(b:_Board, r:np.random.Generator):
+def strip_lights(b: _Board, r: np.random.Generator):
     "Lamps in a row under the ceiling of a tunnel."
-    for x in b.every(2.6): b.rect(x, .10*b.y, x+1.5*b.m, .2*b.y, (1,.88,.5))
+    for x in b.every(2.6):
+        b.rect(x, 0.10 * b.y, x + 1.5 * b.m, 0.2 * b.y, (1, 0.88, 0.5))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #f11f80c3
-def _barrier(b:_Board, r:np.random.Generator):
+def _barrier(b: _Board, r: np.random.Generator):
     "A gate: a red and white bar on two posts, and a hut."
-    x = r.uniform(.1, .6)*b.w
-    b.rect(x-2*b.m, .1*b.y, x-.4*b.m, b.y, (.68,.62,.50))
-    b.rect(x-1.7*b.m, .35*b.y, x-.7*b.m, .7*b.y, (.30,.36,.42))
-    for k in range(8): b.rect(x+.7*k*b.m, .62*b.y, x+.7*(k+1)*b.m, .74*b.y, ((.75,.12,.10), (.88,.88,.86))[k%2])
-    for post in (x-.15*b.m, x+5.4*b.m): b.rect(post, .55*b.y, post+.2*b.m, 1.05*b.y, (.25,.26,.28))
+    x = r.uniform(0.1, 0.6) * b.w
+    b.rect(x - 2 * b.m, 0.1 * b.y, x - 0.4 * b.m, b.y, (0.68, 0.62, 0.50))
+    b.rect(x - 1.7 * b.m, 0.35 * b.y, x - 0.7 * b.m, 0.7 * b.y, (0.30, 0.36, 0.42))
+    for k in range(8):
+        b.rect(
+            x + 0.7 * k * b.m,
+            0.62 * b.y,
+            x + 0.7 * (k + 1) * b.m,
+            0.74 * b.y,
+            ((0.75, 0.12, 0.10), (0.88, 0.88, 0.86))[k % 2],
+        )
+    for post in (x - 0.15 * b.m, x + 5.4 * b.m):
+        b.rect(post, 0.55 * b.y, post + 0.2 * b.m, 1.05 * b.y, (0.25, 0.26, 0.28))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #07c96c6e
-def _slabs(b:_Board, r:np.random.Generator):
+def _slabs(b: _Board, r: np.random.Generator):
     "Paving with joints."
-    for y in b.y+(b.h-b.y)*np.linspace(0, 1, 9)**1.5: b.line(0, y, b.w, y, .82*b.floor, b.m/44)
-    for x in np.arange(-b.w, 2*b.w, .6*b.m): b.line(b.w/2+.8*(x-b.w/2), b.y, b.w/2+1.5*(x-b.w/2), b.h, .85*b.floor, b.m/50)
+    for y in b.y + (b.h - b.y) * np.linspace(0, 1, 9) ** 1.5:
+        b.line(0, y, b.w, y, 0.82 * b.floor, b.m / 44)
+    for x in np.arange(-b.w, 2 * b.w, 0.6 * b.m):
+        b.line(b.w / 2 + 0.8 * (x - b.w / 2), b.y, b.w / 2 + 1.5 * (x - b.w / 2), b.h, 0.85 * b.floor, b.m / 50)
 
 # %% ../../nbs/rendering/03_scenery.ipynb #74121848
-def platform(b:_Board, r:np.random.Generator):
+def platform(b: _Board, r: np.random.Generator):
     "A yellow line not to be crossed."
-    b.rect(0, b.y+.18*(b.h-b.y), b.w, b.y+.27*(b.h-b.y), (.85,.72,.12))
+    b.rect(0, b.y + 0.18 * (b.h - b.y), b.w, b.y + 0.27 * (b.h - b.y), (0.85, 0.72, 0.12))
 
 # %% ../../nbs/rendering/03_scenery.ipynb #a6c7554a
-def _crossing(b:_Board, r:np.random.Generator):
+def _crossing(b: _Board, r: np.random.Generator):
     "A zebra crossing."
-    top, end = b.y+.25*(b.h-b.y), b.y+.85*(b.h-b.y)
-    for x in b.every(.9): b.draw.polygon([(x,top), (x+.45*b.m,top), (x+.55*b.m,end), (x+.02*b.m,end)], fill=b.rgb((.82,.82,.80)))
+    top, end = b.y + 0.25 * (b.h - b.y), b.y + 0.85 * (b.h - b.y)
+    for x in b.every(0.9):
+        b.draw.polygon(
+            [(x, top), (x + 0.45 * b.m, top), (x + 0.55 * b.m, end), (x + 0.02 * b.m, end)],
+            fill=b.rgb((0.82, 0.82, 0.80)),
+        )
 
 # %% ../../nbs/rendering/03_scenery.ipynb #369a6540
-def _bays(b:_Board, r:np.random.Generator):
+def _bays(b: _Board, r: np.random.Generator):
     "Lines between parking bays."
-    for x in b.every(2.3): b.line(x, b.y+.1*(b.h-b.y), x+.8*b.m, b.h, (.82,.82,.80), .09*b.m)
+    for x in b.every(2.3):
+        b.line(x, b.y + 0.1 * (b.h - b.y), x + 0.8 * b.m, b.h, (0.82, 0.82, 0.80), 0.09 * b.m)
 
 # %% ../../nbs/rendering/03_scenery.ipynb #8dad4605
-def _lanes(b:_Board, r:np.random.Generator, line=(.82,.82,.80), kerb=(.62,.61,.58)):
+def _lanes(b: _Board, r: np.random.Generator, line=(0.82, 0.82, 0.80), kerb=(0.62, 0.61, 0.58)):
     "A road: a kerb, a broken line, a line at the edge."
-    deep = b.h-b.y
-    b.rect(0, b.y, b.w, b.y+.08*deep, kerb)
-    for x in b.every(2.6): b.rect(x, b.y+.42*deep, x+1.3*b.m, b.y+.42*deep+.11*b.m, line)
-    b.rect(0, b.y+.86*deep, b.w, b.y+.90*deep, line)
+    deep = b.h - b.y
+    b.rect(0, b.y, b.w, b.y + 0.08 * deep, kerb)
+    for x in b.every(2.6):
+        b.rect(x, b.y + 0.42 * deep, x + 1.3 * b.m, b.y + 0.42 * deep + 0.11 * b.m, line)
+    b.rect(0, b.y + 0.86 * deep, b.w, b.y + 0.90 * deep, line)
 
 # %% ../../nbs/rendering/03_scenery.ipynb #4d1f0a59
 @dataclass(frozen=True)
 class Place:
     "How a canvas is painted."
-    wall:tuple       # colour
-    floor:tuple      # colour
-    painters:tuple   # functions (board, generator), in this order
-    busy:float=.25   # share of its things that are people or vehicles; the others are bins
+
+    wall: tuple  # colour
+    floor: tuple  # colour
+    painters: tuple  # functions (board, generator), in this order
+    busy: float = 0.25  # share of its things that are people or vehicles; the others are bins
 
 # %% ../../nbs/rendering/03_scenery.ipynb #b9462826
 PLACES = dict(
-    brick   =Place((.52,.28,.22), (.50,.49,.47), (_bricks, _slabs)),
-    shop    =Place((.66,.62,.56), (.58,.56,.53), (_shops, _slabs)),
-    park    =Place((.42,.55,.34), (.30,.42,.20), (leaves,), busy=1),
-    zebra   =Place((.56,.57,.58), (.33,.34,.36), (_glass, _crossing), busy=1),
-    plaza   =Place((.70,.72,.74), (.60,.58,.54), (_glass, _slabs)),
-    poster  =Place((.62,.60,.52), (.52,.50,.50), (_shops, _posters, _slabs)),
-    hedge   =Place((.18,.32,.14), (.46,.45,.42), (leaves, _slabs)),
-    metro   =Place((.60,.64,.66), (.42,.43,.45), (_tiles, _slabs, platform)),
-    mall    =Place((.62,.58,.54), (.70,.66,.60), (partial(_shops, light=.85), _slabs)),
-    night   =Place((.10,.11,.17), (.16,.16,.19), (partial(_shops, light=.9, closed=.4), _lamps), busy=1),
-    parking =Place((.42,.42,.40), (.36,.36,.35), (_pillars, _bays), busy=1),
-    corridor=Place((.66,.70,.66), (.50,.53,.50), (_doors, _slabs)),
-    road    =Place((.36,.48,.26), (.34,.34,.36), (partial(leaves, large=2.2), _lanes), busy=.9),
-    gate    =Place((.42,.52,.36), (.42,.41,.40), (partial(leaves, large=2.), _barrier, _lanes), busy=.6),
-    vpark   =Place((.50,.52,.56), (.38,.38,.39), (_glass, _bays), busy=1),
-    verge   =Place((.24,.38,.18), (.47,.46,.43), (leaves, _slabs), busy=.8),
-    nroad   =Place((.06,.07,.11), (.15,.15,.17), (_lamps, partial(_lanes, line=(.50,.48,.42), kerb=(.25,.25,.25))), busy=.9),
-    tunnel  =Place((.34,.29,.18), (.30,.27,.20), (_pillars, strip_lights, partial(_lanes, line=(.50,.48,.42))), busy=.5),
-    toll    =Place((.55,.56,.60), (.40,.40,.42), (_booths, partial(_lanes, line=(.80,.65,.10))), busy=.7))
+    brick=Place((0.52, 0.28, 0.22), (0.50, 0.49, 0.47), (_bricks, _slabs)),
+    shop=Place((0.66, 0.62, 0.56), (0.58, 0.56, 0.53), (_shops, _slabs)),
+    park=Place((0.42, 0.55, 0.34), (0.30, 0.42, 0.20), (leaves,), busy=1),
+    zebra=Place((0.56, 0.57, 0.58), (0.33, 0.34, 0.36), (_glass, _crossing), busy=1),
+    plaza=Place((0.70, 0.72, 0.74), (0.60, 0.58, 0.54), (_glass, _slabs)),
+    poster=Place((0.62, 0.60, 0.52), (0.52, 0.50, 0.50), (_shops, _posters, _slabs)),
+    hedge=Place((0.18, 0.32, 0.14), (0.46, 0.45, 0.42), (leaves, _slabs)),
+    metro=Place((0.60, 0.64, 0.66), (0.42, 0.43, 0.45), (_tiles, _slabs, platform)),
+    mall=Place((0.62, 0.58, 0.54), (0.70, 0.66, 0.60), (partial(_shops, light=0.85), _slabs)),
+    night=Place((0.10, 0.11, 0.17), (0.16, 0.16, 0.19), (partial(_shops, light=0.9, closed=0.4), _lamps), busy=1),
+    parking=Place((0.42, 0.42, 0.40), (0.36, 0.36, 0.35), (_pillars, _bays), busy=1),
+    corridor=Place((0.66, 0.70, 0.66), (0.50, 0.53, 0.50), (_doors, _slabs)),
+    road=Place((0.36, 0.48, 0.26), (0.34, 0.34, 0.36), (partial(leaves, large=2.2), _lanes), busy=0.9),
+    gate=Place((0.42, 0.52, 0.36), (0.42, 0.41, 0.40), (partial(leaves, large=2.0), _barrier, _lanes), busy=0.6),
+    vpark=Place((0.50, 0.52, 0.56), (0.38, 0.38, 0.39), (_glass, _bays), busy=1),
+    verge=Place((0.24, 0.38, 0.18), (0.47, 0.46, 0.43), (leaves, _slabs), busy=0.8),
+    nroad=Place(
+        (0.06, 0.07, 0.11),
+        (0.15, 0.15, 0.17),
+        (_lamps, partial(_lanes, line=(0.50, 0.48, 0.42), kerb=(0.25, 0.25, 0.25))),
+        busy=0.9,
+    ),
+    tunnel=Place(
+        (0.34, 0.29, 0.18),
+        (0.30, 0.27, 0.20),
+        (_pillars, strip_lights, partial(_lanes, line=(0.50, 0.48, 0.42))),
+        busy=0.5,
+    ),
+    toll=Place((0.55, 0.56, 0.60), (0.40, 0.40, 0.42), (_booths, partial(_lanes, line=(0.80, 0.65, 0.10))), busy=0.7),
+)
 
 # %% ../../nbs/rendering/03_scenery.ipynb #ee298b82
 def _clouds(
-    r:np.random.Generator, # source of chance
-    h:int, w:int,          # pixels
-    cell:int,              # size of the largest clouds, pixels
-    octaves:int=3,         # grids, each twice as fine as the one before
-) -> np.ndarray: # (h, w), about 0
+    r: np.random.Generator,  # source of chance
+    h: int,
+    w: int,  # pixels
+    cell: int,  # size of the largest clouds, pixels
+    octaves: int = 3,  # grids, each twice as fine as the one before
+) -> np.ndarray:  # (h, w), about 0
     "Smooth random patches of several sizes."
     out = np.zeros((h, w), np.float32)
     for i in range(octaves):
-        c = max(1, cell>>i)
-        grid = Image.fromarray((255*r.random((h//c+2, w//c+2))).astype(np.uint8))
-        out += .55**i*(np.asarray(grid.resize((grid.width*c, grid.height*c), Image.BICUBIC))[:h,:w]/255-.5)
+        c = max(1, cell >> i)
+        grid = Image.fromarray((255 * r.random((h // c + 2, w // c + 2))).astype(np.uint8))
+        out += 0.55**i * (np.asarray(grid.resize((grid.width * c, grid.height * c), Image.BICUBIC))[:h, :w] / 255 - 0.5)
     return out
 
 # %% ../../nbs/rendering/03_scenery.ipynb #6f2b1646
 def paint(
-    place:Place,           # what to paint
-    height:int,            # of the pictures that will be cut from it
-    horizon:float,         # where the floor begins, share of the canvas
-    r:np.random.Generator, # source of chance
-    field:float=2.05, aspect:float=.5, # as in `_Board`
-) -> np.ndarray: # (1.5 height, (3+2 aspect) height, 3) linear colours
+    place: Place,  # what to paint
+    height: int,  # of the pictures that will be cut from it
+    horizon: float,  # where the floor begins, share of the canvas
+    r: np.random.Generator,  # source of chance
+    field: float = 2.05,
+    aspect: float = 0.5,  # as in `_Board`
+) -> np.ndarray:  # (1.5 height, (3+2 aspect) height, 3) linear colours
     "An empty place."
     board = _Board(height, place.wall, place.floor, horizon, field, aspect)
-    for painter in place.painters: painter(board, r)
-    image = np.asarray(board.image.filter(ImageFilter.GaussianBlur(height/220)), np.float32)/255
-    light = 1+.22*_clouds(r, board.h, board.w, max(4, height//8))+.03*(r.random((board.h, board.w))-.5)
-    return (image*light[...,None]).astype(np.float32)
+    for painter in place.painters:
+        painter(board, r)
+    image = np.asarray(board.image.filter(ImageFilter.GaussianBlur(height / 220)), np.float32) / 255
+    light = 1 + 0.22 * _clouds(r, board.h, board.w, max(4, height // 8)) + 0.03 * (r.random((board.h, board.w)) - 0.5)
+    return (image * light[..., None]).astype(np.float32)

@@ -14,138 +14,179 @@ import numpy as np
 
 # %% ../../nbs/rendering/03_tracer.ipynb #87d8b5b5
 def length(
-    v:np.ndarray, # (3,)
+    v: np.ndarray,  # (3,)
 ) -> float:
     "Length of a vector."
-    return sqrt(v@v)
+    return sqrt(v @ v)
 
 # %% ../../nbs/rendering/03_tracer.ipynb #43692f61
 def unit_vector(
-    v:np.ndarray, # (..., 3)
-) -> np.ndarray: # (..., 3), each of length 1
+    v: np.ndarray,  # (..., 3)
+) -> np.ndarray:  # (..., 3), each of length 1
     "Vectors divided by their length."
-    return v/np.sqrt(np.einsum('...i,...i->...', v, v))[...,None]
+    return v / np.sqrt(np.einsum('...i,...i->...', v, v))[..., None]
 
 # %% ../../nbs/rendering/03_tracer.ipynb #f7f4d535
 def cross(
-    a:np.ndarray, b:np.ndarray, # (3,) each
-) -> np.ndarray: # (3,), at right angles to both
+    a: np.ndarray,
+    b: np.ndarray,  # (3,) each
+) -> np.ndarray:  # (3,), at right angles to both
     "Cross product of two vectors."
     (a1, a2, a3), (b1, b2, b3) = a.tolist(), b.tolist()
-    return np.array([a2*b3-a3*b2, a3*b1-a1*b3, a1*b2-a2*b1])
+    return np.array([a2 * b3 - a3 * b2, a3 * b1 - a1 * b3, a1 * b2 - a2 * b1])
 
 # %% ../../nbs/rendering/03_tracer.ipynb #9fe8dd54
 class View:
     "A camera far away: parallel rays, one or more per pixel (orthographic projection)."
-    def __init__(self,
-        size:tuple,      # (H, W) of the picture, pixels
-        azimuth:float,   # radians around the actor; 0 sees its face, positive values more of its left side
-        elevation:float, # radians above the horizon
-        scale:float,     # pixels per unit of length
-        o=(0,0,0),       # the point in the middle of the picture
-        roll:float=0.,   # radians by which the picture is turned
-        ss:int=2,        # rays per pixel and axis
+
+    def __init__(
+        self,
+        size: tuple,  # (H, W) of the picture, pixels
+        azimuth: float,  # radians around the actor; 0 sees its face, positive values more of its left side
+        elevation: float,  # radians above the horizon
+        scale: float,  # pixels per unit of length
+        o=(0, 0, 0),  # the point in the middle of the picture
+        roll: float = 0.0,  # radians by which the picture is turned
+        ss: int = 2,  # rays per pixel and axis
     ):
         (ca, sa), (ce, se), (cr, sr) = [(np.cos(v), np.sin(v)) for v in (azimuth, elevation, roll)]
-        r, u = np.array([-sa, ca, 0]), np.array([-ca*se, -sa*se, ce])
-        self.f, self.r, self.u = -np.array([ca*ce, sa*ce, se]), cr*r+sr*u, cr*u-sr*r
-        self.o, self.ss, self.scale = np.array(o, float), ss, scale*ss
-        self.h, self.w = size[0]*ss, size[1]*ss
-        self.a = ((np.arange(self.w)+.5-self.w/2)/self.scale).astype(np.float32)
-        self.b = ((self.h/2-np.arange(self.h)-.5)/self.scale).astype(np.float32)
+        r, u = np.array([-sa, ca, 0]), np.array([-ca * se, -sa * se, ce])
+        self.f = -np.array([ca * ce, sa * ce, se])
+        self.r = cr * r + sr * u
+        self.u = cr * u - sr * r
+        self.o = np.array(o, float)
+        self.ss = ss
+        self.scale = scale * ss
+        self.h, self.w = size[0] * ss, size[1] * ss
+        self.a = ((np.arange(self.w) + 0.5 - self.w / 2) / self.scale).astype(np.float32)
+        self.b = ((self.h / 2 - np.arange(self.h) - 0.5) / self.scale).astype(np.float32)
 
-    def pixel(self, p) -> tuple: # column, row; counted in rays
+    def pixel(self, p) -> tuple:  # column, row; counted in rays
         "Where the point `p` falls on the picture."
-        d = p-self.o
-        return self.w/2+float(d@self.r)*self.scale, self.h/2-float(d@self.u)*self.scale
+        d = p - self.o
+        return self.w / 2 + float(d @ self.r) * self.scale, self.h / 2 - float(d @ self.u) * self.scale
 
-    def shifted(self, right:float, down:float): # the view itself
+    def shifted(self, right: float, down: float):  # the view itself
         "Move the picture's content by so many pixels."
-        self.o = self.o-(right*self.r-down*self.u)*(self.ss/self.scale)
+        self.o = self.o - (right * self.r - down * self.u) * (self.ss / self.scale)
         return self
 
-    def window(self, p, q, right:float, up:float) -> tuple: # slice of rows, slice of columns
+    def window(self, p, q, right: float, up: float) -> tuple:  # slice of rows, slice of columns
         "The part of the picture around two points, with so much room on all sides; may be empty."
         (x, y), (x2, y2) = self.pixel(p), self.pixel(q)
-        mx, my = right*self.scale+1, up*self.scale+1
-        between = lambda lo, hi, n: slice(min(n, max(0, int(lo))), max(0, min(n, int(hi)+1)))
-        return between(min(y, y2)-my, max(y, y2)+my, self.h), between(min(x, x2)-mx, max(x, x2)+mx, self.w)
+        mx, my = right * self.scale + 1, up * self.scale + 1
+        between = lambda lo, hi, n: slice(min(n, max(0, int(lo))), max(0, min(n, int(hi) + 1)))
+        return between(min(y, y2) - my, max(y, y2) + my, self.h), between(min(x, x2) - mx, max(x, x2) + mx, self.w)
 
 # %% ../../nbs/rendering/03_tracer.ipynb #f6aeed09
 def _along(
-    E:np.ndarray,         # (K, 3) directions
-    o, r, u,              # (3,) start of the middle ray (seen from p), right, up
-    view:View, win:tuple, # which rays
-) -> np.ndarray: # (K, h, w) float32
+    E: np.ndarray,  # (K, 3) directions
+    o,
+    r,
+    u,  # (3,) start of the middle ray (seen from p), right, up
+    view: View,
+    win: tuple,  # which rays
+) -> np.ndarray:  # (K, h, w) float32
     "How far the start of each ray lies along each direction."
-    c, ca, cb = (E@np.array([o, r, u]).T).T.astype(np.float32)[:,:,None]
-    return (c+ca*view.a[win[1]])[:,None,:]+(cb*view.b[win[0]])[:,:,None]
+    c, ca, cb = (E @ np.array([o, r, u]).T).T.astype(np.float32)[:, :, None]
+    return (c + ca * view.a[win[1]])[:, None, :] + (cb * view.b[win[0]])[:, :, None]
 
 # %% ../../nbs/rendering/03_tracer.ipynb #76411e04
 class Capsule:
     "All balls between two: a stick with round ends, perhaps tapered, squeezed, or cut off below."
-    gloss = 0. # cloth and skin mirror nothing
-    def __init__(self,
-        a, b,               # (3,) centres of the first and the last ball
-        ra:float, rb:float, # their radii
-        paint,              # (3,) colour, or a function (points, normals, s) -> (n, 3) colours
-        squeeze=(1,1,1),    # factors along x, y, z; (.6, 1, 1) is 60 % as deep as it is wide
-        floor:float=None,   # height below which there is nothing
+
+    gloss = 0.0  # cloth and skin mirror nothing
+
+    def __init__(
+        self,
+        a,
+        b,  # (3,) centres of the first and the last ball
+        ra: float,
+        rb: float,  # their radii
+        paint,  # (3,) colour, or a function (points, normals, s) -> (n, 3) colours
+        squeeze=(1, 1, 1),  # factors along x, y, z; (.6, 1, 1) is 60 % as deep as it is wide
+        floor: float = None,  # height below which there is nothing
     ):
-        a, b, self.squeeze, self.paint, self.floor = np.asarray(a, float), np.asarray(b, float), np.array(squeeze, float), paint, floor
-        d, delta = (b-a)/self.squeeze, float(ra-rb)
-        if d@d <= delta**2: (a, ra), d, delta = (a, ra) if delta > 0 else (b, rb), 0*d, 0. # one end inside the other
-        self.a, self.ra, self.delta, self.d = a, float(ra), delta, d+(1e-5, 2e-5, 3e-5)     # a single ball has an axis too
-        self.d2 = float(self.d@self.d)-delta**2
+        a = np.asarray(a, float)
+        b = np.asarray(b, float)
+        self.squeeze = np.array(squeeze, float)
+        self.paint = paint
+        self.floor = floor
+        d, delta = (b - a) / self.squeeze, float(ra - rb)
+        if d @ d <= delta**2:  # one end inside the other
+            (a, ra) = (a, ra) if delta > 0 else (b, rb)
+            d = 0 * d
+            delta = 0.0
+        # a single ball has an axis too
+        self.a = a
+        self.ra = float(ra)
+        self.delta = delta
+        self.d = d + (1e-5, 2e-5, 3e-5)
+        self.d2 = float(self.d @ self.d) - delta**2
 
-    def window(self, view:View) -> tuple:
+    def window(self, view: View) -> tuple:
         "The part of the picture that it can touch."
-        R = max(self.ra, self.ra-self.delta)
-        return view.window(self.a, self.a+self.d*self.squeeze, R*length(self.squeeze*view.r), R*length(self.squeeze*view.u))
+        R = max(self.ra, self.ra - self.delta)
+        return view.window(
+            self.a, self.a + self.d * self.squeeze, R * length(self.squeeze * view.r), R * length(self.squeeze * view.u)
+        )
 
-    def hit(self,
-        view:View, # the camera
-        win:tuple, # which of its rays: slice of rows, slice of columns
-    ) -> np.ndarray: # (h, w), nan where it is missed
+    def hit(
+        self,
+        view: View,  # the camera
+        win: tuple,  # which of its rays: slice of rows, slice of columns
+    ) -> np.ndarray:  # (h, w), nan where it is missed
         "Depth at which each ray of the window stops."
-        o, r, u, f = np.array([view.o-self.a, view.r, view.u, view.f])/self.squeeze
-        step = length(f); f = f/step
-        m = float(self.d@f)
-        e = self.d-m*f; l = length(e); e = e/l
+        o, r, u, f = np.array([view.o - self.a, view.r, view.u, view.f]) / self.squeeze
+        step = length(f)
+        f = f / step
+        m = float(self.d @ f)
+        e = self.d - m * f
+        l = length(e)
+        e = e / l
         w1, w2, w3 = _along(np.array([e, cross(f, e), f]), o, r, u, view, win)
-        W, S, k = w1*w1+w2*w2-self.ra**2, l*w1-self.delta*self.ra, l*l-self.delta**2 or 1e-12
-        if k > 0 or m*self.delta < 0: s = np.minimum(np.maximum((S-m*np.sqrt((S*S-k*W)*(1/self.d2)))*(1/k), 0), 1)
-        else: s = float(self.delta < 0) # the thick end is in front and hides the rest
-        t = (s*m-np.sqrt(s*(2*S-k*s)-W)-w3)*(1/step)
-        if self.floor is not None: t[_height_of(view, win, t) < self.floor] = np.nan
+        W = w1 * w1 + w2 * w2 - self.ra**2
+        S = l * w1 - self.delta * self.ra
+        k = l * l - self.delta**2 or 1e-12
+        if k > 0 or m * self.delta < 0:
+            s = np.minimum(np.maximum((S - m * np.sqrt((S * S - k * W) * (1 / self.d2))) * (1 / k), 0), 1)
+        else:
+            s = float(self.delta < 0)  # the thick end is in front and hides the rest
+        t = (s * m - np.sqrt(s * (2 * S - k * s) - W) - w3) * (1 / step)
+        if self.floor is not None:
+            t[_height_of(view, win, t) < self.floor] = np.nan
         return t
 
-    def surface(self,
-        P:np.ndarray, # (n, 3) points on it
-    ) -> tuple: # (n, 3) normals, (n,) which ball
+    def surface(
+        self,
+        P: np.ndarray,  # (n, 3) points on it
+    ) -> tuple:  # (n, 3) normals, (n,) which ball
         "Where each point faces, and which ball it belongs to."
         a, d, z = np.array([self.a, self.d, self.squeeze], np.float32)
-        q = (P-a)/z
-        s = np.minimum(np.maximum((q@d-self.ra*self.delta)*(1/self.d2), 0), 1)
-        return unit_vector((q-s[:,None]*d)/z), s
+        q = (P - a) / z
+        s = np.minimum(np.maximum((q @ d - self.ra * self.delta) * (1 / self.d2), 0), 1)
+        return unit_vector((q - s[:, None] * d) / z), s
 
 # %% ../../nbs/rendering/03_tracer.ipynb #5ada321c
 def _height_of(
-    view:View, win:tuple, # which rays
-    t:np.ndarray,         # (h, w) where each stops
-) -> np.ndarray: # (h, w)
+    view: View,
+    win: tuple,  # which rays
+    t: np.ndarray,  # (h, w) where each stops
+) -> np.ndarray:  # (h, w)
     "Height above the ground of the points where rays stop."
-    return _along(np.eye(3)[2:], view.o, view.r, view.u, view, win)[0]+t*np.float32(view.f[2])
+    return _along(np.eye(3)[2:], view.o, view.r, view.u, view, win)[0] + t * np.float32(view.f[2])
 
 # %% ../../nbs/rendering/03_tracer.ipynb #7a6ec418
 def cast(
-    shapes:list, # what is to be seen
-    view:View,   # from where
-) -> tuple[np.ndarray,np.ndarray]: # (h, w) depths, inf where nothing is; (h, w) number of the shape from 1 on, 0 where nothing is
+    shapes: list,  # what is to be seen
+    view: View,  # from where
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (h, w) depths, inf where nothing is; (h, w) number of the shape from 1 on, 0 where nothing is
     "Which shape each ray meets first, and how deep (z-buffer)."
-    depth, label = np.full((view.h,view.w), np.inf, np.float32), np.zeros((view.h,view.w), np.int16)
-    with np.errstate(invalid='ignore'): # a ray that misses gives nan
-        for k,shape in enumerate(shapes, 1):
+    depth, label = np.full((view.h, view.w), np.inf, np.float32), np.zeros((view.h, view.w), np.int16)
+    with np.errstate(invalid='ignore'):  # a ray that misses gives nan
+        for k, shape in enumerate(shapes, 1):
             win = shape.window(view)
             t = shape.hit(view, win)
             nearer = t < depth[win]
@@ -156,42 +197,53 @@ def cast(
 # %% ../../nbs/rendering/03_tracer.ipynb #804811da
 class Solid:
     "The part of space behind all of some planes (a convex polyhedron)."
-    def __init__(self,
-        planes,          # (K, 4): unit normal and distance from 0, so that n·x ≤ c inside
-        lo, hi,          # (3,) corners of a box around it
-        paint,           # (3,) colour, or a function (points, normals, faces) -> (n, 3) colours
-        bevel:float=.02, # width of the rounding of its edges
-        gloss:float=0.,  # 0 matt, 1 lacquer
+
+    def __init__(
+        self,
+        planes,  # (K, 4): unit normal and distance from 0, so that n·x ≤ c inside
+        lo,
+        hi,  # (3,) corners of a box around it
+        paint,  # (3,) colour, or a function (points, normals, faces) -> (n, 3) colours
+        bevel: float = 0.02,  # width of the rounding of its edges
+        gloss: float = 0.0,  # 0 matt, 1 lacquer
     ):
-        self.N, self.c = np.asarray(planes, float)[:,:3], np.asarray(planes, float)[:,3]
-        self.mid, self.half = (np.asarray(lo)+hi)/2, (np.asarray(hi)-lo)/2
-        self.paint, self.bevel, self.gloss = paint, bevel, gloss
+        self.N, self.c = np.asarray(planes, float)[:, :3], np.asarray(planes, float)[:, 3]
+        self.mid, self.half = (np.asarray(lo) + hi) / 2, (np.asarray(hi) - lo) / 2
+        self.paint = paint
+        self.bevel = bevel
+        self.gloss = gloss
 
-    def window(self, view:View) -> tuple:
+    def window(self, view: View) -> tuple:
         "The part of the picture that it can touch."
-        return view.window(self.mid, self.mid, *(float(np.abs(v)@self.half) for v in (view.r, view.u)))
+        return view.window(self.mid, self.mid, *(float(np.abs(v) @ self.half) for v in (view.r, view.u)))
 
-    def hit(self,
-        view:View, # the camera
-        win:tuple, # which of its rays: slice of rows, slice of columns
-    ) -> np.ndarray: # (h, w), nan where it is missed
+    def hit(
+        self,
+        view: View,  # the camera
+        win: tuple,  # which of its rays: slice of rows, slice of columns
+    ) -> np.ndarray:  # (h, w), nan where it is missed
         "Depth at which each ray of the window stops."
-        slope = self.N@view.f
-        slope[np.abs(slope) < 1e-9] = 1e-9 # a plane along the ray: it never leaves, or was never in
-        t = _along(-self.N/slope[:,None], view.o, view.r, view.u, view, win)+(self.c/slope).astype(np.float32)[:,None,None]
+        slope = self.N @ view.f
+        slope[np.abs(slope) < 1e-9] = 1e-9  # a plane along the ray: it never leaves, or was never in
+        t = (
+            _along(-self.N / slope[:, None], view.o, view.r, view.u, view, win)
+            + (self.c / slope).astype(np.float32)[:, None, None]
+        )
         enter, leave = t[slope < 0].max(0), t[slope > 0].min(0)
         return np.where(enter < leave, enter, np.float32(np.nan))
 
-    def surface(self,
-        P:np.ndarray, # (n, 3) points on it
-    ) -> tuple: # (n, 3) normals, (n,) which face
+    def surface(
+        self,
+        P: np.ndarray,  # (n, 3) points on it
+    ) -> tuple:  # (n, 3) normals, (n,) which face
         "Where each point faces; near an edge the faces are blended."
-        below = P@self.N.T.astype(np.float32)-self.c.astype(np.float32)
-        return unit_vector(np.maximum(1+below*(1/self.bevel), 0)@self.N.astype(np.float32)), below.argmax(1)
+        below = P @ self.N.T.astype(np.float32) - self.c.astype(np.float32)
+        return unit_vector(np.maximum(1 + below * (1 / self.bevel), 0) @ self.N.astype(np.float32)), below.argmax(1)
 
 # %% ../../nbs/rendering/03_tracer.ipynb #75f6537a
 def box(
-    lo, hi, # (3,) opposite corners
+    lo,
+    hi,  # (3,) opposite corners
     paint,  # as in `Solid`
 ) -> Solid:
     "A solid with six faces along the axes: +x, +y, +z, then -x, -y, -z."
@@ -199,19 +251,22 @@ def box(
 
 # %% ../../nbs/rendering/03_tracer.ipynb #6665f349
 def surfaces(
-    shapes:list, view:View,             # as in `cast`
-    depth:np.ndarray, label:np.ndarray, # what `cast` gave
-) -> tuple[np.ndarray,np.ndarray,np.ndarray]: # (n,) which rays stopped, (n, 3) normals, (n, 3) colours
+    shapes: list,
+    view: View,  # as in `cast`
+    depth: np.ndarray,
+    label: np.ndarray,  # what `cast` gave
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) which rays stopped, (n, 3) normals, (n, 3) colours
     "Normal and colour where each ray stops."
     where = np.flatnonzero(label)
     where = where[np.argsort(label.ravel()[where], kind='stable')]
     (i, j), t = np.divmod(where, view.w), depth.ravel()[where]
     o, r, u, f = np.array([view.o, view.r, view.u, view.f], np.float32)
-    P = o+view.a[j,None]*r+view.b[i,None]*u+t[:,None]*f
+    P = o + view.a[j, None] * r + view.b[i, None] * u + t[:, None] * f
     N, C = np.empty_like(P), np.empty_like(P)
-    ends = np.searchsorted(label.ravel()[where], np.arange(1, len(shapes)+2)).tolist()
-    for shape,first,last in zip(shapes, ends, ends[1:]):
-        if first == last: continue
+    ends = np.searchsorted(label.ravel()[where], np.arange(1, len(shapes) + 2)).tolist()
+    for shape, first, last in zip(shapes, ends, ends[1:]):
+        if first == last:
+            continue
         p = P[first:last]
         n, s = shape.surface(p)
         N[first:last], C[first:last] = n, shape.paint(p, n, s) if callable(shape.paint) else shape.paint
@@ -220,61 +275,63 @@ def surfaces(
 # %% ../../nbs/rendering/03_tracer.ipynb #0c78b343
 class Light(NamedTuple):
     "A sun and a sky."
-    toward:np.ndarray       # (3,) unit vector from the actor to the sun
-    ambient:float           # the sky's share, in [0, 1]
-    sky:tuple=(1,1.02,1.06) # colour of the sky's light
-    sun:tuple=(1,.97,.90)   # colour of the sun's
+
+    toward: np.ndarray  # (3,) unit vector from the actor to the sun
+    ambient: float  # the sky's share, in [0, 1]
+    sky: tuple = (1, 1.02, 1.06)  # colour of the sky's light
+    sun: tuple = (1, 0.97, 0.90)  # colour of the sun's
 
 # %% ../../nbs/rendering/03_tracer.ipynb #834204a4
 def lit(
-    N:np.ndarray, # (n, 3) normals
-    C:np.ndarray, # (n, 3) colours
-    light:Light,  # sun and sky
-) -> np.ndarray: # (n, 3)
+    N: np.ndarray,  # (n, 3) normals
+    C: np.ndarray,  # (n, 3) colours
+    light: Light,  # sun and sky
+) -> np.ndarray:  # (n, 3)
     "Colours as they look in that light."
     toward, sky, sun = np.array([light.toward, light.sky, light.sun], np.float32)
-    from_sky = (.6+.4*N[:,2:])*(light.ambient*sky)
-    from_sun = np.maximum(N@toward, 0)[:,None]*(1.15*(1-light.ambient)*sun)
-    return C*(from_sky+from_sun)
+    from_sky = (0.6 + 0.4 * N[:, 2:]) * (light.ambient * sky)
+    from_sun = np.maximum(N @ toward, 0)[:, None] * (1.15 * (1 - light.ambient) * sun)
+    return C * (from_sky + from_sun)
 
 # %% ../../nbs/rendering/03_tracer.ipynb #49729a8e
 def mirrored(
-    C:np.ndarray,     # (n, 3) colours in the light
-    N:np.ndarray,     # (n, 3) normals
-    gloss:np.ndarray, # (n,) 0 matt, 1 lacquer
-    f:np.ndarray,     # (3,) direction of the rays
-    light:Light,      # sun and sky
-) -> np.ndarray: # (n, 3)
+    C: np.ndarray,  # (n, 3) colours in the light
+    N: np.ndarray,  # (n, 3) normals
+    gloss: np.ndarray,  # (n,) 0 matt, 1 lacquer
+    f: np.ndarray,  # (3,) direction of the rays
+    light: Light,  # sun and sky
+) -> np.ndarray:  # (n, 3)
     "What a glossy surface adds: a little sky, and the sun where it is mirrored."
     toward, sky, sun, f = np.array([light.toward, light.sky, light.sun, f], np.float32)
-    g, flat = gloss[:,None], (N@f)[:,None]
-    m = f-2*flat*N
-    F = .25+.75*np.maximum(1+flat, 0)**3
-    from_sun = .5*np.maximum(m@toward, 0)[:,None]**30*sun
-    from_sky = .45*F*np.clip(.15+1.2*m[:,2:], 0, 1)*((light.ambient+.35)*sky)
-    return C*(1-.35*g*F)+g*(from_sun+from_sky)
+    g, flat = gloss[:, None], (N @ f)[:, None]
+    m = f - 2 * flat * N
+    F = 0.25 + 0.75 * np.maximum(1 + flat, 0) ** 3
+    from_sun = 0.5 * np.maximum(m @ toward, 0)[:, None] ** 30 * sun
+    from_sky = 0.45 * F * np.clip(0.15 + 1.2 * m[:, 2:], 0, 1) * ((light.ambient + 0.35) * sky)
+    return C * (1 - 0.35 * g * F) + g * (from_sun + from_sky)
 
 # %% ../../nbs/rendering/03_tracer.ipynb #c5e9f135
 def mean_rays(
-    x:np.ndarray, # (H·ss, W·ss, ...)
-    ss:int,       # rays per pixel and axis
-) -> np.ndarray: # (H, W, ...)
+    x: np.ndarray,  # (H·ss, W·ss, ...)
+    ss: int,  # rays per pixel and axis
+) -> np.ndarray:  # (H, W, ...)
     "The mean over the rays of each pixel."
     rows = sum(x[i::ss] for i in range(ss))
-    return sum(rows[:,j::ss] for j in range(ss))*np.float32(1/ss**2)
+    return sum(rows[:, j::ss] for j in range(ss)) * np.float32(1 / ss**2)
 
 # %% ../../nbs/rendering/03_tracer.ipynb #f61152e4
 def shoot(
-    shapes:list, # what is to be seen
-    view:View,   # from where
-    light:Light, # in which light
-) -> tuple[np.ndarray,np.ndarray]: # (H, W, 3) linear colours times coverage, (H, W) coverage in [0, 1]
+    shapes: list,  # what is to be seen
+    view: View,  # from where
+    light: Light,  # in which light
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) linear colours times coverage, (H, W) coverage in [0, 1]
     "The picture of some shapes before nothing."
     depth, label = cast(shapes, view)
     where, N, C = surfaces(shapes, view, depth, label)
-    C, gloss = lit(N, C, light), np.array([0]+[s.gloss for s in shapes], np.float32)
-    if gloss.any(): C = mirrored(C, N, gloss[label.ravel()[where]], view.f, light)
-    rgba = np.zeros((view.h*view.w, 4), np.float32)
-    rgba[where,:3], rgba[where,3] = C, 1
+    C, gloss = lit(N, C, light), np.array([0] + [s.gloss for s in shapes], np.float32)
+    if gloss.any():
+        C = mirrored(C, N, gloss[label.ravel()[where]], view.f, light)
+    rgba = np.zeros((view.h * view.w, 4), np.float32)
+    rgba[where, :3], rgba[where, 3] = C, 1
     rgba = mean_rays(rgba.reshape(view.h, view.w, 4), view.ss)
-    return rgba[...,:3], rgba[...,3]
+    return rgba[..., :3], rgba[..., 3]

@@ -19,515 +19,785 @@ from .tracer import box, Capsule, Solid, unit_vector
 @dataclass(frozen=True)
 class _Body:
     "The measures of one type of vehicle, metres."
-    long:float
-    wide:float
-    high:float
-    belt:float   # height where windows begin
-    bonnet:float # height of the bonnet's front edge
-    cowl:float   # x where the windscreen begins
-    brow:float   # x where it meets the roof
-    back:float   # x where the roof ends
-    heel:float   # x where the rear window meets the belt
-    wheel:float  # radius
-    axle:float   # x of the front axle; the other is at -x
-    lean:float=.22 # of the cabin's sides, inwards per metre of height
+
+    long: float
+    wide: float
+    high: float
+    belt: float  # height where windows begin
+    bonnet: float  # height of the bonnet's front edge
+    cowl: float  # x where the windscreen begins
+    brow: float  # x where it meets the roof
+    back: float  # x where the roof ends
+    heel: float  # x where the rear window meets the belt
+    wheel: float  # radius
+    axle: float  # x of the front axle; the other is at -x
+    lean: float = 0.22  # of the cabin's sides, inwards per metre of height
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #557c9142
 BODIES = dict(
-    sedan =_Body(4.6, 1.80, 1.45,  .93, .70,  .92,  .22, -1.00, -1.68, .32, 1.36),
-    hatch =_Body(4.0, 1.74, 1.50,  .93, .74,  .95,  .30, -1.42, -1.85, .31, 1.26),
-    suv   =_Body(4.6, 1.88, 1.75, 1.08, .92,  .98,  .42, -1.78, -2.12, .37, 1.36),
-    wagon =_Body(4.7, 1.80, 1.50,  .94, .72,  .98,  .28, -1.85, -2.22, .32, 1.40),
-    van   =_Body(4.7, 1.86, 1.98, 1.12, .98, 1.72, 1.10, -2.20, -2.30, .33, 1.40, .08),
-    pickup=_Body(5.1, 1.86, 1.76, 1.05, .92, 1.18,  .66,  -.34,  -.50, .37, 1.60),
-    truck =_Body(5.6, 1.96, 2.12, 1.22, .95, 2.62, 2.35,  1.28,  1.22, .38, 1.70, .08))
+    sedan=_Body(4.6, 1.80, 1.45, 0.93, 0.70, 0.92, 0.22, -1.00, -1.68, 0.32, 1.36),
+    hatch=_Body(4.0, 1.74, 1.50, 0.93, 0.74, 0.95, 0.30, -1.42, -1.85, 0.31, 1.26),
+    suv=_Body(4.6, 1.88, 1.75, 1.08, 0.92, 0.98, 0.42, -1.78, -2.12, 0.37, 1.36),
+    wagon=_Body(4.7, 1.80, 1.50, 0.94, 0.72, 0.98, 0.28, -1.85, -2.22, 0.32, 1.40),
+    van=_Body(4.7, 1.86, 1.98, 1.12, 0.98, 1.72, 1.10, -2.20, -2.30, 0.33, 1.40, 0.08),
+    pickup=_Body(5.1, 1.86, 1.76, 1.05, 0.92, 1.18, 0.66, -0.34, -0.50, 0.37, 1.60),
+    truck=_Body(5.6, 1.96, 2.12, 1.22, 0.95, 2.62, 2.35, 1.28, 1.22, 0.38, 1.70, 0.08),
+)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #e417fa8f
-_PAINTS = {name: np.array(rgb, np.float32) for name,rgb in dict(
-    black=(.05,.05,.06), white=(.88,.88,.88), silver=(.62,.64,.66), grey=(.33,.34,.36), red=(.62,.06,.07), blue=(.09,.20,.52),
-    navy=(.06,.09,.22), green=(.08,.28,.18), gold=(.66,.55,.34), brown=(.28,.17,.11), yellow=(.90,.70,.10), orange=(.85,.36,.06),
-    sky=(.40,.60,.76)).items()}
-_RUBBER, _GLASS, _LAMP, _TAIL = np.array([(.05,.05,.055), (.08,.10,.12), (.95,.95,.90), (.62,.03,.04)], np.float32)
+_PAINTS = {
+    name: np.array(rgb, np.float32)
+    for name, rgb in dict(
+        black=(0.05, 0.05, 0.06),
+        white=(0.88, 0.88, 0.88),
+        silver=(0.62, 0.64, 0.66),
+        grey=(0.33, 0.34, 0.36),
+        red=(0.62, 0.06, 0.07),
+        blue=(0.09, 0.20, 0.52),
+        navy=(0.06, 0.09, 0.22),
+        green=(0.08, 0.28, 0.18),
+        gold=(0.66, 0.55, 0.34),
+        brown=(0.28, 0.17, 0.11),
+        yellow=(0.90, 0.70, 0.10),
+        orange=(0.85, 0.36, 0.06),
+        sky=(0.40, 0.60, 0.76),
+    ).items()
+}
+_RUBBER, _GLASS, _LAMP, _TAIL = np.array(
+    [(0.05, 0.05, 0.055), (0.08, 0.10, 0.12), (0.95, 0.95, 0.90), (0.62, 0.03, 0.04)], np.float32
+)
 _LIVELY, _FITTINGS = 'red yellow white blue orange black green'.split(), 'black silver red yellow white blue'.split()
-_PLATES = dict(A=(.15,.25,.60), B=(.85,.68,.10)) # colours of number plates; too few pixels to be read
+_PLATES = dict(A=(0.15, 0.25, 0.60), B=(0.85, 0.68, 0.10))  # colours of number plates; too few pixels to be read
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #44d95a86
 @dataclass(frozen=True)
 class _Decal:
     "A small figure stuck on somewhere."
-    shape:str  # a key of `PRINTS`
-    colour:str # a key of `_PAINTS`
-    at:float   # where, metres from the middle
-    side:int=1 # +1 left, -1 right; on doors only
+
+    shape: str  # a key of `PRINTS`
+    colour: str  # a key of `_PAINTS`
+    at: float  # where, metres from the middle
+    side: int = 1  # +1 left, -1 right; on doors only
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #b9bb6427
 @dataclass(frozen=True)
 class _Rim:
     "The face of a wheel."
-    colour:str   # a key of `_PAINTS`
-    spokes:int
-    narrow:float # from -1, a full disc, to 1, no spokes at all
+
+    colour: str  # a key of `_PAINTS`
+    spokes: int
+    narrow: float  # from -1, a full disc, to 1, no spokes at all
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #81497acf
 @dataclass(frozen=True)
 class _Bed:
     "What a truck has behind its cabin."
-    boxed:bool # closed, or open with low walls
-    colour:str # a key of `_PAINTS`
+
+    boxed: bool  # closed, or open with low walls
+    colour: str  # a key of `_PAINTS`
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #b4c107ad
 @dataclass(frozen=True)
 class _Vehicle:
     "Everything that makes one vehicle look like itself."
-    body:str              # a key of `BODIES`
-    colour:str            # a key of `_PAINTS`, as all colours below
-    plate:str             # a key of `_PLATES`
-    lamp:int              # shape of the headlamps, 0 to 2
-    grille:int            # between them, 0 to 3
-    tail:int              # shape of the rear lamps, 0 to 2
-    tint:float            # of the glass, about 1
-    rim:_Rim               # the wheels
-    panel:bool=False      # a van without side windows
-    bed:_Bed|None=None     # of a truck
-    roof:str|None=None    # of another colour
-    mirror:str|None=None  # of another colour
-    strip:str|None=None   # a line along the sides
-    visor:str|None=None   # a band at the top of the windscreen
-    bands:str|None=None   # two bands over bonnet and roof
-    rack:str|None=None    # on the roof
-    case:str|None=None    # a box on the roof
-    sign:str|None=None    # a taxi sign
-    spoiler:str|None=None # a wing at the back
-    spare:str|None=None   # a fifth wheel at the back, and the colour of its cover
-    sunroof:bool=False
-    fog:bool=False        # fog lamps
-    antenna:bool=False
-    privacy:bool=False    # black rear side windows
-    dirt:int=0            # on the left (1) or the right side (-1)
-    door:_Decal|None=None  # stuck on one side
-    window:_Decal|None=None # on the rear window
-    bumper:_Decal|None=None # beside the rear plate
-    dash:_Decal|None=None  # something behind the windscreen
-    logo:_Decal|None=None  # large, on a van's or truck's sides
-    stickers:tuple=()     # at the top of the windscreen: pairs (metres from the middle, colour)
-    cargo:tuple=()        # three boxes in the hopper: colours, None where there is none
+
+    body: str  # a key of `BODIES`
+    colour: str  # a key of `_PAINTS`, as all colours below
+    plate: str  # a key of `_PLATES`
+    lamp: int  # shape of the headlamps, 0 to 2
+    grille: int  # between them, 0 to 3
+    tail: int  # shape of the rear lamps, 0 to 2
+    tint: float  # of the glass, about 1
+    rim: _Rim  # the wheels
+    panel: bool = False  # a van without side windows
+    bed: _Bed | None = None  # of a truck
+    roof: str | None = None  # of another colour
+    mirror: str | None = None  # of another colour
+    strip: str | None = None  # a line along the sides
+    visor: str | None = None  # a band at the top of the windscreen
+    bands: str | None = None  # two bands over bonnet and roof
+    rack: str | None = None  # on the roof
+    case: str | None = None  # a box on the roof
+    sign: str | None = None  # a taxi sign
+    spoiler: str | None = None  # a wing at the back
+    spare: str | None = None  # a fifth wheel at the back, and the colour of its cover
+    sunroof: bool = False
+    fog: bool = False  # fog lamps
+    antenna: bool = False
+    privacy: bool = False  # black rear side windows
+    dirt: int = 0  # on the left (1) or the right side (-1)
+    door: _Decal | None = None  # stuck on one side
+    window: _Decal | None = None  # on the rear window
+    bumper: _Decal | None = None  # beside the rear plate
+    dash: _Decal | None = None  # something behind the windscreen
+    logo: _Decal | None = None  # large, on a van's or truck's sides
+    stickers: tuple = ()  # at the top of the windscreen: pairs (metres from the middle, colour)
+    cargo: tuple = ()  # three boxes in the hopper: colours, None where there is none
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #144e0d02
 def both(
-    n:tuple, p:tuple, # direction and point on the left
-) -> list: # two such pairs
+    n: tuple,
+    p: tuple,  # direction and point on the left
+) -> list:  # two such pairs
     "A plane and its mirror image on the right."
-    return [(n, p), ((n[0],-n[1],n[2]), (p[0],-p[1],p[2]))]
+    return [(n, p), ((n[0], -n[1], n[2]), (p[0], -p[1], p[2]))]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #83697838
 def _hull(
-    planes:list, # pairs (direction, point)
-    lo, hi,      # (3,) corners of a box around it
-    paint,       # as in `Solid`
-    bevel:float=.03, gloss:float=.9, # as in `Solid`
+    planes: list,  # pairs (direction, point)
+    lo,
+    hi,  # (3,) corners of a box around it
+    paint,  # as in `Solid`
+    bevel: float = 0.03,
+    gloss: float = 0.9,  # as in `Solid`
 ) -> Solid:
     "A solid from planes that are given by directions and points."
-    n, p = np.array(planes, float).transpose(1,0,2)
+    n, p = np.array(planes, float).transpose(1, 0, 2)
     n = unit_vector(n)
-    return Solid(np.c_[n, (n*p).sum(1)], lo, hi, paint, bevel, gloss)
+    return Solid(np.c_[n, (n * p).sum(1)], lo, hi, paint, bevel, gloss)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #5ae77a3e
 def _lower_planes(
-    v:_Vehicle, # whose
-) -> list: # pairs (direction, point)
+    v: _Vehicle,  # whose
+) -> list:  # pairs (direction, point)
     "The planes of everything below the belt."
     b = BODIES[v.body]
-    h, w, rear, low = b.long/2, b.wide/2, 1.15 if v.body == 'truck' else -b.long/2, .35 if v.body == 'truck' else .24
-    planes = both((0,1,.10), (0,w,.55))+both((0,1,-.30), (0,w,.45))+both((1,.5,.05), (h-.02,w-.22,.6))+both((-1,.35,0), (rear+.02,w-.16,.6))
-    planes += [((1,0,.10), (h,0,.55)), ((1,0,-.35), (h,0,.42)), ((-1,0,.08), (rear,0,.6)), ((0,0,-1), (0,0,low)), ((0,0,1), (0,0,b.belt+.03)),
-               ((b.belt-b.bonnet+.02,0,h-.1-b.cowl), (h-.12,0,b.bonnet))]
-    return planes+[((-.05,0,1), (-h+.15,0,.97))]*(v.body == 'sedan')
+    h = b.long / 2
+    w = b.wide / 2
+    rear = 1.15 if v.body == 'truck' else -b.long / 2
+    low = 0.35 if v.body == 'truck' else 0.24
+    planes = (
+        both((0, 1, 0.10), (0, w, 0.55))
+        + both((0, 1, -0.30), (0, w, 0.45))
+        + both((1, 0.5, 0.05), (h - 0.02, w - 0.22, 0.6))
+        + both((-1, 0.35, 0), (rear + 0.02, w - 0.16, 0.6))
+    )
+    planes += [
+        ((1, 0, 0.10), (h, 0, 0.55)),
+        ((1, 0, -0.35), (h, 0, 0.42)),
+        ((-1, 0, 0.08), (rear, 0, 0.6)),
+        ((0, 0, -1), (0, 0, low)),
+        ((0, 0, 1), (0, 0, b.belt + 0.03)),
+        ((b.belt - b.bonnet + 0.02, 0, h - 0.1 - b.cowl), (h - 0.12, 0, b.bonnet)),
+    ]
+    return planes + [((-0.05, 0, 1), (-h + 0.15, 0, 0.97))] * (v.body == 'sedan')
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #03e224a5
 def _cabin_planes(
-    b:_Body, # whose
-) -> list: # pairs (direction, point): windscreen, rear window, left, right, roof (3), below, front corners (2)
+    b: _Body,  # whose
+) -> list:  # pairs (direction, point): windscreen, rear window, left, right, roof (3), below, front corners (2)
     "The planes of everything above the belt."
-    up, w = b.high-b.belt, b.wide/2
-    return [((up,0,b.cowl-b.brow), (b.cowl,0,b.belt)), ((-up,0,b.back-b.heel), (b.heel,0,b.belt)), *both((0,1,b.lean), (0,w-.05,b.belt)),
-            ((0,0,1), (0,0,b.high)), ((.16,0,1), (b.brow-.25,0,b.high)), ((-.10,0,1), (b.back+.5,0,b.high)), ((0,0,-1), (0,0,b.belt-.1)),
-            *both((.3,1,b.lean), (b.brow+.1,w-.08,b.belt+.1))]
+    up, w = b.high - b.belt, b.wide / 2
+    return [
+        ((up, 0, b.cowl - b.brow), (b.cowl, 0, b.belt)),
+        ((-up, 0, b.back - b.heel), (b.heel, 0, b.belt)),
+        *both((0, 1, b.lean), (0, w - 0.05, b.belt)),
+        ((0, 0, 1), (0, 0, b.high)),
+        ((0.16, 0, 1), (b.brow - 0.25, 0, b.high)),
+        ((-0.10, 0, 1), (b.back + 0.5, 0, b.high)),
+        ((0, 0, -1), (0, 0, b.belt - 0.1)),
+        *both((0.3, 1, b.lean), (b.brow + 0.1, w - 0.08, b.belt + 0.1)),
+    ]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #771dd7c8
-def _doors(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _doors(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "Gaps between doors, and their handles."
-    if v.body == 'truck': return
+    if v.body == 'truck':
+        return
     b, (x, _, z) = BODIES[v.body], P.T
-    gaps = (1., .1, -.42) if v.body == 'pickup' else (1., 0., -.95)
-    for gap in gaps: c[(np.abs(x-gap) < .013) & (z > .33)] *= .35
-    for gap in gaps[1:]: c[(np.abs(x-gap-.22) < .09) & (np.abs(z-b.belt+.13) < .022)] = _RUBBER if _PAINTS[v.colour].mean() > .3 else .5
+    gaps = (1.0, 0.1, -0.42) if v.body == 'pickup' else (1.0, 0.0, -0.95)
+    for gap in gaps:
+        c[(np.abs(x - gap) < 0.013) & (z > 0.33)] *= 0.35
+    for gap in gaps[1:]:
+        c[(np.abs(x - gap - 0.22) < 0.09) & (np.abs(z - b.belt + 0.13) < 0.022)] = (
+            _RUBBER if _PAINTS[v.colour].mean() > 0.3 else 0.5
+        )
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #488cc50c
-def _door_marks(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _door_marks(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "A line along the side, a decal on one side, dirt on one side."
     x, y, z = P.T
-    if v.strip: c[np.abs(z-.62) < .05] = _PAINTS[v.strip]
-    if v.door: c[(y*v.door.side > 0) & PRINTS[v.door.shape]((x-v.door.at)/.30, (z-.68)/.22)] = _PAINTS[v.door.colour]
+    if v.strip:
+        c[np.abs(z - 0.62) < 0.05] = _PAINTS[v.strip]
+    if v.door:
+        c[(y * v.door.side > 0) & PRINTS[v.door.shape]((x - v.door.at) / 0.30, (z - 0.68) / 0.22)] = _PAINTS[
+            v.door.colour
+        ]
     if v.dirt:
-        dirty = (y*v.dirt > 0) & (z < .68+.10*np.sin(9*x))
-        c[dirty] = .35*c[dirty]+np.array([.17,.13,.08], np.float32)
+        dirty = (y * v.dirt > 0) & (z < 0.68 + 0.10 * np.sin(9 * x))
+        c[dirty] = 0.35 * c[dirty] + np.array([0.17, 0.13, 0.08], np.float32)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #1642162a
-def _arches(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _arches(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "The dark sill, and the dark above the wheels."
     b, (x, _, z) = BODIES[v.body], P.T
-    c[z < .34] = _RUBBER
-    c[(np.abs(x)-b.axle)**2+(z-b.wheel)**2 < (1.2*b.wheel)**2] = .02
+    c[z < 0.34] = _RUBBER
+    c[(np.abs(x) - b.axle) ** 2 + (z - b.wheel) ** 2 < (1.2 * b.wheel) ** 2] = 0.02
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #0cc6c231
-def front(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def front(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "Headlamps, fog lamps, grille, plate."
-    b, y, z = BODIES[v.body], np.abs(P[:,1]), P[:,2]
-    w, up = b.wide/2, z-b.bonnet
-    c[(y > w*(.62 if v.lamp == 2 else .52)) & (np.abs(up+.12) < (.045 if v.lamp == 1 else .075))] = _LAMP
-    if v.fog: c[(y > .62*w) & (np.abs(z-.42) < .05)] = (.95,.90,.62)
-    c[(y < w*(.34 if v.grille == 2 else .46)) & (np.abs(up+.16) < (.055 if v.grille == 1 else .10))] = _RUBBER
-    if v.grille == 0: c[y*y+(up+.16)**2 < .0025] = .75
-    if v.grille == 3: c[(y < .46*w) & (np.abs(up+.16) < .10) & (np.abs(14*z%1-.5) < .22)] = .6
-    c[(y < .25) & (np.abs(z-.40) < .06)] = _PLATES[v.plate]
-    c[np.abs(z-.29) < .04] = _RUBBER
+    b = BODIES[v.body]
+    y = np.abs(P[:, 1])
+    z = P[:, 2]
+    w, up = b.wide / 2, z - b.bonnet
+    c[(y > w * (0.62 if v.lamp == 2 else 0.52)) & (np.abs(up + 0.12) < (0.045 if v.lamp == 1 else 0.075))] = _LAMP
+    if v.fog:
+        c[(y > 0.62 * w) & (np.abs(z - 0.42) < 0.05)] = (0.95, 0.90, 0.62)
+    c[(y < w * (0.34 if v.grille == 2 else 0.46)) & (np.abs(up + 0.16) < (0.055 if v.grille == 1 else 0.10))] = _RUBBER
+    if v.grille == 0:
+        c[y * y + (up + 0.16) ** 2 < 0.0025] = 0.75
+    if v.grille == 3:
+        c[(y < 0.46 * w) & (np.abs(up + 0.16) < 0.10) & (np.abs(14 * z % 1 - 0.5) < 0.22)] = 0.6
+    c[(y < 0.25) & (np.abs(z - 0.40) < 0.06)] = _PLATES[v.plate]
+    c[np.abs(z - 0.29) < 0.04] = _RUBBER
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #501dc727
-def _rear(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _rear(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "Rear lamps, plate, and a sticker on the bumper."
-    b, y, z = BODIES[v.body], np.abs(P[:,1]), P[:,2]
-    up = z-b.belt+.16
-    c[(y > b.wide/2*(.74 if v.tail == 1 else .55)) & (np.abs(up) < (.19 if v.tail == 1 else .075))] = _TAIL
-    if v.tail == 2: c[np.abs(up) < .025] = _TAIL
-    c[(y < .25) & (np.abs(z-.45 if v.tail == 2 else up+.05) < .06)] = _PLATES[v.plate]
-    c[z < .36] = _RUBBER
-    if v.bumper: c[PRINTS[v.bumper.shape]((P[:,1]-v.bumper.at)/.13, (z-.52)/.10)] = _PAINTS[v.bumper.colour]
+    b = BODIES[v.body]
+    y = np.abs(P[:, 1])
+    z = P[:, 2]
+    up = z - b.belt + 0.16
+    c[(y > b.wide / 2 * (0.74 if v.tail == 1 else 0.55)) & (np.abs(up) < (0.19 if v.tail == 1 else 0.075))] = _TAIL
+    if v.tail == 2:
+        c[np.abs(up) < 0.025] = _TAIL
+    c[(y < 0.25) & (np.abs(z - 0.45 if v.tail == 2 else up + 0.05) < 0.06)] = _PLATES[v.plate]
+    c[z < 0.36] = _RUBBER
+    if v.bumper:
+        c[PRINTS[v.bumper.shape]((P[:, 1] - v.bumper.at) / 0.13, (z - 0.52) / 0.10)] = _PAINTS[v.bumper.colour]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #e146f111
-def _bands(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _bands(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "Two bands from the bonnet over the roof."
-    if v.bands: c[(P[:,0] > BODIES[v.body].heel) & (np.abs(np.abs(P[:,1])-.22) < .09)] = _PAINTS[v.bands]
+    if v.bands:
+        c[(P[:, 0] > BODIES[v.body].heel) & (np.abs(np.abs(P[:, 1]) - 0.22) < 0.09)] = _PAINTS[v.bands]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #aac8fb22
 def _skin(
-    v:_Vehicle, # whose
+    v: _Vehicle,  # whose
 ):
     "The paint of everything below the belt: each face in turn."
-    faces = [(lambda n: np.abs(n[:,1]) > .6, (_doors, _door_marks, _arches)), (lambda n: n[:,2] > .6, (_bands,)),
-             (lambda n: (n[:,0] > .45) & (n[:,2] <= .6), (front,)), (lambda n: (n[:,0] < -.45) & (n[:,2] <= .6), (_rear,))]
+    faces = [
+        (lambda n: np.abs(n[:, 1]) > 0.6, (_doors, _door_marks, _arches)),
+        (lambda n: n[:, 2] > 0.6, (_bands,)),
+        (lambda n: (n[:, 0] > 0.45) & (n[:, 2] <= 0.6), (front,)),
+        (lambda n: (n[:, 0] < -0.45) & (n[:, 2] <= 0.6), (_rear,)),
+    ]
+
     def paint(P, n, face):
         c = np.repeat(_PAINTS[v.colour][None], len(P), 0)
-        for is_face,painters in faces:
+        for is_face, painters in faces:
             here = np.flatnonzero(is_face(n))
             p, part = P[here], c[here]
-            for f in painters: f(part, p, v)
+            for f in painters:
+                f(part, p, v)
             c[here] = part
         return c
+
     return paint
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #d8c3bd42
 def _glass(
-    c:np.ndarray, here:np.ndarray, # (n, 3) colours, changed in place; which points are glass
-    up:np.ndarray,                 # (n,) height in the window, 0 to 1
-    v:_Vehicle,                     # whose
+    c: np.ndarray,
+    here: np.ndarray,  # (n, 3) colours, changed in place; which points are glass
+    up: np.ndarray,  # (n,) height in the window, 0 to 1
+    v: _Vehicle,  # whose
 ):
     "Panes: dark, a little brighter above."
-    c[here] = (_GLASS*v.tint)*(1+.6*up[here])[:,None]
+    c[here] = (_GLASS * v.tint) * (1 + 0.6 * up[here])[:, None]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #3bf20c7d
-def _windscreen(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _windscreen(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "The pane in front; a visor, stickers, something on the dashboard."
     b, (_, y, z) = BODIES[v.body], P.T
-    up, tall = z-b.belt, b.high-b.belt
-    here = (up > .02) & (up < tall-.05) & (np.abs(y) < b.wide/2-.11-b.lean*up)
-    _glass(c, here, up/tall, v)
-    if v.visor: c[here & (up > tall-.17)] = _PAINTS[v.visor]
-    for at,colour in v.stickers: c[here & (np.abs(y-at) < .06) & (np.abs(up-.72*tall) < .055)] = _PAINTS[colour]
-    if v.dash: c[here & PRINTS[v.dash.shape]((y-v.dash.at)/.12, (up-.10)/.08)] = _PAINTS[v.dash.colour]
+    up, tall = z - b.belt, b.high - b.belt
+    here = (up > 0.02) & (up < tall - 0.05) & (np.abs(y) < b.wide / 2 - 0.11 - b.lean * up)
+    _glass(c, here, up / tall, v)
+    if v.visor:
+        c[here & (up > tall - 0.17)] = _PAINTS[v.visor]
+    for at, colour in v.stickers:
+        c[here & (np.abs(y - at) < 0.06) & (np.abs(up - 0.72 * tall) < 0.055)] = _PAINTS[colour]
+    if v.dash:
+        c[here & PRINTS[v.dash.shape]((y - v.dash.at) / 0.12, (up - 0.10) / 0.08)] = _PAINTS[v.dash.colour]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #59221335
-def _rear_window(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _rear_window(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "The pane behind, and a sticker on it."
-    if v.panel: return
+    if v.panel:
+        return
     b, (_, y, z) = BODIES[v.body], P.T
-    up, tall = z-b.belt, b.high-b.belt
-    here = (up > (.1 if v.body == 'van' else .06)) & (up < tall-.07) & (np.abs(y) < b.wide/2-.14-b.lean*up)
-    _glass(c, here, up/tall, v)
-    if v.window: c[here & PRINTS[v.window.shape]((y-v.window.at)/.14, (up-.42*tall)/.11)] = _PAINTS[v.window.colour]
+    up, tall = z - b.belt, b.high - b.belt
+    here = (
+        (up > (0.1 if v.body == 'van' else 0.06)) & (up < tall - 0.07) & (np.abs(y) < b.wide / 2 - 0.14 - b.lean * up)
+    )
+    _glass(c, here, up / tall, v)
+    if v.window:
+        c[here & PRINTS[v.window.shape]((y - v.window.at) / 0.14, (up - 0.42 * tall) / 0.11)] = _PAINTS[v.window.colour]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #e4686e89
-def _side_windows(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _side_windows(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "The panes of both sides between pillars; the lettering of a van without them."
     b, (x, _, z) = BODIES[v.body], P.T
-    up, tall, pillars = z-b.belt, b.high-b.belt, (-.3,-1.2) if v.body == 'wagon' else (-.3,)
-    here = (up > .05) & (up < tall-.09) & (x < b.cowl-(b.cowl-b.brow)*up/tall-.10) & (x > b.heel+(b.back-b.heel)*up/tall+.11)
-    for p in pillars: here &= np.abs(x-p) > .035
-    if v.panel: here &= x > .45
-    _glass(c, here, up/tall, v)
-    if v.privacy: c[here & (x < pillars[0])] = .02
-    if v.panel and v.logo: c[(x < .4) & PRINTS[v.logo.shape]((x+.75)/.5, (z-1.45)/.28)] = _PAINTS[v.logo.colour]
+    up = z - b.belt
+    tall = b.high - b.belt
+    pillars = (-0.3, -1.2) if v.body == 'wagon' else (-0.3,)
+    here = (
+        (up > 0.05)
+        & (up < tall - 0.09)
+        & (x < b.cowl - (b.cowl - b.brow) * up / tall - 0.10)
+        & (x > b.heel + (b.back - b.heel) * up / tall + 0.11)
+    )
+    for p in pillars:
+        here &= np.abs(x - p) > 0.035
+    if v.panel:
+        here &= x > 0.45
+    _glass(c, here, up / tall, v)
+    if v.privacy:
+        c[here & (x < pillars[0])] = 0.02
+    if v.panel and v.logo:
+        c[(x < 0.4) & PRINTS[v.logo.shape]((x + 0.75) / 0.5, (z - 1.45) / 0.28)] = _PAINTS[v.logo.colour]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #c3a19ddf
-def _roof(c:np.ndarray, P:np.ndarray, v:_Vehicle):
+def _roof(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     "The roof: its colour, a sunroof, bands."
     x, y, _ = P.T
-    if v.roof: c[:] = _PAINTS[v.roof]
-    if v.sunroof: c[(np.abs(x-BODIES[v.body].brow+.45) < .28) & (np.abs(y) < .42)] = (.04,.05,.06)
+    if v.roof:
+        c[:] = _PAINTS[v.roof]
+    if v.sunroof:
+        c[(np.abs(x - BODIES[v.body].brow + 0.45) < 0.28) & (np.abs(y) < 0.42)] = (0.04, 0.05, 0.06)
     _bands(c, P, v)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #312cefe8
 def _cabin(
-    v:_Vehicle, # whose
+    v: _Vehicle,  # whose
 ) -> Solid:
     "Everything above the belt."
     b = BODIES[v.body]
-    faces = [(lambda n,k: k == 0, _windscreen), (lambda n,k: k == 1, _rear_window),
-             (lambda n,k: (k == 2) | (k == 3) | (k > 7), _side_windows), (lambda n,k: n[:,2] > .85, _roof)]
+    faces = [
+        (lambda n, k: k == 0, _windscreen),
+        (lambda n, k: k == 1, _rear_window),
+        (lambda n, k: (k == 2) | (k == 3) | (k > 7), _side_windows),
+        (lambda n, k: n[:, 2] > 0.85, _roof),
+    ]
+
     def paint(P, n, k):
         c = np.repeat(_PAINTS[v.colour][None], len(P), 0)
-        for is_face,painter in faces:
+        for is_face, painter in faces:
             here = np.flatnonzero(is_face(n, k))
             part = c[here]
             painter(part, P[here], v)
             c[here] = part
         return c
-    return _hull(_cabin_planes(b), (b.heel-.1,-b.wide/2,b.belt-.1), (b.cowl+.1,b.wide/2,b.high+.05), paint, .05)
+
+    return _hull(
+        _cabin_planes(b),
+        (b.heel - 0.1, -b.wide / 2, b.belt - 0.1),
+        (b.cowl + 0.1, b.wide / 2, b.high + 0.05),
+        paint,
+        0.05,
+    )
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #3691ab64
 def _wheel(
-    v:_Vehicle,      # whose
-    x:float, y:float, # of its outer face
+    v: _Vehicle,  # whose
+    x: float,
+    y: float,  # of its outer face
 ) -> Solid:
     "Tyre, rim and spokes."
     b, side = BODIES[v.body], np.sign(y)
     R, rim = b.wheel, _PAINTS[v.rim.colour]
-    angles = np.linspace(0, 2*pi, 16, endpoint=False)
+    angles = np.linspace(0, 2 * pi, 16, endpoint=False)
+
     def paint(P, n, k):
-        dx, dz = P[:,0]-x, P[:,2]-R
-        q, face = np.sqrt(dx*dx+dz*dz)/R, np.abs(n[:,1]) > .5
+        dx, dz = P[:, 0] - x, P[:, 2] - R
+        q, face = np.sqrt(dx * dx + dz * dz) / R, np.abs(n[:, 1]) > 0.5
         c = np.repeat(_RUBBER[None], len(P), 0)
-        c[face & (q < .70)] = .3*rim
-        spoke = np.cos(v.rim.spokes*np.arctan2(dz, dx)+.3) > v.rim.narrow
-        c[face & (q < .66) & (spoke | (q < .2) | (q > .58))] = rim
+        c[face & (q < 0.70)] = 0.3 * rim
+        spoke = np.cos(v.rim.spokes * np.arctan2(dz, dx) + 0.3) > v.rim.narrow
+        c[face & (q < 0.66) & (spoke | (q < 0.2) | (q > 0.58))] = rim
         return c
-    round_ = [((cos(a),0,sin(a)), (x+.99*R*cos(a),0,R+.99*R*sin(a))) for a in angles]
-    return _hull(round_+[((0,side,0), (0,y,0)), ((0,-side,0), (0,y-.22*side,0))], (x-R,min(y,y-.22*side),0), (x+R,max(y,y-.22*side),2*R), paint, .02, 0)
+
+    round_ = [((cos(a), 0, sin(a)), (x + 0.99 * R * cos(a), 0, R + 0.99 * R * sin(a))) for a in angles]
+    return _hull(
+        round_ + [((0, side, 0), (0, y, 0)), ((0, -side, 0), (0, y - 0.22 * side, 0))],
+        (x - R, min(y, y - 0.22 * side), 0),
+        (x + R, max(y, y - 0.22 * side), 2 * R),
+        paint,
+        0.02,
+        0,
+    )
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #e0e55cbc
 def _chassis(
-    v:_Vehicle, # whose
+    v: _Vehicle,  # whose
 ) -> list:
     "Everything below the belt: the body, mirrors, wheels."
-    b, paint, planes = BODIES[v.body], _skin(v), _lower_planes(v)
-    h, w, end = b.long/2, b.wide/2, b.heel-.04
-    lo, hi = np.array([(-h-.05,-w-.05,.2), (h+.05,w+.05,b.belt+.05)])
-    if v.body == 'truck': parts = [_hull(planes, (1.05,*lo[1:]), hi, paint), box((-h+.1,-w+.25,.45), (1.3,w-.25,.68), _RUBBER)]
-    elif v.body == 'pickup': # the bed is the same block behind the cabin, hollowed out: a floor and three walls
-        behind = planes+[((1,0,0), (end,0,0))]
-        cuts = [((0,0,1), (0,0,.66)), ((0,-1,0), (0,w-.09,0)), ((0,1,0), (0,-w+.09,0)), ((1,0,0), (-h+.09,0,0))]
-        parts = [_hull(planes+[((-1,0,0), (end,0,0))], (end-.05,*lo[1:]), hi, paint)]+[_hull(behind+[cut], lo, (end+.05,*hi[1:]), paint) for cut in cuts]
-    else: parts = [_hull(planes, lo, hi, paint, .035)]
-    mirror, x = _PAINTS[v.mirror or v.colour], 2.5 if v.body == 'truck' else b.cowl-.28
-    for side in (1,-1):
-        parts.append(box((x-.07,side*(w+.07)-.10,b.belt+.02), (x+.07,side*(w+.07)+.10,b.belt+.18), mirror))
-        parts += [_wheel(v, x, side*(w-.02)) for x in (b.axle,-b.axle)]
+    b = BODIES[v.body]
+    paint = _skin(v)
+    planes = _lower_planes(v)
+    h = b.long / 2
+    w = b.wide / 2
+    end = b.heel - 0.04
+    lo, hi = np.array([(-h - 0.05, -w - 0.05, 0.2), (h + 0.05, w + 0.05, b.belt + 0.05)])
+    if v.body == 'truck':
+        parts = [
+            _hull(planes, (1.05, *lo[1:]), hi, paint),
+            box((-h + 0.1, -w + 0.25, 0.45), (1.3, w - 0.25, 0.68), _RUBBER),
+        ]
+    elif v.body == 'pickup':  # the bed is the same block behind the cabin, hollowed out: a floor and three walls
+        behind = planes + [((1, 0, 0), (end, 0, 0))]
+        cuts = [
+            ((0, 0, 1), (0, 0, 0.66)),
+            ((0, -1, 0), (0, w - 0.09, 0)),
+            ((0, 1, 0), (0, -w + 0.09, 0)),
+            ((1, 0, 0), (-h + 0.09, 0, 0)),
+        ]
+        parts = [_hull(planes + [((-1, 0, 0), (end, 0, 0))], (end - 0.05, *lo[1:]), hi, paint)] + [
+            _hull(behind + [cut], lo, (end + 0.05, *hi[1:]), paint) for cut in cuts
+        ]
+    else:
+        parts = [_hull(planes, lo, hi, paint, 0.035)]
+    mirror, x = _PAINTS[v.mirror or v.colour], 2.5 if v.body == 'truck' else b.cowl - 0.28
+    for side in (1, -1):
+        parts.append(
+            box(
+                (x - 0.07, side * (w + 0.07) - 0.10, b.belt + 0.02),
+                (x + 0.07, side * (w + 0.07) + 0.10, b.belt + 0.18),
+                mirror,
+            )
+        )
+        parts += [_wheel(v, x, side * (w - 0.02)) for x in (b.axle, -b.axle)]
     return parts
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #f584542d
 def _on_roof(
-    v:_Vehicle, # whose
+    v: _Vehicle,  # whose
 ) -> list:
     "A rack, a case, a taxi sign, an antenna."
     b, parts = BODIES[v.body], []
-    first, last, y, top = b.back+.12, b.brow-.15, b.wide/2-.15-b.lean*(b.high-b.belt), b.high+.09
+    first = b.back + 0.12
+    last = b.brow - 0.15
+    y = b.wide / 2 - 0.15 - b.lean * (b.high - b.belt)
+    top = b.high + 0.09
     if v.rack:
-        bar = lambda p,q,r: Capsule(p, q, r, r, _PAINTS[v.rack])
-        parts += [bar((first,side*y,top), (last,side*y,top), .032) for side in (1,-1)]
-        parts += [bar((x,-y,top), (x,y,top), .026) for x in (.75*first+.25*last, .25*first+.75*last)]
-    if v.case: parts.append(Capsule(((first+last)/2-.45,.1,b.high+.20), ((first+last)/2+.40,.1,b.high+.20), .30, .24, _PAINTS[v.case], (1,1,.5)))
+        bar = lambda p, q, r: Capsule(p, q, r, r, _PAINTS[v.rack])
+        parts += [bar((first, side * y, top), (last, side * y, top), 0.032) for side in (1, -1)]
+        parts += [
+            bar((x, -y, top), (x, y, top), 0.026) for x in (0.75 * first + 0.25 * last, 0.25 * first + 0.75 * last)
+        ]
+    if v.case:
+        parts.append(
+            Capsule(
+                ((first + last) / 2 - 0.45, 0.1, b.high + 0.20),
+                ((first + last) / 2 + 0.40, 0.1, b.high + 0.20),
+                0.30,
+                0.24,
+                _PAINTS[v.case],
+                (1, 1, 0.5),
+            )
+        )
     if v.sign:
-        lettered = lambda P,n,k: np.where(((np.abs(P[:,1]) < .17) & (np.abs(P[:,2]-b.high-.09) < .05))[:,None], _RUBBER, _PAINTS[v.sign])
-        parts.append(box((b.brow-.55,-.28,b.high), (b.brow-.38,.28,b.high+.17), lettered))
-    if v.antenna: parts.append(Capsule((b.back+.25,0,b.high-.02), (b.back+.02,0,b.high+.34), .018, .012, _RUBBER))
+        lettered = lambda P, n, k: np.where(
+            ((np.abs(P[:, 1]) < 0.17) & (np.abs(P[:, 2] - b.high - 0.09) < 0.05))[:, None], _RUBBER, _PAINTS[v.sign]
+        )
+        parts.append(box((b.brow - 0.55, -0.28, b.high), (b.brow - 0.38, 0.28, b.high + 0.17), lettered))
+    if v.antenna:
+        parts.append(
+            Capsule((b.back + 0.25, 0, b.high - 0.02), (b.back + 0.02, 0, b.high + 0.34), 0.018, 0.012, _RUBBER)
+        )
     return parts
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #f24448a0
 def _at_back(
-    v:_Vehicle, # whose
+    v: _Vehicle,  # whose
 ) -> list:
     "A wing, a spare wheel."
     b, parts = BODIES[v.body], []
-    h, w = b.long/2, b.wide/2
+    h, w = b.long / 2, b.wide / 2
     if v.spoiler and v.body == 'sedan':
-        parts.append(box((-h+.02,-w+.15,1.10), (-h+.28,w-.15,1.15), _PAINTS[v.spoiler]))
-        parts += [box((-h+.10,y-.03,.95), (-h+.18,y+.03,1.11), _PAINTS[v.spoiler]) for y in (-.5,.5)]
-    elif v.spoiler: parts.append(box((b.back-.16,-w+.22,b.high-.07), (b.back+.1,w-.22,b.high+.01), _PAINTS[v.spoiler]))
+        parts.append(box((-h + 0.02, -w + 0.15, 1.10), (-h + 0.28, w - 0.15, 1.15), _PAINTS[v.spoiler]))
+        parts += [
+            box((-h + 0.10, y - 0.03, 0.95), (-h + 0.18, y + 0.03, 1.11), _PAINTS[v.spoiler]) for y in (-0.5, 0.5)
+        ]
+    elif v.spoiler:
+        parts.append(
+            box((b.back - 0.16, -w + 0.22, b.high - 0.07), (b.back + 0.1, w - 0.22, b.high + 0.01), _PAINTS[v.spoiler])
+        )
     if v.spare:
-        cover = lambda P,n,k: np.where((P[:,1]**2+(P[:,2]-.95)**2 < .05)[:,None], _PAINTS[v.spare], _RUBBER)
-        parts.append(_hull([((0,cos(a),sin(a)), (0,.33*cos(a),.95+.33*sin(a))) for a in np.linspace(0, 2*pi, 16, endpoint=False)]
-                          +[((1,0,0), (-h+.05,0,0)), ((-1,0,0), (-h-.17,0,0))], (-h-.17,-.34,.6), (-h+.05,.34,1.3), cover, .02, 0))
+        cover = lambda P, n, k: np.where(
+            (P[:, 1] ** 2 + (P[:, 2] - 0.95) ** 2 < 0.05)[:, None], _PAINTS[v.spare], _RUBBER
+        )
+        parts.append(
+            _hull(
+                [
+                    ((0, cos(a), sin(a)), (0, 0.33 * cos(a), 0.95 + 0.33 * sin(a)))
+                    for a in np.linspace(0, 2 * pi, 16, endpoint=False)
+                ]
+                + [((1, 0, 0), (-h + 0.05, 0, 0)), ((-1, 0, 0), (-h - 0.17, 0, 0))],
+                (-h - 0.17, -0.34, 0.6),
+                (-h + 0.05, 0.34, 1.3),
+                cover,
+                0.02,
+                0,
+            )
+        )
     return parts
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #994ce10b
 def _hopper(
-    v:_Vehicle,                         # whose
-    front:float, low:float, step:float, # x where it begins, height of its floor, metres per box
-    high:float,                        # of the lowest box
+    v: _Vehicle,  # whose
+    front: float,
+    low: float,
+    step: float,  # x where it begins, height of its floor, metres per box
+    high: float,  # of the lowest box
 ) -> list:
     "Boxes of three heights in a row; None leaves a gap."
-    w = BODIES[v.body].wide/2
-    return [box((front-step*i-.85*step,-w+.22+.1*(i%2),low), (front-step*i,w-.30-.15*((i+1)%2),high+.25*(2*i+1)%.75), _PAINTS[c])
-            for i,c in enumerate(v.cargo) if c]
+    w = BODIES[v.body].wide / 2
+    return [
+        box(
+            (front - step * i - 0.85 * step, -w + 0.22 + 0.1 * (i % 2), low),
+            (front - step * i, w - 0.30 - 0.15 * ((i + 1) % 2), high + 0.25 * (2 * i + 1) % 0.75),
+            _PAINTS[c],
+        )
+        for i, c in enumerate(v.cargo)
+        if c
+    ]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #c6634996
 def _closed_bed(
-    v:_Vehicle, # a truck
+    v: _Vehicle,  # a truck
 ) -> list:
     "A truck's box with doors at its back and perhaps a large mark on its sides."
-    h, w = BODIES[v.body].long/2, BODIES[v.body].wide/2+.02
+    h, w = BODIES[v.body].long / 2, BODIES[v.body].wide / 2 + 0.02
+
     def paint(P, n, k):
         c, (x, y, z) = np.repeat(_PAINTS[v.bed.colour][None], len(P), 0), P.T
-        if v.logo: c[(np.abs(n[:,1]) > .5) & PRINTS[v.logo.shape]((x+.85)/.75, (z-1.65)/.42)] = _PAINTS[v.logo.colour]
-        c[(np.abs(z-.80) < .05) | (np.abs(z-2.50) < .03)] *= .6
-        c[(n[:,0] < -.5) & ((np.abs(y) < .02) | ((np.abs(z-1.5) < .5) & (np.abs(np.abs(y)-.22) < .02)))] *= .4
+        if v.logo:
+            c[(np.abs(n[:, 1]) > 0.5) & PRINTS[v.logo.shape]((x + 0.85) / 0.75, (z - 1.65) / 0.42)] = _PAINTS[
+                v.logo.colour
+            ]
+        c[(np.abs(z - 0.80) < 0.05) | (np.abs(z - 2.50) < 0.03)] *= 0.6
+        c[(n[:, 0] < -0.5) & ((np.abs(y) < 0.02) | ((np.abs(z - 1.5) < 0.5) & (np.abs(np.abs(y) - 0.22) < 0.02)))] *= (
+            0.4
+        )
         return c
-    return [box((-h,-w,.72), (1.05,w,2.55), paint)]
+
+    return [box((-h, -w, 0.72), (1.05, w, 2.55), paint)]
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #c75fff22
 def _open_bed(
-    v:_Vehicle, # a truck
+    v: _Vehicle,  # a truck
 ) -> list:
     "A truck's platform with ribbed walls, and what lies on it."
-    h, w = BODIES[v.body].long/2, BODIES[v.body].wide/2+.02
+    h, w = BODIES[v.body].long / 2, BODIES[v.body].wide / 2 + 0.02
+
     def ribs(P, n, k):
         c = np.repeat(_PAINTS[v.bed.colour][None], len(P), 0)
-        c[(np.abs(n[:,1]) > .5) & (2.2*P[:,0]%1 < .14)] *= .6
+        c[(np.abs(n[:, 1]) > 0.5) & (2.2 * P[:, 0] % 1 < 0.14)] *= 0.6
         return c
-    walls = [((-h,-w,.72), (1.05,w,.80)), ((-h,w-.07,.8), (1.05,w,1.28)), ((-h,-w,.8), (1.05,-w+.07,1.28)), ((-h,-w,.8), (-h+.07,w,1.28)), ((.98,-w,.8), (1.05,w,1.63))]
-    return [box(lo, hi, ribs) for lo,hi in walls]+_hopper(v, .85, .8, 1., 1.3)
+
+    walls = [
+        ((-h, -w, 0.72), (1.05, w, 0.80)),
+        ((-h, w - 0.07, 0.8), (1.05, w, 1.28)),
+        ((-h, -w, 0.8), (1.05, -w + 0.07, 1.28)),
+        ((-h, -w, 0.8), (-h + 0.07, w, 1.28)),
+        ((0.98, -w, 0.8), (1.05, w, 1.63)),
+    ]
+    return [box(lo, hi, ribs) for lo, hi in walls] + _hopper(v, 0.85, 0.8, 1.0, 1.3)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #a9f748ab
 def loaded(
-    v:_Vehicle, # whose
+    v: _Vehicle,  # whose
 ) -> list:
     "What is behind the cabin of pickups and trucks."
-    if v.body == 'pickup': return _hopper(v, BODIES[v.body].heel-.2, .66, .6, 1.0)
-    if not v.bed: return []
-    h, w = BODIES[v.body].long/2, BODIES[v.body].wide/2
-    lamps = [box((-h-.01,side*(w-.3)-.12,.5), (-h+.05,side*(w-.3)+.12,.62), _TAIL) for side in (1,-1)]
-    return lamps+(_closed_bed(v) if v.bed.boxed else _open_bed(v))
+    if v.body == 'pickup':
+        return _hopper(v, BODIES[v.body].heel - 0.2, 0.66, 0.6, 1.0)
+    if not v.bed:
+        return []
+    h, w = BODIES[v.body].long / 2, BODIES[v.body].wide / 2
+    lamps = [
+        box((-h - 0.01, side * (w - 0.3) - 0.12, 0.5), (-h + 0.05, side * (w - 0.3) + 0.12, 0.62), _TAIL)
+        for side in (1, -1)
+    ]
+    return lamps + (_closed_bed(v) if v.bed.boxed else _open_bed(v))
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #4e924bda
 @lru_cache(512)
 def vehicle(
-    v:_Vehicle, # which
-) -> list: # of shapes
+    v: _Vehicle,  # which
+) -> list:  # of shapes
     "A vehicle: cabin, chassis, and all that was added."
-    return [_cabin(v)]+_chassis(v)+_on_roof(v)+_at_back(v)+loaded(v)
+    return [_cabin(v)] + _chassis(v) + _on_roof(v) + _at_back(v) + loaded(v)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #ffea304b
 _FLEETS = dict(
-    A=dict(sedan=.30, hatch=.16, suv=.18, wagon=.08, van=.10, pickup=.06, truck=.12),
-    B=dict(sedan=.20, hatch=.08, suv=.16, wagon=.08, van=.18, pickup=.12, truck=.18))
-_COATS = dict(white=.2, silver=.15, black=.14, grey=.1, red=.1, blue=.08, navy=.05, gold=.05, brown=.04, green=.03, yellow=.04, orange=.02)
+    A=dict(sedan=0.30, hatch=0.16, suv=0.18, wagon=0.08, van=0.10, pickup=0.06, truck=0.12),
+    B=dict(sedan=0.20, hatch=0.08, suv=0.16, wagon=0.08, van=0.18, pickup=0.12, truck=0.18),
+)
+_COATS = dict(
+    white=0.2,
+    silver=0.15,
+    black=0.14,
+    grey=0.1,
+    red=0.1,
+    blue=0.08,
+    navy=0.05,
+    gold=0.05,
+    brown=0.04,
+    green=0.03,
+    yellow=0.04,
+    orange=0.02,
+)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #64c71c4a
 def _base_vehicle(
-    rng:np.random.Generator, # source of chance
-    domain:str,              # a key of `_FLEETS`
+    rng: np.random.Generator,  # source of chance
+    domain: str,  # a key of `_FLEETS`
 ) -> _Vehicle:
     "A vehicle as it left the factory: what a look-alike group shares."
     body = choose(rng, _FLEETS[domain])
-    v = _Vehicle(body, choose(rng, _COATS), domain, int(rng.integers(3)), int(rng.integers(4)), int(rng.integers(3)), rng.uniform(.7, 1.3),
-                _Rim(choose(rng, ('silver','grey')), int(rng.integers(4, 8)), rng.uniform(-.2, .3)))
-    if body == 'van': return replace(v, panel=bool(rng.random() < .5))
-    if body == 'truck': return replace(v, bed=_Bed(bool(rng.random() < .5), choose(rng, 'white silver blue sky green grey'.split())))
+    v = _Vehicle(
+        body,
+        choose(rng, _COATS),
+        domain,
+        int(rng.integers(3)),
+        int(rng.integers(4)),
+        int(rng.integers(3)),
+        rng.uniform(0.7, 1.3),
+        _Rim(choose(rng, ('silver', 'grey')), int(rng.integers(4, 8)), rng.uniform(-0.2, 0.3)),
+    )
+    if body == 'van':
+        return replace(v, panel=bool(rng.random() < 0.5))
+    if body == 'truck':
+        return replace(v, bed=_Bed(bool(rng.random() < 0.5), choose(rng, 'white silver blue sky green grey'.split())))
     return v
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #6fddb583
 def _decal(
-    r:np.random.Generator, # source of chance
-    reach:float=.45,       # metres from the middle
+    r: np.random.Generator,  # source of chance
+    reach: float = 0.45,  # metres from the middle
 ) -> _Decal:
     "Any small figure."
-    return _Decal(choose(r, list(PRINTS)), choose(r, _LIVELY), r.uniform(-reach, reach), choose(r, (1,-1)))
+    return _Decal(choose(r, list(PRINTS)), choose(r, _LIVELY), r.uniform(-reach, reach), choose(r, (1, -1)))
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #d140c8b5
 def _fitting(
-    name:str, # a field of `_Vehicle`
+    name: str,  # a field of `_Vehicle`
 ):
     "The mark that gives this part a colour of its own."
-    return lambda v,r: replace(v, **{name: choose(r, [c for c in _FITTINGS if c != v.colour])})
+    return lambda v, r: replace(v, **{name: choose(r, [c for c in _FITTINGS if c != v.colour])})
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #678b68f6
 _MARKS = dict(
-    door    =lambda v,r: replace(v, door=_decal(r, .6)),
-    window  =lambda v,r: replace(v, window=_decal(r)),
-    stickers=lambda v,r: replace(v, stickers=tuple((float(y), choose(r, _LIVELY)) for y in r.uniform(-.5, .5, int(r.integers(1, 4))))),
-    dash    =lambda v,r: replace(v, dash=_decal(r)),
-    dirt    =lambda v,r: replace(v, dirt=choose(r, (1,-1))),
-    bumper  =lambda v,r: replace(v, bumper=_decal(r)),
-    bands   =lambda v,r: replace(v, bands=choose(r, [c for c in _LIVELY if c != v.colour])),
-    rim     =lambda v,r: replace(v, rim=_Rim(choose(r, 'silver gold red black white'.split()), int(r.integers(3, 9)), r.uniform(-.4, .5))),
-    fog     =lambda v,r: replace(v, fog=True),
-    mirror  =_fitting('mirror'), strip=_fitting('strip'), visor=_fitting('visor'))
+    door=lambda v, r: replace(v, door=_decal(r, 0.6)),
+    window=lambda v, r: replace(v, window=_decal(r)),
+    stickers=lambda v, r: replace(
+        v, stickers=tuple((float(y), choose(r, _LIVELY)) for y in r.uniform(-0.5, 0.5, int(r.integers(1, 4))))
+    ),
+    dash=lambda v, r: replace(v, dash=_decal(r)),
+    dirt=lambda v, r: replace(v, dirt=choose(r, (1, -1))),
+    bumper=lambda v, r: replace(v, bumper=_decal(r)),
+    bands=lambda v, r: replace(v, bands=choose(r, [c for c in _LIVELY if c != v.colour])),
+    rim=lambda v, r: replace(
+        v, rim=_Rim(choose(r, 'silver gold red black white'.split()), int(r.integers(3, 9)), r.uniform(-0.4, 0.5))
+    ),
+    fog=lambda v, r: replace(v, fog=True),
+    mirror=_fitting('mirror'),
+    strip=_fitting('strip'),
+    visor=_fitting('visor'),
+)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #b75ef72b
 _ROOF_MARKS = dict(
-    rack    =_fitting('rack'), case=_fitting('case'), sign=_fitting('sign'), spoiler=_fitting('spoiler'),
-    roof    =lambda v,r: replace(v, roof='white' if v.colour == 'black' else 'black'),
-    sunroof =lambda v,r: replace(v, sunroof=True),
-    antenna =lambda v,r: replace(v, antenna=True),
-    privacy =lambda v,r: replace(v, privacy=True))
+    rack=_fitting('rack'),
+    case=_fitting('case'),
+    sign=_fitting('sign'),
+    spoiler=_fitting('spoiler'),
+    roof=lambda v, r: replace(v, roof='white' if v.colour == 'black' else 'black'),
+    sunroof=lambda v, r: replace(v, sunroof=True),
+    antenna=lambda v, r: replace(v, antenna=True),
+    privacy=lambda v, r: replace(v, privacy=True),
+)
 _LOAD_MARKS = dict(
-    spare   =_fitting('spare'),
-    cargo   =lambda v,r: replace(v, cargo=tuple(choose(r, (None,'brown','gold','grey','blue','red','green')) for _ in range(3))),
-    logo    =lambda v,r: replace(v, logo=_decal(r)))
+    spare=_fitting('spare'),
+    cargo=lambda v, r: replace(
+        v, cargo=tuple(choose(r, (None, 'brown', 'gold', 'grey', 'blue', 'red', 'green')) for _ in range(3))
+    ),
+    logo=lambda v, r: replace(v, logo=_decal(r)),
+)
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #6849f863
 def marks_of(
-    v:_Vehicle, # whose
-) -> tuple[list,dict]: # names that come first, all marks that make sense on it
+    v: _Vehicle,  # whose
+) -> tuple[list, dict]:  # names that come first, all marks that make sense on it
     "Which marks a vehicle can have."
-    car, hidden = v.body in ('sedan','hatch','suv','wagon'), ['window']*v.panel + ['door','window','bumper','bands']*(v.body == 'truck')
-    first = (['cargo'] if v.body == 'pickup' or v.bed and not v.bed.boxed else []) + (['logo'] if v.panel or v.bed and v.bed.boxed else [])
+    car, hidden = (
+        v.body in ('sedan', 'hatch', 'suv', 'wagon'),
+        ['window'] * v.panel + ['door', 'window', 'bumper', 'bands'] * (v.body == 'truck'),
+    )
+    first = (['cargo'] if v.body == 'pickup' or v.bed and not v.bed.boxed else []) + (
+        ['logo'] if v.panel or v.bed and v.bed.boxed else []
+    )
     extra = [*first, *(['spare'] if v.body == 'suv' else [])]
-    return first, {k: m for k,m in _MARKS.items() if k not in hidden} | (_ROOF_MARKS if car else {}) | {k: _LOAD_MARKS[k] for k in extra}
+    return first, {k: m for k, m in _MARKS.items() if k not in hidden} | (_ROOF_MARKS if car else {}) | {
+        k: _LOAD_MARKS[k] for k in extra
+    }
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #1f045ad5
 def mark_apart(
-    v:_Vehicle,               # what a group shares
-    rng:np.random.Generator, # source of chance
-    n:int=3,                 # how many marks
+    v: _Vehicle,  # what a group shares
+    rng: np.random.Generator,  # source of chance
+    n: int = 3,  # how many marks
 ) -> _Vehicle:
     "The same vehicle with `n` marks of its own."
     first, marks = marks_of(v)
     names = [str(k) for k in rng.permutation(list(marks))]
-    for k in sorted(names, key=lambda k: k not in first)[:n]: v = marks[k](v, rng)
+    for k in sorted(names, key=lambda k: k not in first)[:n]:
+        v = marks[k](v, rng)
     return v
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #d91b4745
 def _extent(
-    v:_Vehicle,       # which
-    azimuth:float,   # from which side, radians
-    elevation:float, # from how high, radians
-) -> tuple[float,float,float]: # width and height on the picture, height of its middle; metres
+    v: _Vehicle,  # which
+    azimuth: float,  # from which side, radians
+    elevation: float,  # from how high, radians
+) -> tuple[float, float, float]:  # width and height on the picture, height of its middle; metres
     "The room that a vehicle needs on a picture."
-    b, s, c = BODIES[v.body], abs(sin(azimuth)), abs(cos(azimuth))
+    b = BODIES[v.body]
+    s = abs(sin(azimuth))
+    c = abs(cos(azimuth))
     high = 2.55 if v.bed and v.bed.boxed else b.high
-    return b.long*s+b.wide*c, high*cos(elevation)+(b.long*c+b.wide*s)*sin(elevation), .5*high
+    return b.long * s + b.wide * c, high * cos(elevation) + (b.long * c + b.wide * s) * sin(elevation), 0.5 * high
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #57e3f85b
 def footprint(
-    v:_Vehicle,     # which
-    azimuth:float, # from which side, radians
-) -> tuple[float,float,float]: # half width, half depth (metres); metres to the right per metre away
+    v: _Vehicle,  # which
+    azimuth: float,  # from which side, radians
+) -> tuple[float, float, float]:  # half width, half depth (metres); metres to the right per metre away
     "The dark spot below a vehicle, as a sheared ellipse."
-    b, s, c = BODIES[v.body], sin(azimuth), cos(azimuth)
-    p, q = (.58*b.long)**2, (.60*b.wide)**2
-    xx, yy, xy = p*s*s+q*c*c, p*c*c+q*s*s, (p-q)*s*c
-    return sqrt(xx-xy*xy/yy), sqrt(yy), xy/yy
+    b = BODIES[v.body]
+    s = sin(azimuth)
+    c = cos(azimuth)
+    p, q = (0.58 * b.long) ** 2, (0.60 * b.wide) ** 2
+    xx = p * s * s + q * c * c
+    yy = p * c * c + q * s * s
+    xy = (p - q) * s * c
+    return sqrt(xx - xy * xy / yy), sqrt(yy), xy / yy
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #3f590fb3
-VEHICLES = dict(vehicle=Actor(_base_vehicle, mark_apart, 8, shapes=lambda v,pose: vehicle(v), ground=lambda v,pose: 0.,
-                              extent=_extent, shadow=footprint, aspect=1., metres=1., field=5., near=(.2,.36)))
+VEHICLES = dict(
+    vehicle=Actor(
+        _base_vehicle,
+        mark_apart,
+        8,
+        shapes=lambda v, pose: vehicle(v),
+        ground=lambda v, pose: 0.0,
+        extent=_extent,
+        shadow=footprint,
+        aspect=1.0,
+        metres=1.0,
+        field=5.0,
+        near=(0.2, 0.36),
+    )
+)

@@ -8,7 +8,13 @@ __all__ = ['LEVELS', 'DRAWING', 'Dials', 'World', 'Shot', 'parse_path', 'identit
            'write_layout', 'synth_options', 'drawn', 'get_data']
 
 # %% ../../nbs/rendering/03_world.ipynb #aca04f80
-import hashlib, inspect, json, multiprocessing, os, shutil, sys
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import sys
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, reduce
@@ -23,46 +29,62 @@ from ..core import InputError
 from ..data.items import Item, ReIDData
 from ..data.layouts import join_sets, load_one, market1501, split_spec
 from .persons import choose, Pose
-from .scene import camera, Camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES, sunlight
+from .scene import Camera, camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES, sunlight
 from .tracer import shoot, View
 
 # %% ../../nbs/rendering/03_world.ipynb #8f52f51c
 @dataclass(frozen=True)
 class Dials:
     "How hard a rendered set is."
-    group:int=2              # identities that share all but a few small cues; 1: no look-alikes
-    n_fine:int=3             # small cues per identity
-    bg_contrast:float=1.     # background, 0 one colour to 1 as painted
-    camera_strength:float=1. # what cameras do to pictures, 0 nothing to 1 in full
-    bg_bias:float=1.         # share of a visit's pictures at one and the same spot
+
+    group: int = 2  # identities that share all but a few small cues; 1: no look-alikes
+    n_fine: int = 3  # small cues per identity
+    bg_contrast: float = 1.0  # background, 0 one colour to 1 as painted
+    camera_strength: float = 1.0  # what cameras do to pictures, 0 nothing to 1 in full
+    bg_bias: float = 1.0  # share of a visit's pictures at one and the same spot
 
 # %% ../../nbs/rendering/03_world.ipynb #36240e34
 LEVELS = dict(
-    easy  =Dials(group=2, n_fine=4, bg_contrast=.3, camera_strength=.5), # learnt in some minutes on a laptop
-    medium=Dials(group=2, bg_contrast=.55, camera_strength=.6),
-    hard  =Dials(group=4))
+    easy=Dials(group=2, n_fine=4, bg_contrast=0.3, camera_strength=0.5),  # learnt in some minutes on a laptop
+    medium=Dials(group=2, bg_contrast=0.55, camera_strength=0.6),
+    hard=Dials(group=4),
+)
 
 # %% ../../nbs/rendering/03_world.ipynb #9dcaf176
 @dataclass(frozen=True)
 class World:
     "All that the pictures of one rendered set have in common. Raises `InputError` for what cannot be drawn."
-    kind:str   # a key of `ENTRIES`
-    domain:str # a key of `DOMAINS`
-    seed:int   # another seed, other people and other cameras
-    height:int # of the pictures, pixels
-    dials:Dials
+
+    kind: str  # a key of `ENTRIES`
+    domain: str  # a key of `DOMAINS`
+    seed: int  # another seed, other people and other cameras
+    height: int  # of the pictures, pixels
+    dials: Dials
 
     def __post_init__(self):
         d = self.dials
-        if self.kind not in KINDS: raise InputError(f"kind is {self.kind!r}; expected {' or '.join(KINDS)}: write kind='person'")
-        if self.domain not in DOMAINS: raise InputError(f"domain is {self.domain!r}; expected {' or '.join(DOMAINS)}: write domain='A'")
-        if self.seed < 0: raise InputError(f'seed is {self.seed}; expected 0 or more: write seed=0')
-        if self.height < 16 or self.height%2: raise InputError(f'height is {self.height}; expected an even number from 16 on: write height=64')
-        if d.group < 1 or not (d.group == 1) <= d.n_fine <= KINDS[self.kind].n_cues: raise InputError(f'look-alikes in groups of {d.group} with {d.n_fine} cues each; expected groups of 1 or more and 1 to {KINDS[self.kind].n_cues} cues: change the dials')
-        if not all(0 <= v <= 1 for v in astuple(d)[2:]): raise InputError(f'dials are {d}; expected bg_contrast, camera_strength and bg_bias from 0 to 1: change them')
+        if self.kind not in KINDS:
+            raise InputError(f"kind is {self.kind!r}; expected {' or '.join(KINDS)}: write kind='person'")
+        if self.domain not in DOMAINS:
+            raise InputError(f"domain is {self.domain!r}; expected {' or '.join(DOMAINS)}: write domain='A'")
+        if self.seed < 0:
+            raise InputError(f'seed is {self.seed}; expected 0 or more: write seed=0')
+        if self.height < 16 or self.height % 2:
+            raise InputError(f'height is {self.height}; expected an even number from 16 on: write height=64')
+        if d.group < 1 or not (d.group == 1) <= d.n_fine <= KINDS[self.kind].n_cues:
+            raise InputError(
+                f'look-alikes in groups of {d.group} with {d.n_fine} cues each; expected groups of 1 or more and 1 to '
+                f'{KINDS[self.kind].n_cues} cues: change the dials'
+            )
+        if not all(0 <= v <= 1 for v in astuple(d)[2:]):
+            raise InputError(
+                f'dials are {d}; expected bg_contrast, camera_strength and bg_bias from 0 to 1: change them'
+            )
 
     @property
-    def size(self) -> tuple: return self.height, int(self.height*KINDS[self.kind].aspect)
+    def size(self) -> tuple:
+        return self.height, int(self.height * KINDS[self.kind].aspect)
+
     def __str__(self):
         group, n_fine, *shares = astuple(self.dials)
         return ','.join(map(str, (self.kind, self.domain, self.seed, self.height, group, n_fine, *map(float, shares))))
@@ -70,23 +92,29 @@ class World:
 # %% ../../nbs/rendering/03_world.ipynb #e5080257
 class Shot(NamedTuple):
     "One picture of a world."
-    world:World
-    split:str  # train, test; or passer, cut, empty: see `distractors`
-    number:int # whom it shows
-    cam:int    # from 1 on
-    frame:int  # from 0 on
+
+    world: World
+    split: str  # train, test; or passer, cut, empty: see `distractors`
+    number: int  # whom it shows
+    cam: int  # from 1 on
+    frame: int  # from 0 on
 
     @property
-    def index(self) -> int: return (self.number-1)//2
+    def index(self) -> int:
+        return (self.number - 1) // 2
+
     @property
-    def group(self) -> int: return self.index//self.world.dials.group*2+(self.split == 'test') # even in training, odd in test
+    def group(self) -> int:
+        return self.index // self.world.dials.group * 2 + (self.split == 'test')  # even in training, odd in test
+
     @property
-    def path(self) -> str: return f'synth:{self.world}:{self.split}/{self.number:04d}/c{self.cam}/f{self.frame}'
+    def path(self) -> str:
+        return f'synth:{self.world}:{self.split}/{self.number:04d}/c{self.cam}/f{self.frame}'
 
 # %% ../../nbs/rendering/03_world.ipynb #31645847
 @lru_cache(64)
 def _parse_world(
-    text:str, # what `str(world)` gave
+    text: str,  # what `str(world)` gave
 ) -> World:
     "A world from its part of a name."
     kind, domain, seed, height, group, n_fine, *shares = text.split(',')
@@ -94,130 +122,161 @@ def _parse_world(
 
 # %% ../../nbs/rendering/03_world.ipynb #4c79badf
 def parse_path(
-    path:str, # the name of a rendered picture
+    path: str,  # the name of a rendered picture
 ) -> Shot:
     "A shot from its name. Raises `InputError` when it is no such name."
     try:
         _, world, shot = path.split(':')
         split, number, cam, frame = shot.split('/')
         return Shot(_parse_world(world), split, int(number), int(cam.removeprefix('c')), int(frame.removeprefix('f')))
-    except InputError: raise
-    except (ValueError, TypeError): raise InputError(f'{path!r} names no rendered picture; expected one like synth:person,A,0,64,2,4,0.3,0.5,1.0:train/0023/c3/f1: take names from synth()') from None
+    except InputError:
+        raise
+    except (ValueError, TypeError):
+        raise InputError(
+            f'{path!r} names no rendered picture; expected one like '
+            'synth:person,A,0,64,2,4,0.3,0.5,1.0:train/0023/c3/f1: take names from synth()'
+        ) from None
 
 # %% ../../nbs/rendering/03_world.ipynb #f1194572
 @lru_cache(4096)
 def identity(
-    world:World,           # where
-    split:str, number:int, # whom
+    world: World,  # where
+    split: str,
+    number: int,  # whom
 ):
     "Who this is: the base that its look-alikes share, and cues of its own."
-    actor, d, index = KINDS[world.kind], world.dials, (number-1)//2
+    actor = KINDS[world.kind]
+    d = world.dials
+    index = (number - 1) // 2
     name = world.seed, world.kind, world.domain, split
-    base = actor.base(keyed('base', *name, index//d.group), world.domain)
+    base = actor.base(keyed('base', *name, index // d.group), world.domain)
     return actor.tell_apart(base, keyed('cues', *name, index), d.n_fine)
 
 # %% ../../nbs/rendering/03_world.ipynb #0bb07d9c
 @lru_cache(32)
 def site(
-    world:World, # where
-    cam:int,     # from 1 on
-) -> tuple[Camera,np.ndarray]:
+    world: World,  # where
+    cam: int,  # from 1 on
+) -> tuple[Camera, np.ndarray]:
     "A camera and the canvas it looks at."
     d = world.dials
-    c = camera(world.seed, world.kind, world.domain, cam-1, d.camera_strength)
+    c = camera(world.seed, world.kind, world.domain, cam - 1, d.camera_strength)
     return c, canvas(c, world.height, d.bg_contrast)
 
 # %% ../../nbs/rendering/03_world.ipynb #93e0825a
 class _Visit(NamedTuple):
     "What all frames of one person by one camera share."
-    azimuth:float # from which side the camera sees it
-    spot:float    # where on the canvas, in [0, 1]
-    phase:float   # of its walk
-    swing:float   # of its legs
-    lean:float    # of its chest
-    gain:float    # how bright the day is
+
+    azimuth: float  # from which side the camera sees it
+    spot: float  # where on the canvas, in [0, 1]
+    phase: float  # of its walk
+    swing: float  # of its legs
+    lean: float  # of its chest
+    gain: float  # how bright the day is
 
 # %% ../../nbs/rendering/03_world.ipynb #24bb2ff8
 def visit(
-    shot:Shot, # one of its pictures
+    shot: Shot,  # one of its pictures
 ) -> _Visit:
     "One walk past one camera: towards it or away, at one of five spots."
     w = shot.world
     cam, r = site(w, shot.cam)[0], keyed('visit', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam)
-    return _Visit(choose(r, (cam.path,cam.back))+r.normal(0, .22), int(r.integers(5))/5+r.uniform(0, .12), r.uniform(0, 6.28), .3+.2*r.random(),
-                 .2*r.random(), np.exp(r.normal(0, .1)))
+    return _Visit(
+        choose(r, (cam.path, cam.back)) + r.normal(0, 0.22),
+        int(r.integers(5)) / 5 + r.uniform(0, 0.12),
+        r.uniform(0, 6.28),
+        0.3 + 0.2 * r.random(),
+        0.2 * r.random(),
+        np.exp(r.normal(0, 0.1)),
+    )
 
 # %% ../../nbs/rendering/03_world.ipynb #e319f630
 def _backdrop(
-    shot:Shot,             # which picture
-    spot:float,            # where on the canvas, in [0, 1]
-    r:np.random.Generator, # source of chance
-) -> np.ndarray: # (H, W, 3)
+    shot: Shot,  # which picture
+    spot: float,  # where on the canvas, in [0, 1]
+    r: np.random.Generator,  # source of chance
+) -> np.ndarray:  # (H, W, 3)
     "A window of the canvas at a spot, or, as `bg_bias` has it, anywhere."
     place, (h, w) = site(shot.world, shot.cam)[1], shot.world.size
     H, W = place.shape[:2]
     spot = spot if r.random() < shot.world.dials.bg_bias else r.random()
-    x = .9*spot*(W-w-2)+r.normal(0, .04*w)+.02*w*shot.frame
-    y = .5*(H-h)+r.normal(0, .015*h)
-    x, y = int(np.clip(x, 0, W-w-1)), int(np.clip(y, 0, H-h-1))
-    return place[y:y+h, x:x+w]
+    x = 0.9 * spot * (W - w - 2) + r.normal(0, 0.04 * w) + 0.02 * w * shot.frame
+    y = 0.5 * (H - h) + r.normal(0, 0.015 * h)
+    x, y = int(np.clip(x, 0, W - w - 1)), int(np.clip(y, 0, H - h - 1))
+    return place[y : y + h, x : x + w]
 
 # %% ../../nbs/rendering/03_world.ipynb #a8ba2976
 def _spot_below(
-    view:View,    # how the actor is seen
-    low:float,    # height of the actor's lowest point
-    shadow:tuple, # half width, half depth, shift to the right per length away; in the actor's units
-    dark:float,   # how dark, in [0, 1]
-) -> np.ndarray: # (H, W, 1) factors
+    view: View,  # how the actor is seen
+    low: float,  # height of the actor's lowest point
+    shadow: tuple,  # half width, half depth, shift to the right per length away; in the actor's units
+    dark: float,  # how dark, in [0, 1]
+) -> np.ndarray:  # (H, W, 1) factors
     "The dark spot on the floor below an actor, soft at its edge."
-    h, w, scale = view.h//view.ss, view.w//view.ss, view.scale/view.ss
-    x0, y0 = (v/view.ss for v in view.pixel(np.array([0,0,low])))
+    h = view.h // view.ss
+    w = view.w // view.ss
+    scale = view.scale / view.ss
+    x0, y0 = (v / view.ss for v in view.pixel(np.array([0, 0, low])))
     across, away, shift = shadow
     flat = abs(float(view.f[2]))
-    y = (np.arange(h, dtype=np.float32)-y0)[:,None]
-    x = np.arange(w, dtype=np.float32)[None]-x0+shift/flat*y
-    d = (x/(across*scale))**2+(y/(away*scale*flat+.03*h))**2
-    return (1-dark*np.exp(-.8*d*d))[...,None]
+    y = (np.arange(h, dtype=np.float32) - y0)[:, None]
+    x = np.arange(w, dtype=np.float32)[None] - x0 + shift / flat * y
+    d = (x / (across * scale)) ** 2 + (y / (away * scale * flat + 0.03 * h)) ** 2
+    return (1 - dark * np.exp(-0.8 * d * d))[..., None]
 
 # %% ../../nbs/rendering/03_world.ipynb #b52d9974
 def _framed(
-    shot:Shot, cam:Camera, # which picture, by whom
-    who, azimuth:float,    # whom, from which side
-    r:np.random.Generator, # source of chance
+    shot: Shot,
+    cam: Camera,  # which picture, by whom
+    who,
+    azimuth: float,  # whom, from which side
+    r: np.random.Generator,  # source of chance
 ) -> View:
     "How a detector would cut the actor out: it fills the picture, never quite; for the split `cut`, badly."
     actor, (h, w) = KINDS[shot.world.kind], shot.world.size
     wide, tall, middle = actor.extent(who, azimuth, cam.elevation)
-    scale = .9*h*cam.zoom*np.exp(r.normal(0, .05))/max(tall, wide*h/w)
-    right, down = r.normal(0, .035)*w, r.normal(0, .022)*h
-    if shot.split == 'cut': scale, right, down = 1.5*scale, right+choose(r, (-.5,.5))*w, down+choose(r, (-.4,.4))*h
-    return View((h,w), azimuth, cam.elevation, scale, o=(0,0,middle), roll=r.normal(0, .02)).shifted(right, down)
+    scale = 0.9 * h * cam.zoom * np.exp(r.normal(0, 0.05)) / max(tall, wide * h / w)
+    right, down = r.normal(0, 0.035) * w, r.normal(0, 0.022) * h
+    if shot.split == 'cut':
+        scale = 1.5 * scale
+        right = right + choose(r, (-0.5, 0.5)) * w
+        down = down + choose(r, (-0.4, 0.4)) * h
+    return View((h, w), azimuth, cam.elevation, scale, o=(0, 0, middle), roll=r.normal(0, 0.02)).shifted(right, down)
 
 # %% ../../nbs/rendering/03_world.ipynb #37f9b695
 def stage(
-    shot:Shot,       # which picture
-    actor:bool=True, # is anybody there, or only the shadow?
-) -> tuple[np.ndarray,np.ndarray]: # (H, W, 3) linear colours, (H, W) what the actor covers, in [0, 1]
+    shot: Shot,  # which picture
+    actor: bool = True,  # is anybody there, or only the shadow?
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) linear colours, (H, W) what the actor covers, in [0, 1]
     "A picture in clean colours, and its exact mask."
-    w, v, kind = shot.world, visit(shot), KINDS[shot.world.kind]
-    cam, r = site(w, shot.cam)[0], keyed('frame', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame)
-    image, azimuth = _backdrop(shot, v.spot, r), v.azimuth+r.normal(0, .12)
+    w = shot.world
+    v = visit(shot)
+    kind = KINDS[shot.world.kind]
+    cam, r = (
+        site(w, shot.cam)[0],
+        keyed('frame', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame),
+    )
+    image, azimuth = _backdrop(shot, v.spot, r), v.azimuth + r.normal(0, 0.12)
     who = identity(w, shot.split, shot.number)
-    view, pose = _framed(shot, cam, who, azimuth, r), Pose(v.phase+1.1*shot.frame, v.swing, v.lean, r.normal(0, .25))
+    view, pose = (
+        _framed(shot, cam, who, azimuth, r),
+        Pose(v.phase + 1.1 * shot.frame, v.swing, v.lean, r.normal(0, 0.25)),
+    )
     mask = np.zeros(w.size, np.float32)
     if shot.split != 'empty':
-        image = image*_spot_below(view, kind.ground(who, pose), kind.shadow(who, azimuth), cam.shade)
+        image = image * _spot_below(view, kind.ground(who, pose), kind.shadow(who, azimuth), cam.shade)
         if actor:
             colour, mask = shoot(kind.shapes(who, pose), view, sunlight(cam, azimuth))
-            image = image*(1-mask[...,None])+colour
-    if r.random() >= cam.blocked: return image, mask
+            image = image * (1 - mask[..., None]) + colour
+    if r.random() >= cam.blocked:
+        return image, mask
     colour, cover = OBSTACLES[cam.obstacle](cam, r, *w.size)
-    return image*(1-cover[...,None])+colour, mask*(1-cover)
+    return image * (1 - cover[..., None]) + colour, mask * (1 - cover)
 
 # %% ../../nbs/rendering/03_world.ipynb #67ce1627
 def snap(
-    shot:Shot, # which picture
-) -> tuple[np.ndarray,np.ndarray]: # (H, W, 3) uint8 picture, (H, W) float32 mask in [0, 1]
+    shot: Shot,  # which picture
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8 picture, (H, W) float32 mask in [0, 1]
     "Take one picture."
     w, cam = shot.world, site(shot.world, shot.cam)[0]
     image, mask = stage(shot)
@@ -226,119 +285,167 @@ def snap(
 
 # %% ../../nbs/rendering/03_world.ipynb #162bc93e
 def _cams_of(
-    world:World, split:str, number:int, # whom
-    cams:int,                           # cameras there are
-    visits:int,                         # cameras it passes
-) -> list[int]: # from 1 on
+    world: World,
+    split: str,
+    number: int,  # whom
+    cams: int,  # cameras there are
+    visits: int,  # cameras it passes
+) -> list[int]:  # from 1 on
     "The cameras that somebody passes: those with the lowest of its lots."
     lot = lambda c: keyed('lot', world.seed, world.kind, world.domain, split, number, c).random()
-    return sorted(sorted(range(1, cams+1), key=lot)[:visits])
+    return sorted(sorted(range(1, cams + 1), key=lot)[:visits])
 
 # %% ../../nbs/rendering/03_world.ipynb #0e81d42b
 def synth(
-    kind:str='person',      # person or vehicle: a key of `ENTRIES`
-    domain:str='A',         # A: outdoors and bright; B: indoors or at night
-    n_ids:int=64,           # identities to train on
-    n_test:int=None,        # identities to test on; None: as many
-    cams:int=6,             # cameras
-    visits:int=4,           # cameras that each identity passes
-    frames:int=3,           # pictures of a training identity by a camera
-    test_frames:int=2,      # pictures of a test identity by a camera, the first of them a query
-    height:int=64,          # of the pictures, pixels; a person's are half as wide, a vehicle's as wide
-    seed:int=0,             # another seed, other identities and cameras
-    level:str|Dials='easy', # how hard: a key of `LEVELS`, or dials of your own
+    kind: str = 'person',  # person or vehicle: a key of `ENTRIES`
+    domain: str = 'A',  # A: outdoors and bright; B: indoors or at night
+    n_ids: int = 64,  # identities to train on
+    n_test: int = None,  # identities to test on; None: as many
+    cams: int = 6,  # cameras
+    visits: int = 4,  # cameras that each identity passes
+    frames: int = 3,  # pictures of a training identity by a camera
+    test_frames: int = 2,  # pictures of a test identity by a camera, the first of them a query
+    height: int = 64,  # of the pictures, pixels; a person's are half as wide, a vehicle's as wide
+    seed: int = 0,  # another seed, other identities and cameras
+    level: str | Dials = 'easy',  # how hard: a key of `LEVELS`, or dials of your own
 ) -> ReIDData:
     "A rendered ReID set. Raises `InputError` for what cannot be drawn or would not be a ReID set."
-    if isinstance(level, str) and level not in LEVELS: raise InputError(f"level is {level!r}; expected {', '.join(LEVELS)} or Dials(...): write level='easy'")
+    if isinstance(level, str) and level not in LEVELS:
+        raise InputError(f"level is {level!r}; expected {', '.join(LEVELS)} or Dials(...): write level='easy'")
     n_test = n_ids if n_test is None else n_test
-    if min(n_ids, n_test) < 0 or not n_ids+n_test: raise InputError(f'{n_ids} identities to train and {n_test} to test on; expected at least one: write n_ids=64')
-    if not 2 <= visits <= cams: raise InputError(f'{visits} visits to {cams} cameras; expected at least 2 and no more than there are cameras: change visits or cams')
-    if frames < 1 or test_frames < 2: raise InputError(f'{frames} frames to train and {test_frames} to test on; expected at least 1 and 2, a query and its match: change them')
+    if min(n_ids, n_test) < 0 or not n_ids + n_test:
+        raise InputError(f'{n_ids} identities to train and {n_test} to test on; expected at least one: write n_ids=64')
+    if not 2 <= visits <= cams:
+        raise InputError(
+            f'{visits} visits to {cams} cameras; expected at least 2 and no more than there are cameras: change '
+            'visits or cams'
+        )
+    if frames < 1 or test_frames < 2:
+        raise InputError(
+            f'{frames} frames to train and {test_frames} to test on; expected at least 1 and 2, a query and its '
+            'match: change them'
+        )
     world = World(kind, domain, seed, height, LEVELS[level] if isinstance(level, str) else level)
+
     def items(split, n, first, ks):
-        return [Item(Shot(world, split, p, c, k).path, p, c) for p in range(first, first+2*n, 2) for c in _cams_of(world, split, p, cams, visits) for k in ks]
-    return ReIDData(items('train', n_ids, 1, range(frames)), items('test', n_test, 2, range(1)), items('test', n_test, 2, range(1, test_frames)), f'{kind}-{domain}')
+        return [
+            Item(Shot(world, split, p, c, k).path, p, c)
+            for p in range(first, first + 2 * n, 2)
+            for c in _cams_of(world, split, p, cams, visits)
+            for k in ks
+        ]
+
+    return ReIDData(
+        items('train', n_ids, 1, range(frames)),
+        items('test', n_test, 2, range(1)),
+        items('test', n_test, 2, range(1, test_frames)),
+        f'{kind}-{domain}',
+    )
 
 # %% ../../nbs/rendering/03_world.ipynb #c3e40652
 def is_rendered(
-    path, # of an item
+    path,  # of an item
 ) -> bool:
     "Is this the name of a picture rendered on demand, rather than of a file?"
     return str(path).startswith('synth:')
 
 # %% ../../nbs/rendering/03_world.ipynb #fab66979
 def render(
-    path, # of an item: the name of a rendered picture, or of a file
-) -> np.ndarray: # (H, W, 3) uint8
+    path,  # of an item: the name of a rendered picture, or of a file
+) -> np.ndarray:  # (H, W, 3) uint8
     "The picture behind a name: drawn, or read from disk. Raises `InputError` when the name is not one of a picture."
-    if is_rendered(path): return snap(parse_path(path))[0]
-    try: return np.asarray(Image.open(path).convert('RGB'))
-    except OSError: raise InputError(f'{path} is not a picture that can be read; expected a file or a name from synth(): check the path') from None
+    if is_rendered(path):
+        return snap(parse_path(path))[0]
+    try:
+        return np.asarray(Image.open(path).convert('RGB'))
+    except OSError:
+        raise InputError(
+            f'{path} is not a picture that can be read; expected a file or a name from synth(): check the path'
+        ) from None
 
 # %% ../../nbs/rendering/03_world.ipynb #8426f288
 def beside(
-    path,     # of a picture on disk
-    name:str, # what is looked for
-) -> Path|None:
+    path,  # of a picture on disk
+    name: str,  # what is looked for
+) -> Path | None:
     "The file of that name in the nearest folder above a picture."
-    return next((f for d in Path(path).parents if (f := d/name).is_file()), None)
+    return next((f for d in Path(path).parents if (f := d / name).is_file()), None)
 
 # %% ../../nbs/rendering/03_world.ipynb #23266364
 def mask(
-    item, # an `Item`, or its path
-) -> np.ndarray: # (H, W) float32 in [0, 1]
+    item,  # an `Item`, or its path
+) -> np.ndarray:  # (H, W) float32 in [0, 1]
     "Which pixels are the person or vehicle: exact, without what hides it. Raises `InputError` for pictures of sets that have no masks."
     path = getattr(item, 'path', item)
-    if is_rendered(path): return stage(parse_path(path))[1]
+    if is_rendered(path):
+        return stage(parse_path(path))[1]
     file = beside(path, f'masks/{Path(path).stem}.png')
-    if not file: raise InputError(f'{path} has no mask; expected masks/{Path(path).stem}.png in a folder above it: only rendered sets have masks')
-    return np.asarray(Image.open(file), np.float32)/255
+    if not file:
+        raise InputError(
+            f'{path} has no mask; expected masks/{Path(path).stem}.png in a folder above it: only rendered sets '
+            'have masks'
+        )
+    return np.asarray(Image.open(file), np.float32) / 255
 
 # %% ../../nbs/rendering/03_world.ipynb #31ccf011
-_RECORD = 'synth.json' # a note beside a set on disk: how it was made, who looks like whom
+_RECORD = 'synth.json'  # a note beside a set on disk: how it was made, who looks like whom
 
 # %% ../../nbs/rendering/03_world.ipynb #09ae65bd
 def lookalikes(
-    data:ReIDData, # rendered, on demand or on disk
-) -> dict[int,int]: # number of the group by pid; distractors are left out
+    data: ReIDData,  # rendered, on demand or on disk
+) -> dict[int, int]:  # number of the group by pid; distractors are left out
     "Which look-alike group each identity belongs to; where training and test share numbers (MSMT17), those in test. Raises `InputError` for pictures that were not rendered."
     read, out = lru_cache(None)(lambda file: json.loads(file.read_text())['groups']), {}
     for i in [*data.train, *data.query, *data.gallery]:
-        if is_rendered(i.path): out[i.pid] = parse_path(i.path).group; continue
+        if is_rendered(i.path):
+            out[i.pid] = parse_path(i.path).group
+            continue
         file = beside(i.path, _RECORD)
-        if not file: raise InputError(f'{i.path} was not rendered; expected a set made by synth() or write_layout(): only they know look-alikes')
-        if Path(i.path).stem in (groups := read(file)): out[i.pid] = groups[Path(i.path).stem]
+        if not file:
+            raise InputError(
+                f'{i.path} was not rendered; expected a set made by synth() or write_layout(): only they know '
+                'look-alikes'
+            )
+        if Path(i.path).stem in (groups := read(file)):
+            out[i.pid] = groups[Path(i.path).stem]
     return out
 
 # %% ../../nbs/rendering/03_world.ipynb #f6c83618
 def distractors(
-    world:World, # where
-    cams:int,    # how many cameras
-) -> list[Item]: # pid -1 bad cut, 0 distractor
+    world: World,  # where
+    cams: int,  # how many cameras
+) -> list[Item]:  # pid -1 bad cut, 0 distractor
     "Pictures of nobody, four per camera."
-    shots = [(pid, Shot(world, split, 2*c+1, c, k)) for c in range(1, cams+1) for pid,split,k in ((-1,'cut',0), (-1,'cut',1), (0,'passer',0), (0,'empty',1))]
-    return [Item(s.path, pid, s.cam) for pid,s in shots]
+    shots = [
+        (pid, Shot(world, split, 2 * c + 1, c, k))
+        for c in range(1, cams + 1)
+        for pid, split, k in ((-1, 'cut', 0), (-1, 'cut', 1), (0, 'passer', 0), (0, 'empty', 1))
+    ]
+    return [Item(s.path, pid, s.cam) for pid, s in shots]
 
 # %% ../../nbs/rendering/03_world.ipynb #d50c6116
 def _as_market(
-    data:ReIDData, # what `synth` gave
-) -> tuple[dict,dict]: # file name: name of the rendered picture; file name: lines
+    data: ReIDData,  # what `synth` gave
+) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
     "The layout of Market-1501. Raises `InputError` for more than its six cameras."
-    cams = max(i.cam for i in data.train+data.query)
-    if cams > 6: raise InputError(f'{cams} cameras; expected at most 6, for its file names have one digit: draw fewer or write another layout')
-    extra = distractors(parse_path((data.train+data.query)[0].path).world, cams)
-    parts = dict(bounding_box_train=data.train, query=data.query, bounding_box_test=data.gallery+extra)
+    cams = max(i.cam for i in data.train + data.query)
+    if cams > 6:
+        raise InputError(
+            f'{cams} cameras; expected at most 6, for its file names have one digit: draw fewer or write another layout'
+        )
+    extra = distractors(parse_path((data.train + data.query)[0].path).world, cams)
+    parts = dict(bounding_box_train=data.train, query=data.query, bounding_box_test=data.gallery + extra)
     name = lambda i: f"{'-1' if i.pid < 0 else f'{i.pid:04d}'}_c{i.cam}s1_{parse_path(i.path).frame:06d}_00.jpg"
-    return {f'{part}/{name(i)}': i.path for part,items in parts.items() for i in items}, {}
+    return {f'{part}/{name(i)}': i.path for part, items in parts.items() for i in items}, {}
 
 # %% ../../nbs/rendering/03_world.ipynb #7db0d40e
 def _as_msmt(
-    data:ReIDData, # what `synth` gave
-) -> tuple[dict,dict]: # file name: name of the rendered picture; file name: lines
+    data: ReIDData,  # what `synth` gave
+) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
     "The layout of MSMT17, where people are counted from 0 in training and again in test."
     pictures, lists = {}, {}
-    for part,hour,names in (('train','morning',('train',)), ('test','noon',('query','gallery'))):
-        label = {p: k for k,p in enumerate(sorted({i.pid for n in names for i in getattr(data, n)}))}
+    for part, hour, names in (('train', 'morning', ('train',)), ('test', 'noon', ('query', 'gallery'))):
+        label = {p: k for k, p in enumerate(sorted({i.pid for n in names for i in getattr(data, n)}))}
         seen = defaultdict(int)
         for n in names:
             lines = lists[f'list_{n}.txt'] = []
@@ -354,145 +461,193 @@ def _as_msmt(
 
 # %% ../../nbs/rendering/03_world.ipynb #61e10ee3
 def _as_veri(
-    data:ReIDData, # what `synth` gave
-) -> tuple[dict,dict]: # file name: name of the rendered picture; file name: lines
+    data: ReIDData,  # what `synth` gave
+) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
     "The layout of VeRi-776, whose queries lie in the gallery too."
-    parts = dict(train=data.train, query=data.query, test=data.query+data.gallery)
+    parts = dict(train=data.train, query=data.query, test=data.query + data.gallery)
     name = lambda i: f'{i.pid:04d}_c{i.cam:03d}_{parse_path(i.path).frame:08d}_0.jpg'
-    pictures = {f'image_{part}/{name(i)}': i.path for part,items in parts.items() for i in items}
-    return pictures, {f'name_{part}.txt': list(map(name, items)) for part,items in parts.items()}
+    pictures = {f'image_{part}/{name(i)}': i.path for part, items in parts.items() for i in items}
+    return pictures, {f'name_{part}.txt': list(map(name, items)) for part, items in parts.items()}
 
 # %% ../../nbs/rendering/03_world.ipynb #895be110
 def _as_vehicleid(
-    data:ReIDData, # what `synth` gave
-) -> tuple[dict,dict]: # file name: name of the rendered picture; file name: lines
+    data: ReIDData,  # what `synth` gave
+) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
     "The layout of VehicleID: numbered pictures, lists of identities, no cameras."
-    number = {i.path: f'{k:07d}' for k,i in enumerate(data.train+data.query+data.gallery, 1)}
+    number = {i.path: f'{k:07d}' for k, i in enumerate(data.train + data.query + data.gallery, 1)}
     lines = lambda items: [f'{number[i.path]} {i.pid}' for i in items]
-    lists = {'train_list': lines(data.train), **{f'test_list_{n}': lines(data.query+data.gallery) for n in (800,1600,2400)}}
-    return {f'image/{n}.jpg': path for path,n in number.items()}, {f'train_test_split/{k}.txt': v for k,v in lists.items()}
+    lists = {
+        'train_list': lines(data.train),
+        **{f'test_list_{n}': lines(data.query + data.gallery) for n in (800, 1600, 2400)},
+    }
+    return {f'image/{n}.jpg': path for path, n in number.items()}, {
+        f'train_test_split/{k}.txt': v for k, v in lists.items()
+    }
 
 # %% ../../nbs/rendering/03_world.ipynb #e8f512e5
-_LAYOUTS = dict(M=('Market-1501-v15.09.15', _as_market), MS=('MSMT17_V1', _as_msmt), VR=('VeRi', _as_veri), VID=('VehicleID_V1.0', _as_vehicleid))
+_LAYOUTS = dict(
+    M=('Market-1501-v15.09.15', _as_market),
+    MS=('MSMT17_V1', _as_msmt),
+    VR=('VeRi', _as_veri),
+    VID=('VehicleID_V1.0', _as_vehicleid),
+)
 
 # %% ../../nbs/rendering/03_world.ipynb #21bc9945
 def save_shot(
-    job:tuple, # name of a rendered picture, files to write it to, file of its mask
+    job: tuple,  # name of a rendered picture, files to write it to, file of its mask
 ):
     "Draw one picture and write it and its mask."
     path, files, mask_file = job
     image, m = snap(parse_path(path))
-    for f in files: Image.fromarray(image).save(f, quality=95)
-    Image.fromarray(np.round(255*m).astype(np.uint8)).save(mask_file)
+    for f in files:
+        Image.fromarray(image).save(f, quality=95)
+    Image.fromarray(np.round(255 * m).astype(np.uint8)).save(mask_file)
 
 # %% ../../nbs/rendering/03_world.ipynb #28be4389
 def draw_into(
-    folder:Path,   # to be made
-    pictures:dict, # file name below `folder`: name of the rendered picture
-    procs:int,     # processes that share the work
-    progress:bool, # show a bar
+    folder: Path,  # to be made
+    pictures: dict,  # file name below `folder`: name of the rendered picture
+    procs: int,  # processes that share the work
+    progress: bool,  # show a bar
 ):
     "Draw pictures and their masks into a folder."
     files = defaultdict(list)
-    for name,path in pictures.items(): files[path].append(folder/name)
-    for d in {f.parent for group in files.values() for f in group} | {folder/'masks'}: d.mkdir(parents=True, exist_ok=True)
-    jobs = [(path, group, folder/'masks'/f'{group[0].stem}.png') for path,group in files.items()]
+    for name, path in pictures.items():
+        files[path].append(folder / name)
+    for d in {f.parent for group in files.values() for f in group} | {folder / 'masks'}:
+        d.mkdir(parents=True, exist_ok=True)
+    jobs = [(path, group, folder / 'masks' / f'{group[0].stem}.png') for path, group in files.items()]
     bar = lambda done: [None for _ in tqdm(done, total=len(jobs), disable=None if progress else True, desc='drawing')]
-    if procs < 2: return bar(map(save_shot, jobs))
+    if procs < 2:
+        return bar(map(save_shot, jobs))
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
-    with context.Pool(procs) as pool: bar(pool.imap_unordered(save_shot, jobs, chunksize=16))
+    with context.Pool(procs) as pool:
+        bar(pool.imap_unordered(save_shot, jobs, chunksize=16))
 
 # %% ../../nbs/rendering/03_world.ipynb #0acd604e
-DRAWING = 1 # the version of the drawing: raised when the same names give other pictures
+DRAWING = 1  # the version of the drawing: raised when the same names give other pictures
 
 # %% ../../nbs/rendering/03_world.ipynb #d2f143f9
 def record(
-    pictures:dict, lists:dict, # what a layout gave
+    pictures: dict,
+    lists: dict,  # what a layout gave
 ) -> dict:
     "What to note beside a set on disk: a fingerprint of it, and who looks like whom."
     text = json.dumps([DRAWING, pictures, lists], sort_keys=True)
-    shots = {Path(name).stem: parse_path(path) for name,path in pictures.items()}
-    return dict(world=str(next(iter(shots.values())).world), pictures=len(pictures), fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-                groups={stem: s.group for stem,s in shots.items() if s.split in ('train','test')})
+    shots = {Path(name).stem: parse_path(path) for name, path in pictures.items()}
+    return dict(
+        world=str(next(iter(shots.values())).world),
+        pictures=len(pictures),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        groups={stem: s.group for stem, s in shots.items() if s.split in ('train', 'test')},
+    )
 
 # %% ../../nbs/rendering/03_world.ipynb #99275c52
 def _is_there(
-    target:Path,   # folder of the set
-    note:dict,     # what `record` gave
-    pictures:dict, # what its layout gave
+    target: Path,  # folder of the set
+    note: dict,  # what `record` gave
+    pictures: dict,  # what its layout gave
 ) -> bool:
     "Is this very set on disk? Raises `InputError` when something else, or only a part of it, has its place."
-    if not target.exists(): return False
-    file = target/_RECORD
-    if not file.is_file() or json.loads(file.read_text()) != note: raise InputError(f'{target} holds another set; expected nothing there, or this very set: choose another root, or delete it')
-    if lost := [n for n in pictures if not (target/n).is_file()]: raise InputError(f'{target} lacks {len(lost)} pictures, such as {lost[0]}; expected all {len(pictures)}: delete it and write it again')
+    if not target.exists():
+        return False
+    file = target / _RECORD
+    if not file.is_file() or json.loads(file.read_text()) != note:
+        raise InputError(
+            f'{target} holds another set; expected nothing there, or this very set: choose another root, or delete it'
+        )
+    if lost := [n for n in pictures if not (target / n).is_file()]:
+        raise InputError(
+            f'{target} lacks {len(lost)} pictures, such as {lost[0]}; expected all {len(pictures)}: delete it and '
+            'write it again'
+        )
     return True
 
 # %% ../../nbs/rendering/03_world.ipynb #b1b93597
 def write_layout(
-    data:ReIDData,       # what `synth` gave
-    root,                # folder to put the set's folder in
-    layout:str='M',      # a key of `_LAYOUTS`
-    procs:int=2,         # processes that share the work
-    progress:bool=False, # show a bar
-) -> Path: # the set's folder
+    data: ReIDData,  # what `synth` gave
+    root,  # folder to put the set's folder in
+    layout: str = 'M',  # a key of `_LAYOUTS`
+    procs: int = 2,  # processes that share the work
+    progress: bool = False,  # show a bar
+) -> Path:  # the set's folder
     "Write a rendered set as a published one, masks beside it. Raises `InputError` when it cannot be written there in that layout."
-    if layout not in _LAYOUTS: raise InputError(f"layout is {layout!r}; expected one of {', '.join(_LAYOUTS)}: write layout='M'")
-    if not all(is_rendered(i.path) for i in data.train+data.query+data.gallery): raise InputError('the set has pictures that are files already; expected a set from synth(): write that one')
+    if layout not in _LAYOUTS:
+        raise InputError(f"layout is {layout!r}; expected one of {', '.join(_LAYOUTS)}: write layout='M'")
+    if not all(is_rendered(i.path) for i in data.train + data.query + data.gallery):
+        raise InputError('the set has pictures that are files already; expected a set from synth(): write that one')
     folder, plan = _LAYOUTS[layout]
-    target, (pictures, lists) = Path(root).expanduser()/folder, plan(data)
+    target, (pictures, lists) = Path(root).expanduser() / folder, plan(data)
     note = record(pictures, lists)
-    if _is_there(target, note, pictures): return target
-    part = target.with_name(f'.{folder}-{os.getpid()}')/folder
+    if _is_there(target, note, pictures):
+        return target
+    part = target.with_name(f'.{folder}-{os.getpid()}') / folder
     try:
         draw_into(part, pictures, procs, progress)
-        for name,lines in lists.items():
-            (part/name).parent.mkdir(parents=True, exist_ok=True)
-            (part/name).write_text(''.join(f'{line}\n' for line in lines))
-        (part/_RECORD).write_text(json.dumps(note))
+        for name, lines in lists.items():
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            (part / name).write_text(''.join(f'{line}\n' for line in lines))
+        (part / _RECORD).write_text(json.dumps(note))
         part.rename(target)
     except OSError as e:
-        if _is_there(target, note, pictures): return target # another process was faster
-        raise InputError(f'{target} cannot be written ({e.strerror}); expected a folder with room for {len(pictures)} pictures: choose another root') from None
-    finally: shutil.rmtree(part.parent, ignore_errors=True)
+        if _is_there(target, note, pictures):
+            return target  # another process was faster
+        raise InputError(
+            f'{target} cannot be written ({e.strerror}); expected a folder with room for {len(pictures)} pictures: '
+            'choose another root'
+        ) from None
+    finally:
+        shutil.rmtree(part.parent, ignore_errors=True)
     return target
 
 # %% ../../nbs/rendering/03_world.ipynb #ca6f2eea
 def synth_options(
-    spec:str, # 'synth' or 'synth:n_ids=16,level=medium'
-) -> dict: # arguments of `synth`
+    spec: str,  # 'synth' or 'synth:n_ids=16,level=medium'
+) -> dict:  # arguments of `synth`
     "What a word asks of `synth`. Raises `InputError` for an option that isn't one."
-    known = {k: p.default for k,p in inspect.signature(synth).parameters.items() if k != 'height'}
+    known = {k: p.default for k, p in inspect.signature(synth).parameters.items() if k != 'height'}
     out = {}
     for part in filter(None, spec.partition(':')[2].split(',')):
         k, eq, v = (t.strip() for t in part.partition('='))
-        if k not in known or not eq: raise InputError(f'{part!r} is no option of synth, expected one of {", ".join(known)}: write it like synth:n_ids=16,level=medium')
-        if not isinstance(known[k], str) and not v.isdigit(): raise InputError(f'{k} is {v!r}, expected a whole number: write it like synth:{k}=16')
+        if k not in known or not eq:
+            raise InputError(
+                f'{part!r} is no option of synth, expected one of {", ".join(known)}: write it like '
+                'synth:n_ids=16,level=medium'
+            )
+        if not isinstance(known[k], str) and not v.isdigit():
+            raise InputError(f'{k} is {v!r}, expected a whole number: write it like synth:{k}=16')
         out[k] = v if isinstance(known[k], str) else int(v)
     return out
 
 # %% ../../nbs/rendering/03_world.ipynb #74246275
 def drawn(
-    spec:str,            # as for `synth_options`
-    size:tuple[int,int], # (H, W) in pixels; pictures are drawn as high
-    progress:bool=False, # show a bar while drawing
+    spec: str,  # as for `synth_options`
+    size: tuple[int, int],  # (H, W) in pixels; pictures are drawn as high
+    progress: bool = False,  # show a bar while drawing
 ) -> ReIDData:
     "A rendered set from the folder that MSINET_CACHE names, or from ~/.cache/msinet; drawn when it isn't there. Errors as `synth`."
     want = dict(synth_options(spec), height=size[0])
     key = hashlib.sha256(f'{DRAWING} {sorted(want.items())}'.encode()).hexdigest()[:10]
-    root = Path(os.environ.get('MSINET_CACHE') or Path.home()/'.cache'/'msinet')/f'synth-{key}'
+    root = Path(os.environ.get('MSINET_CACHE') or Path.home() / '.cache' / 'msinet') / f'synth-{key}'
     write_layout(synth(**want), root, 'M', progress=progress)
     return replace(market1501(root), name=spec)
 
 # %% ../../nbs/rendering/03_world.ipynb #a4bc0b64
 def get_data(
-    spec:str='synth',           # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path, or several with + between them
-    size:tuple[int,int]=(64,32), # (H, W) in pixels that are wanted
-    progress:bool=False,        # show a bar while drawing
+    spec: str = 'synth',  # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path, or several with + between them
+    size: tuple[int, int] = (64, 32),  # (H, W) in pixels that are wanted
+    progress: bool = False,  # show a bar while drawing
 ) -> ReIDData:
     "Any set by its name; of several, all are trained on and the first is tested. Errors as the loaders and `last_batch_paths`."
+
     def one(name):
-        if name.partition(':')[0] == 'synth': return drawn(name, size, progress)
-        if '=' not in name: raise InputError(f'{name!r} is not a data set, expected synth, or a short name with a path: write it like synth:n_ids=16 or M=/path')
+        if name.partition(':')[0] == 'synth':
+            return drawn(name, size, progress)
+        if '=' not in name:
+            raise InputError(
+                f'{name!r} is not a data set, expected synth, or a short name with a path: write it like '
+                'synth:n_ids=16 or M=/path'
+            )
         return load_one(name)
+
     return reduce(join_sets, map(one, split_spec(spec)))

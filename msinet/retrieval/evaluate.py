@@ -23,91 +23,102 @@ from .ranking import metrics_table, Ranking
 # %% ../../nbs/retrieval/05_evaluate.ipynb #da86ca95
 class Nearest(NamedTuple):
     "The first k of the gallery for each query, after the filter."
-    idx:Tensor   # (Q, k) int64 places in the gallery; -1 where nothing is left
-    dist:Tensor  # (Q, k) Euclidean distances; infinite where nothing is left
-    right:Tensor # (Q, k) bool: the query's identity?
+
+    idx: Tensor  # (Q, k) int64 places in the gallery; -1 where nothing is left
+    dist: Tensor  # (Q, k) Euclidean distances; infinite where nothing is left
+    right: Tensor  # (Q, k) bool: the query's identity?
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #cf6b0798
 def first_k(
-    s:np.ndarray, # (G,) scores of one query
-    k:int,        # how many
-) -> np.ndarray: # (min(k, G),) the first of a stable sort
+    s: np.ndarray,  # (G,) scores of one query
+    k: int,  # how many
+) -> np.ndarray:  # (min(k, G),) the first of a stable sort
     "Sort only what may be among the first k."
-    near = np.flatnonzero(s <= np.partition(s, k-1)[k-1]) if k < len(s) else np.arange(len(s))
+    near = np.flatnonzero(s <= np.partition(s, k - 1)[k - 1]) if k < len(s) else np.arange(len(s))
     return near[np.argsort(s[near], kind='stable')[:k]]
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #1e020a54
 def nearest(
-    query:Embeddings,       # Q queries
-    gallery:Embeddings,     # G pictures
-    k:int=15,               # how many of them
-    same_cam_ok:bool=False, # do pictures by the query's own camera count?
-) -> Nearest: # on the CPU
+    query: Embeddings,  # Q queries
+    gallery: Embeddings,  # G pictures
+    k: int = 15,  # how many of them
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+) -> Nearest:  # on the CPU
     "The first k pictures of each query's list, in the order that `rank` counts. Errors as `checked_pair`."
-    if k < 1: raise InputError(f'k is {k}; expected at least one picture')
-    (q_f, g_f), (q_pid, g_pid), out = ([e.f.detach().cpu() for e in (query, gallery)], [e.pid.cpu() for e in (query, gallery)], [])
-    for part,s,_ in filtered_scores(query, gallery, same_cam_ok):
+    if k < 1:
+        raise InputError(f'k is {k}; expected at least one picture')
+    (q_f, g_f) = [e.f.detach().cpu() for e in (query, gallery)]
+    (q_pid, g_pid) = [e.pid.cpu() for e in (query, gallery)]
+    out = []
+    for part, s, _ in filtered_scores(query, gallery, same_cam_ok):
         s = s.cpu().numpy() if isinstance(s, Tensor) else s
         idx = torch.from_numpy(np.stack([first_k(row, k) for row in s]))
-        dist = torch.stack([(g_f[j]-x).norm(dim=1) for j,x in zip(idx, q_f[part])])
+        dist = torch.stack([(g_f[j] - x).norm(dim=1) for j, x in zip(idx, q_f[part])])
         gone = torch.from_numpy(s).gather(1, idx).isinf()
-        right = (g_pid[idx] == q_pid[part][:,None]) & ~gone
+        right = (g_pid[idx] == q_pid[part][:, None]) & ~gone
         out.append((idx.masked_fill(gone, -1), dist.masked_fill(gone, torch.inf), right))
     return Nearest(*map(torch.cat, zip(*out)))
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #5dadd9fe
 def device_of(
-    net:nn.Module, # any network
-) -> torch.device: # the CPU for one without parameters
+    net: nn.Module,  # any network
+) -> torch.device:  # the CPU for one without parameters
     "Where a network is."
     return next((p.device for p in net.parameters()), torch.device('cpu'))
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #c5dddc97
 def embed(
-    net:nn.Module, # with a method `embed`: (B, 3, H, W) -> (B, D)
-    loader,        # yields x in order; `.items` says whom it shows
-    device=None,   # where to compute; None: where the network is
-    gather=None,   # for a loader that gives a part: joins all processes' rows, (n, D) -> (processes·n, D)
-) -> Embeddings: # on that device
+    net: nn.Module,  # with a method `embed`: (B, 3, H, W) -> (B, D)
+    loader,  # yields x in order; `.items` says whom it shows
+    device=None,  # where to compute; None: where the network is
+    gather=None,  # for a loader that gives a part: joins all processes' rows, (n, D) -> (processes·n, D)
+) -> Embeddings:  # on that device
     "Embed all pictures of a test loader. Raises `InputError` when it has none."
     device = device or device_of(net)
-    if not loader.items: raise InputError('there are no pictures to embed; expected a list of items: check the data set')
+    if not loader.items:
+        raise InputError('there are no pictures to embed; expected a list of items: check the data set')
     modes = [(m, m.training) for m in net.modules()]
     net.to(device).eval()
     try:
-        with torch.inference_mode(): parts = [net.embed(x.to(device)).float() for x in loader]
+        with torch.inference_mode():
+            parts = [net.embed(x.to(device)).float() for x in loader]
     finally:
-        for m,training in modes: m.training = training
+        for m, training in modes:
+            m.training = training
     f = torch.cat(parts)
-    if gather: f = gather(F.pad(f, (0, 0, 0, loader.rows-len(f))))[:len(loader.items)]
+    if gather:
+        f = gather(F.pad(f, (0, 0, 0, loader.rows - len(f))))[: len(loader.items)]
     column = lambda v: None if None in v else torch.tensor(v, device=device)
     return Embeddings(f, column([i.pid for i in loader.items]), column([i.cam for i in loader.items]))
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #40b055d1
 def evaluate_loaders(
-    net:nn.Module,          # as for `embed`
-    query, gallery,         # test loaders
-    same_cam_ok:bool=False, # do pictures by the query's own camera count?
-    device=None,            # where to compute; None: where the network is
-    protocol=full_gallery,      # called as protocol(queries, gallery, same_cam_ok)
-    gather=None,            # as for `embed`
+    net: nn.Module,  # as for `embed`
+    query,
+    gallery,  # test loaders
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    device=None,  # where to compute; None: where the network is
+    protocol=full_gallery,  # called as protocol(queries, gallery, same_cam_ok)
+    gather=None,  # as for `embed`
 ) -> Ranking:
     "Embed, normalise and rank. Errors as `embed` and `rank`."
+
     def unit(loader, what):
         e = embed(net, loader, device, gather)
         return e._replace(f=F.normalize(valid_vectors(e.f, what, [i.path for i in loader.items])))
+
     q, g = unit(query, 'query'), unit(gallery, 'gallery')
     return protocol(q, g, same_cam_ok or q.cam is None or g.cam is None)
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #4b4f08b3
 def evaluate(
-    net:nn.Module,       # as for `embed`
-    data:ReIDData,       # its queries and gallery are used
-    size:tuple[int,int], # (H, W) of the network's input
-    bs:int=128,          # pictures in a batch
-    dir=None,            # folder for decoded pictures
-    device=None,         # where to compute; None: where the network is
-    protocol=None,       # as in `evaluate_loaders`; None: the set's own
+    net: nn.Module,  # as for `embed`
+    data: ReIDData,  # its queries and gallery are used
+    size: tuple[int, int],  # (H, W) of the network's input
+    bs: int = 128,  # pictures in a batch
+    dir=None,  # folder for decoded pictures
+    device=None,  # where to compute; None: where the network is
+    protocol=None,  # as in `evaluate_loaders`; None: the set's own
 ) -> Ranking:
     "How well a network finds the queries of a set in its gallery. Errors as `embed` and `rank`."
     device = device or device_of(net)
@@ -116,11 +127,14 @@ def evaluate(
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #2bec5bbe
 def evaluate_all(
-    net:nn.Module,       # as for `embed`
-    sets:dict,           # name -> `ReIDData`
-    size:tuple[int,int], # (H, W) of the network's input
-    bs:int=128,          # pictures in a batch
-    device=None,         # where to compute; None: where the network is
-) -> pd.DataFrame: # rows (set, metric); columns as `metrics_table`
+    net: nn.Module,  # as for `embed`
+    sets: dict,  # name -> `ReIDData`
+    size: tuple[int, int],  # (H, W) of the network's input
+    bs: int = 128,  # pictures in a batch
+    device=None,  # where to compute; None: where the network is
+) -> pd.DataFrame:  # rows (set, metric); columns as `metrics_table`
     "Measure a network on several sets. Errors as `evaluate`."
-    return pd.concat({name: metrics_table(evaluate(net, data, size, bs, device=device)) for name,data in sets.items()}, names=['set','metric'])
+    return pd.concat(
+        {name: metrics_table(evaluate(net, data, size, bs, device=device)) for name, data in sets.items()},
+        names=['set', 'metric'],
+    )

@@ -13,73 +13,74 @@ from ..core import InputError
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #92a77554
 def by_distance(
-    d:Tensor, # (N, N) distances
-) -> Tensor: # (N, N) int64, each row starts with itself
+    d: Tensor,  # (N, N) distances
+) -> Tensor:  # (N, N) int64, each row starts with itself
     "For each row, all others from near to far (a stable sort)."
     own = torch.eye(len(d), dtype=torch.bool, device=d.device)
     return d.masked_fill(own, -1).argsort(dim=1, stable=True)
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #6544f84f
 def reciprocal_sets(
-    order:Tensor, # (N, N), what `by_distance` gave
-    k:int,        # neighbours beside itself
-) -> Tensor: # (N, N) bool, symmetric
+    order: Tensor,  # (N, N), what `by_distance` gave
+    k: int,  # neighbours beside itself
+) -> Tensor:  # (N, N) bool, symmetric
     "R(i, k): who is among the k nearest of each other."
-    near = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:,:k+1], True)
+    near = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : k + 1], True)
     return near & near.T
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #f93788f4
 def expand_sets(
-    r:Tensor,    # (N, N) bool, R(i, k)
-    half:Tensor, # (N, N) bool, R(j, k/2)
-) -> Tensor: # (N, N) bool
+    r: Tensor,  # (N, N) bool, R(i, k)
+    half: Tensor,  # (N, N) bool, R(j, k/2)
+) -> Tensor:  # (N, N) bool
     "Add the sets of those neighbours whose set is known for more than two thirds."
     r_, half_ = r.float(), half.float()
-    trusted = r & (3*(r_@half_.T) > 2*half_.sum(1))
-    return r | (trusted.float()@half_ > 0)
+    trusted = r & (3 * (r_ @ half_.T) > 2 * half_.sum(1))
+    return r | (trusted.float() @ half_ > 0)
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #19e488b6
 def neighbour_weights(
-    d:Tensor,  # (N, N) squared distances, rows divided by their maximum
-    k1:int=20, # width of the search for reciprocal neighbours
-    k2:int=6,  # how many rows are averaged; 1 leaves them alone
-) -> Tensor: # (N, N), rows add up to 1
+    d: Tensor,  # (N, N) squared distances, rows divided by their maximum
+    k1: int = 20,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many rows are averaged; 1 leaves them alone
+) -> Tensor:  # (N, N), rows add up to 1
     "Weighted reciprocal neighbours of each picture. Raises `InputError` for k below 1."
-    if k1 < 1 or k2 < 1: raise InputError(f'k1 is {k1} and k2 is {k2}; expected at least 1 for both')
+    if k1 < 1 or k2 < 1:
+        raise InputError(f'k1 is {k1} and k2 is {k2}; expected at least 1 for both')
     order = by_distance(d)
-    members = expand_sets(reciprocal_sets(order, k1), reciprocal_sets(order, round(k1/2)))
-    v = (-d).exp()*members
-    v = v/v.sum(1, keepdim=True)
-    return v[order[:,:k2]].mean(1)
+    members = expand_sets(reciprocal_sets(order, k1), reciprocal_sets(order, round(k1 / 2)))
+    v = (-d).exp() * members
+    v = v / v.sum(1, keepdim=True)
+    return v[order[:, :k2]].mean(1)
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #ae3e403c
 def jaccard_rows(
-    v:Tensor, # (N, L) rows that add up to 1
-    w:Tensor, # (M, L) the same
-) -> Tensor: # (N, M) in [0, 1]
+    v: Tensor,  # (N, L) rows that add up to 1
+    w: Tensor,  # (M, L) the same
+) -> Tensor:  # (N, M) in [0, 1]
     "Jaccard distance between rows of weights."
-    m = 1 - torch.cdist(v, w, p=1)/2
-    return 1 - m/(2-m)
+    m = 1 - torch.cdist(v, w, p=1) / 2
+    return 1 - m / (2 - m)
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #1eedab5e
 def scaled_sq(
-    d:Tensor, # (N, N) Euclidean distances
-) -> Tensor: # (N, N) in [0, 1]
+    d: Tensor,  # (N, N) Euclidean distances
+) -> Tensor:  # (N, N) in [0, 1]
     "Squared, and each row divided by its largest entry."
     d = d.square()
-    return d/d.amax(1, keepdim=True).clamp(min=1e-12)
+    return d / d.amax(1, keepdim=True).clamp(min=1e-12)
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #7c8d9602
 def rerank_dense(
-    q_g:Tensor,   # (Q, G) Euclidean distances
-    q_q:Tensor,   # (Q, Q)
-    g_g:Tensor,   # (G, G)
-    k1:int=20,    # width of the search for reciprocal neighbours
-    k2:int=6,     # how many rows are averaged
-    lam:float=.3, # share of the plain distance
-) -> Tensor: # (Q, G)
+    q_g: Tensor,  # (Q, G) Euclidean distances
+    q_q: Tensor,  # (Q, Q)
+    g_g: Tensor,  # (G, G)
+    k1: int = 20,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many rows are averaged
+    lam: float = 0.3,  # share of the plain distance
+) -> Tensor:  # (Q, G)
     "k-reciprocal re-ranking (Zhong et al., 2017) in its plain form. Errors as `neighbour_weights`."
     Q = len(q_g)
     d = scaled_sq(torch.cat([torch.cat([q_q, q_g], 1), torch.cat([q_g.T, g_g], 1)]))
     v = neighbour_weights(d, k1, k2)
-    return (1-lam)*jaccard_rows(v[:Q], v[Q:]) + lam*d[:Q,Q:]
+    return (1 - lam) * jaccard_rows(v[:Q], v[Q:]) + lam * d[:Q, Q:]

@@ -20,144 +20,167 @@ from ..core import InputError
 # %% ../../nbs/retrieval/05_places.ipynb #9cdeb52c
 class Embeddings(NamedTuple):
     "What a network says about N pictures, and whom they show."
-    f:Tensor        # (N, D) vectors
-    pid:Tensor      # (N,) int64 identities
-    cam:Tensor|None # (N,) int64 cameras; None where there are none
+
+    f: Tensor  # (N, D) vectors
+    pid: Tensor  # (N,) int64 identities
+    cam: Tensor | None  # (N,) int64 cameras; None where there are none
 
 # %% ../../nbs/retrieval/05_places.ipynb #15320a66
 def vector_fault(
-    row:Tensor, # (D,) one vector
-) -> str: # empty for a good one
+    row: Tensor,  # (D,) one vector
+) -> str:  # empty for a good one
     "What is wrong with a vector."
-    if row.isnan().any(): return 'NaN'
-    if row.isinf().any(): return 'infinity'
-    if not row.any(): return 'only zeros'
-    return '' if row.norm().isfinite() and (row*row).sum().isfinite() else 'numbers too large to square'
+    if row.isnan().any():
+        return 'NaN'
+    if row.isinf().any():
+        return 'infinity'
+    if not row.any():
+        return 'only zeros'
+    return '' if row.norm().isfinite() and (row * row).sum().isfinite() else 'numbers too large to square'
 
 # %% ../../nbs/retrieval/05_places.ipynb #a079d05e
 def valid_vectors(
-    f:Tensor,   # (N, D) features
-    what:str,   # 'query' or 'gallery', for the message
-    names=None, # N names of pictures, for the message; None: row numbers are all there is
-) -> Tensor: # (N, D) the same, in float32 or float64
+    f: Tensor,  # (N, D) features
+    what: str,  # 'query' or 'gallery', for the message
+    names=None,  # N names of pictures, for the message; None: row numbers are all there is
+) -> Tensor:  # (N, D) the same, in float32 or float64
     "Features that can be compared. Raises `InputError` for another shape, NaN, infinity or a row of zeros."
-    if f.ndim != 2: raise InputError(f'{what} features have shape {tuple(f.shape)}; expected (N, D): one row per picture')
+    if f.ndim != 2:
+        raise InputError(f'{what} features have shape {tuple(f.shape)}; expected (N, D): one row per picture')
     f = f.detach() if f.dtype == torch.float64 else f.detach().float()
     sq = torch.linalg.vector_norm(f, dim=1).square()
     for k in (~(sq.isfinite() & (sq > 0))).nonzero().flatten().tolist():
         if wrong := vector_fault(f[k]):
             whose = '' if names is None else f' ({names[k]})'
-            raise InputError(f'{wrong} in row {k} of the {what} features{whose}; expected finite numbers, not all zero: check the network')
+            raise InputError(
+                f'{wrong} in row {k} of the {what} features{whose}; expected finite numbers, not all zero: check '
+                'the network'
+            )
     return f
 
 # %% ../../nbs/retrieval/05_places.ipynb #6f1099ef
 def checked(
-    e:Embeddings,     # queries or gallery
-    what:str,         # 'query' or 'gallery', for the message
-    same_cam_ok:bool, # if not, cameras are needed
-    names=None,       # as in `valid_vectors`
-) -> Embeddings: # the same, features in float32 or float64
+    e: Embeddings,  # queries or gallery
+    what: str,  # 'query' or 'gallery', for the message
+    same_cam_ok: bool,  # if not, cameras are needed
+    names=None,  # as in `valid_vectors`
+) -> Embeddings:  # the same, features in float32 or float64
     "Raises `InputError` where `valid_vectors` does, and when identities or cameras do not fit."
-    f, pid, cam = valid_vectors(e.f, what, names), e.pid, e.cam
-    if cam is None and not same_cam_ok: raise InputError(f'{what} has no cameras; expected one per picture: pass them or same_cam_ok=True')
-    for name,v in dict(identities=pid, cameras=cam).items():
+    f = valid_vectors(e.f, what, names)
+    pid = e.pid
+    cam = e.cam
+    if cam is None and not same_cam_ok:
+        raise InputError(f'{what} has no cameras; expected one per picture: pass them or same_cam_ok=True')
+    for name, v in dict(identities=pid, cameras=cam).items():
         if v is not None and v.shape != f.shape[:1]:
             raise InputError(f'{what} has {len(f)} features but {name} of shape {tuple(v.shape)}; expected ({len(f)},)')
     return Embeddings(f, pid, cam)
 
 # %% ../../nbs/retrieval/05_places.ipynb #f0ad3473
 def _checked_pair(
-    q:Embeddings, g:Embeddings, # queries and gallery
-    same_cam_ok:bool,           # if not, cameras are needed
-) -> tuple[Embeddings,Embeddings]: # the same, in one floating type
+    q: Embeddings,
+    g: Embeddings,  # queries and gallery
+    same_cam_ok: bool,  # if not, cameras are needed
+) -> tuple[Embeddings, Embeddings]:  # the same, in one floating type
     "Queries and gallery that can be compared with each other. Errors as `checked`, and when their vectors differ in length."
     q, g = checked(q, 'query', same_cam_ok), checked(g, 'gallery', same_cam_ok)
-    if q.f.shape[1] != g.f.shape[1]: raise InputError(f'queries have {q.f.shape[1]} features, gallery pictures {g.f.shape[1]}; expected the same network for both')
+    if q.f.shape[1] != g.f.shape[1]:
+        raise InputError(
+            f'queries have {q.f.shape[1]} features, gallery pictures {g.f.shape[1]}; expected the same network for both'
+        )
     kind = torch.promote_types(q.f.dtype, g.f.dtype)
     return q._replace(f=q.f.to(kind)), g._replace(f=g.f.to(kind))
 
 # %% ../../nbs/retrieval/05_places.ipynb #2ab99a00
 def sq_dist(
-    q:Tensor, # (Q, D)
-    g:Tensor, # (G, D)
-) -> Tensor: # (Q, G)
+    q: Tensor,  # (Q, D)
+    g: Tensor,  # (G, D)
+) -> Tensor:  # (Q, G)
     "Squared Euclidean distances."
-    return (q.square().sum(1)[:,None] + g.square().sum(1) - 2*q@g.T).clamp(min=0)
+    return (q.square().sum(1)[:, None] + g.square().sum(1) - 2 * q @ g.T).clamp(min=0)
 
 # %% ../../nbs/retrieval/05_places.ipynb #bef11f1f
 def repeated_rows(
-    f:np.ndarray, # (N, D) float32 or float64
-) -> tuple[np.ndarray,np.ndarray]: # rows equal to an earlier one; that earlier one
+    f: np.ndarray,  # (N, D) float32 or float64
+) -> tuple[np.ndarray, np.ndarray]:  # rows equal to an earlier one; that earlier one
     "Rows that stand in a matrix more than once."
-    bits = lambda x: (x+0.).view(f'i{f.itemsize}') # + 0. turns -0. into 0.
-    key = bits(f[:,:64]).sum(1, dtype=np.int64)
+    bits = lambda x: (x + 0.0).view(f'i{f.itemsize}')  # + 0. turns -0. into 0.
+    key = bits(f[:, :64]).sum(1, dtype=np.int64)
     _, which, n = np.unique(key, return_inverse=True, return_counts=True)
     suspects, seen = np.flatnonzero(n[which] > 1), {}
-    first = np.array([seen.setdefault((f[k]+0.).tobytes(), k) for k in suspects], np.int64)
+    first = np.array([seen.setdefault((f[k] + 0.0).tobytes(), k) for k in suspects], np.int64)
     moved = first != suspects
     return suspects[moved], first[moved]
 
 # %% ../../nbs/retrieval/05_places.ipynb #138c70a8
 def score_chunks(
-    q:Tensor,      # (Q, D) valid features
-    g:Tensor,      # (G, D) of the same type
-    chunk:int=256, # queries at a time
-) -> Iterator[tuple[slice,np.ndarray|Tensor]]: # which queries; their scores (c, G), overwritten by the next chunk
+    q: Tensor,  # (Q, D) valid features
+    g: Tensor,  # (G, D) of the same type
+    chunk: int = 256,  # queries at a time
+) -> Iterator[tuple[slice, np.ndarray | Tensor]]:  # which queries; their scores (c, G), overwritten by the next chunk
     "Scores of all pairs, chunk by chunk: numpy arrays for features on the CPU, tensors elsewhere."
     again, first = repeated_rows(g.cpu().numpy())
-    if on_cpu := g.device.type == 'cpu': q, g = q.numpy(), g.numpy()
-    half = np.einsum('gd,gd->g', g, g)/2 if on_cpu else g.square().sum(1)/2
+    if on_cpu := g.device.type == 'cpu':
+        q, g = q.numpy(), g.numpy()
+    half = np.einsum('gd,gd->g', g, g) / 2 if on_cpu else g.square().sum(1) / 2
     out = np.empty((min(chunk, len(q)), len(g)), g.dtype) if on_cpu else None
     for lo in range(0, len(q), chunk):
-        part = slice(lo, min(lo+chunk, len(q)))
-        if on_cpu: s = np.matmul(q[part], g.T, out=out[:part.stop-lo]); np.subtract(half, s, out=s)
-        else: s = torch.addmm(half, q[part], g.T, alpha=-1)
-        if len(again): s[:,again] = s[:,first]
+        part = slice(lo, min(lo + chunk, len(q)))
+        if on_cpu:
+            s = np.matmul(q[part], g.T, out=out[: part.stop - lo])
+            np.subtract(half, s, out=s)
+        else:
+            s = torch.addmm(half, q[part], g.T, alpha=-1)
+        if len(again):
+            s[:, again] = s[:, first]
         yield part, s
 
 # %% ../../nbs/retrieval/05_places.ipynb #9f637109
 class Pairs(NamedTuple):
     "Pairs of a query and a gallery picture, query after query, in the gallery's order within each."
-    row:np.ndarray # (P,) queries
-    col:np.ndarray # (P,) gallery pictures
+
+    row: np.ndarray  # (P,) queries
+    col: np.ndarray  # (P,) gallery pictures
 
 # %% ../../nbs/retrieval/05_places.ipynb #b0d4ec8d
 def same_id_pairs(
-    q_pid:np.ndarray, # (Q,) identities
-    g_pid:np.ndarray, # (G,) identities, sorted
-    order:np.ndarray, # (G,) where each stood before (a stable sort)
+    q_pid: np.ndarray,  # (Q,) identities
+    g_pid: np.ndarray,  # (G,) identities, sorted
+    order: np.ndarray,  # (G,) where each stood before (a stable sort)
 ) -> Pairs:
     "All pairs of one identity."
     lo, hi = (np.searchsorted(g_pid, q_pid, side) for side in ('left', 'right'))
-    n = hi-lo
+    n = hi - lo
     row = np.repeat(np.arange(len(q_pid)), n)
-    return Pairs(row, order[np.arange(len(row)) + (lo-np.cumsum(n)+n)[row]])
+    return Pairs(row, order[np.arange(len(row)) + (lo - np.cumsum(n) + n)[row]])
 
 # %% ../../nbs/retrieval/05_places.ipynb #26c18f9d
 def filtered_scores(
-    q:Embeddings,           # Q queries
-    g:Embeddings,           # G gallery pictures
-    same_cam_ok:bool=False, # do pictures by the query's own camera count?
-    chunk:int=256,          # queries at a time
-) -> Iterator[tuple[slice,np.ndarray|Tensor,Pairs]]: # which queries; scores (c, G), infinite for junk; the true matches
+    q: Embeddings,  # Q queries
+    g: Embeddings,  # G gallery pictures
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    chunk: int = 256,  # queries at a time
+) -> Iterator[
+    tuple[slice, np.ndarray | Tensor, Pairs]
+]:  # which queries; scores (c, G), infinite for junk; the true matches
     "Scores after the protocol's filter, chunk by chunk. Errors as `_checked_pair`."
     q, g = _checked_pair(q, g, same_cam_ok)
     q_pid, g_pid = q.pid.cpu().numpy(), g.pid.cpu().numpy()
     order = np.argsort(g_pid, kind='stable')
     q_cam, g_cam = (None, None) if same_cam_ok else (e.cam.cpu().numpy() for e in (q, g))
-    for part,s in score_chunks(q.f, g.f, chunk):
+    for part, s in score_chunks(q.f, g.f, chunk):
         same = same_id_pairs(q_pid[part], g_pid[order], order)
         if not same_cam_ok:
             junk = q_cam[part][same.row] == g_cam[same.col]
-            s[same.row[junk],same.col[junk]] = np.inf
+            s[same.row[junk], same.col[junk]] = np.inf
             same = Pairs(same.row[~junk], same.col[~junk])
         yield part, s, same
 
 # %% ../../nbs/retrieval/05_places.ipynb #a574d01f
 def places(
-    d:np.ndarray,     # (G,) distances or scores of one query, infinite where filtered out
-    match:np.ndarray, # (G,) which are true matches
-) -> np.ndarray: # (n,) int64, sorted, counted from 0
+    d: np.ndarray,  # (G,) distances or scores of one query, infinite where filtered out
+    match: np.ndarray,  # (G,) which are true matches
+) -> np.ndarray:  # (n,) int64, sorted, counted from 0
     "Where a query's true matches stand in its list, by definition."
     own = np.flatnonzero(match)
     ahead = [np.count_nonzero(d < d[k]) + np.count_nonzero(d[:k] == d[k]) for k in own]
@@ -165,96 +188,102 @@ def places(
 
 # %% ../../nbs/retrieval/05_places.ipynb #7f8fceef
 def count_row(
-    d:np.ndarray, # (G,) scores of one query
-    v:np.ndarray, # (n,) its matches' scores
-    few:int=512,  # up to so many survivors are sorted
-) -> tuple: # (n,) how many are closer; (n,) how many are no farther
+    d: np.ndarray,  # (G,) scores of one query
+    v: np.ndarray,  # (n,) its matches' scores
+    few: int = 512,  # up to so many survivors are sorted
+) -> tuple:  # (n,) how many are closer; (n,) how many are no farther
     "The two counts of one query's matches."
     x = d[d <= v.max()]
-    if len(x) <= few: x.sort(); return x.searchsorted(v, 'left'), x.searchsorted(v, 'right')
+    if len(x) <= few:
+        x.sort()
+        return x.searchsorted(v, 'left'), x.searchsorted(v, 'right')
     return [np.count_nonzero(x < t) for t in v], [np.count_nonzero(x <= t) for t in v]
 
 # %% ../../nbs/retrieval/05_places.ipynb #4c5d2189
 def count_single(
-    s:np.ndarray, # (c, G) scores
-    v:np.ndarray, # (c,) the single match's score of each row; -infinity where there is none
-) -> tuple[np.ndarray,np.ndarray]: # (c,) how many are closer; how many are no farther
+    s: np.ndarray,  # (c, G) scores
+    v: np.ndarray,  # (c,) the single match's score of each row; -infinity where there is none
+) -> tuple[np.ndarray, np.ndarray]:  # (c,) how many are closer; how many are no farther
     "The two counts where no query has more than one match."
     add = lambda b: b.view(np.uint8).sum(1, dtype=np.int32)
-    return add(s < v[:,None]), add(s <= v[:,None])
+    return add(s < v[:, None]), add(s <= v[:, None])
 
 # %% ../../nbs/retrieval/05_places.ipynb #0cb31bff
 def count_tensor(
-    s:Tensor, # (c, G) scores on any device
-    v:Tensor, # (c, n) the matches' scores of each row; -infinity where there are fewer
-) -> tuple[Tensor,Tensor]: # (c, n) how many are closer; how many are no farther
+    s: Tensor,  # (c, G) scores on any device
+    v: Tensor,  # (c, n) the matches' scores of each row; -infinity where there are fewer
+) -> tuple[Tensor, Tensor]:  # (c, n) how many are closer; how many are no farther
     "The two counts, one match of every query at a time."
-    columns = v.T[:,:,None]
+    columns = v.T[:, :, None]
     return tuple(torch.stack([f(s, t).sum(1) for t in columns], 1) for f in (torch.lt, torch.le))
 
 # %% ../../nbs/retrieval/05_places.ipynb #01bbf316
 def counts(
-    s:np.ndarray, # (c, G) scores
-    match:Pairs,  # M true matches
-) -> tuple[np.ndarray,np.ndarray]: # (M,) how many are closer; how many are no farther
+    s: np.ndarray,  # (c, G) scores
+    match: Pairs,  # M true matches
+) -> tuple[np.ndarray, np.ndarray]:  # (M,) how many are closer; how many are no farther
     "The two counts of every match of a chunk, on the CPU."
-    v, n = s[match.row,match.col], np.bincount(match.row, minlength=len(s))
+    v, n = s[match.row, match.col], np.bincount(match.row, minlength=len(s))
     if n.max() == 1:
         single = np.full(len(s), -np.inf, s.dtype)
         single[match.row] = v
         return tuple(c[match.row].astype(np.int64) for c in count_single(s, single))
-    each = [count_row(s[r], own) for r,own in enumerate(np.split(v, n.cumsum()[:-1])) if len(own)]
+    each = [count_row(s[r], own) for r, own in enumerate(np.split(v, n.cumsum()[:-1])) if len(own)]
     return tuple(np.concatenate(c).astype(np.int64) for c in zip(*each))
 
 # %% ../../nbs/retrieval/05_places.ipynb #5dd4e905
 def _counts_on_device(
-    s:Tensor,    # (c, G) scores
-    match:Pairs, # M true matches
-) -> tuple[np.ndarray,np.ndarray]: # (M,) how many are closer; how many are no farther
+    s: Tensor,  # (c, G) scores
+    match: Pairs,  # M true matches
+) -> tuple[np.ndarray, np.ndarray]:  # (M,) how many are closer; how many are no farther
     "The two counts of every match of a chunk, wherever its scores are."
     n = np.bincount(match.row, minlength=len(s))
-    row, col, nth = (torch.from_numpy(k).to(s.device) for k in (*match, np.arange(len(match.row))-(n.cumsum()-n)[match.row]))
+    row, col, nth = (
+        torch.from_numpy(k).to(s.device) for k in (*match, np.arange(len(match.row)) - (n.cumsum() - n)[match.row])
+    )
     v = s.new_full((len(s), int(n.max())), -torch.inf)
-    v[row,nth] = s[row,col]
-    return tuple(c[row,nth].cpu().numpy() for c in count_tensor(s, v))
+    v[row, nth] = s[row, col]
+    return tuple(c[row, nth].cpu().numpy() for c in count_tensor(s, v))
 
 # %% ../../nbs/retrieval/05_places.ipynb #eead5f78
 def tie_bounds(
-    row:np.ndarray,   # (M,) queries, sorted
-    ahead:np.ndarray, # (M,) how many are closer; sorted within a query
-    upto:np.ndarray,  # (M,) how many are no farther
-) -> tuple[np.ndarray,np.ndarray]: # (M,) lowest places, (M,) highest places
+    row: np.ndarray,  # (M,) queries, sorted
+    ahead: np.ndarray,  # (M,) how many are closer; sorted within a query
+    upto: np.ndarray,  # (M,) how many are no farther
+) -> tuple[np.ndarray, np.ndarray]:  # (M,) lowest places, (M,) highest places
     "Where matches would stand if all ties fell well, and if all fell badly."
     k = np.arange(len(row))
     change = lambda *v: np.any([np.diff(x, prepend=-1) != 0 for x in v], axis=0)
     query, tie = np.flatnonzero(change(row)), change(row, ahead)
-    group = tie.cumsum()-1
-    j = k - query[change(row).cumsum()-1]
+    group = tie.cumsum() - 1
+    j = k - query[change(row).cumsum() - 1]
     j_a = j[tie][group]
     return ahead - j_a + j, upto - (j_a + np.bincount(group)[group]) + j
 
 # %% ../../nbs/retrieval/05_places.ipynb #293e2d17
 class Places(NamedTuple):
     "Where true matches stand, sorted by query and place."
-    row:np.ndarray  # (M,) queries
-    rank:np.ndarray # (M,) places from 0, ties in the gallery's order
-    low:np.ndarray  # (M,) places if ties fell well
-    high:np.ndarray # (M,) places if ties fell badly
-    col:np.ndarray  # (M,) which gallery picture it is
+
+    row: np.ndarray  # (M,) queries
+    rank: np.ndarray  # (M,) places from 0, ties in the gallery's order
+    low: np.ndarray  # (M,) places if ties fell well
+    high: np.ndarray  # (M,) places if ties fell badly
+    col: np.ndarray  # (M,) which gallery picture it is
 
 # %% ../../nbs/retrieval/05_places.ipynb #a2560f0e
 def chunk_places(
-    s,           # (c, G) scores, numpy or a tensor
-    match:Pairs, # M true matches
+    s,  # (c, G) scores, numpy or a tensor
+    match: Pairs,  # M true matches
 ) -> Places:
     "The places of a chunk's matches: the same integers as `places`, and their bounds."
-    if not len(match.row): return Places(match.row, *[match.col]*4)
+    if not len(match.row):
+        return Places(match.row, *[match.col] * 4)
     ahead, upto = _counts_on_device(s, match) if isinstance(s, Tensor) else counts(s, match)
     rank = ahead.copy()
-    tied = upto-ahead > 1
+    tied = upto - ahead > 1
     for k in np.flatnonzero(tied):
         r, c = match.row[k], match.col[k]
-        rank[k] += int((s[r,:c] == s[r,c]).sum())
+        rank[k] += int((s[r, :c] == s[r, c]).sum())
     by = np.lexsort((rank, match.row))
     row, rank, ahead, upto, col = (v[by] for v in (match.row, rank, ahead, upto, match.col))
     low, high = tie_bounds(row, ahead, upto) if tied.any() else (rank, rank)

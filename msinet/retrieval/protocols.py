@@ -18,38 +18,45 @@ from .ranking import concat_rankings, rank, Ranking
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #e15cd29e
 def full_gallery(
-    q:Embeddings, g:Embeddings, # queries and gallery
-    same_cam_ok:bool=False,     # do pictures by the query's own camera count?
+    q: Embeddings,
+    g: Embeddings,  # queries and gallery
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
 ) -> Ranking:
     "All queries against the whole gallery. Errors as `rank`."
     return rank(*q, *g, same_cam_ok)
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #16a8d608
 def _draws(
-    rankings:list, # one `Ranking` per draw
-) -> Ranking: # queries of all draws, `draw` says which
+    rankings: list,  # one `Ranking` per draw
+) -> Ranking:  # queries of all draws, `draw` says which
     "Repeats of a random protocol as one ranking."
-    ends = np.cumsum([0]+[len(r.ranks) for r in rankings])
-    offsets = [r.offsets[:-1]+e for r,e in zip(rankings, ends)]
-    both = [np.concatenate([getattr(r, k) for r in rankings]) for k in ('ranks','low','high','cols')]
-    return Ranking(both[0], np.concatenate([*offsets, ends[-1:]]), *both[1:], draw=np.repeat(np.arange(len(rankings)), [len(r.n) for r in rankings]))
+    ends = np.cumsum([0] + [len(r.ranks) for r in rankings])
+    offsets = [r.offsets[:-1] + e for r, e in zip(rankings, ends)]
+    both = [np.concatenate([getattr(r, k) for r in rankings]) for k in ('ranks', 'low', 'high', 'cols')]
+    return Ranking(
+        both[0],
+        np.concatenate([*offsets, ends[-1:]]),
+        *both[1:],
+        draw=np.repeat(np.arange(len(rankings)), [len(r.n) for r in rankings]),
+    )
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #80de2801
 def one_of_each(
-    pid:np.ndarray, # (N,) identities
-    rng,            # numpy generator
-) -> np.ndarray: # one index per identity, in the order of identities
+    pid: np.ndarray,  # (N,) identities
+    rng,  # numpy generator
+) -> np.ndarray:  # one index per identity, in the order of identities
     "Draw one picture of each identity."
     shuffled = rng.permutation(len(pid))
     return shuffled[np.unique(pid[shuffled], return_index=True)[1]]
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #533e0418
 def one_image_galleries(
-    q:Embeddings, g:Embeddings, # together: all test pictures
-    same_cam_ok:bool=True,      # do pictures by the query's own camera count?
-    n:int=10,                   # draws
-    seed:int=0,                 # of the draws
-) -> Ranking: # `cols` count pictures of queries and gallery together
+    q: Embeddings,
+    g: Embeddings,  # together: all test pictures
+    same_cam_ok: bool = True,  # do pictures by the query's own camera count?
+    n: int = 10,  # draws
+    seed: int = 0,  # of the draws
+) -> Ranking:  # `cols` count pictures of queries and gallery together
     "VehicleID's protocol: one picture of each identity is searched, all others ask; repeated. Errors as `rank`."
     cam = None if q.cam is None or g.cam is None else torch.cat([q.cam, g.cam])
     pool, out = Embeddings(torch.cat([q.f, g.f]), torch.cat([q.pid, g.pid]), cam), []
@@ -62,18 +69,22 @@ def one_image_galleries(
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #bb28730a
 def image_to_track(
-    q:Embeddings, g:Embeddings, # queries and gallery
-    same_cam_ok:bool=False,     # do tracks by the query's own camera count?
-) -> Ranking: # `cols` count tracks, ordered by identity and camera
+    q: Embeddings,
+    g: Embeddings,  # queries and gallery
+    same_cam_ok: bool = False,  # do tracks by the query's own camera count?
+) -> Ranking:  # `cols` count tracks, ordered by identity and camera
     "Rank tracks by their nearest picture (VeRi-776). Raises `InputError` without cameras; errors as `rank`."
-    if g.cam is None: raise InputError('gallery has no cameras; expected one per picture: a track is what one camera saw of one identity')
+    if g.cam is None:
+        raise InputError(
+            'gallery has no cameras; expected one per picture: a track is what one camera saw of one identity'
+        )
     key = torch.stack([g.pid, g.cam], 1).cpu()
     tracks, which = torch.unique(key, dim=0, return_inverse=True)
     order = which.argsort(stable=True)
     start = np.searchsorted(which[order].numpy(), np.arange(len(tracks)))
     at = order.to(g.f.device)
     found = []
-    for _,s,match in filtered_scores(q, Embeddings(*(v[at] for v in g)), same_cam_ok):
+    for _, s, match in filtered_scores(q, Embeddings(*(v[at] for v in g)), same_cam_ok):
         near = np.minimum.reduceat(s.cpu().numpy() if isinstance(s, Tensor) else s, start, axis=1)
         pairs = np.unique(np.stack([match.row, which[order].numpy()[match.col]]), axis=1)
         found.append((chunk_places(near, Pairs(*pairs)), len(s)))
@@ -81,31 +92,34 @@ def image_to_track(
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #3a1bbcda
 def single_shot(
-    q:Embeddings, g:Embeddings, # queries and gallery
-    same_cam_ok:bool=False,     # do pictures by the query's own camera count?
-    n:int=10,                   # draws
-    seed:int=0,                 # of the draws
-) -> Ranking: # `cols` count identities of the gallery, sorted
+    q: Embeddings,
+    g: Embeddings,  # queries and gallery
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    n: int = 10,  # draws
+    seed: int = 0,  # of the draws
+) -> Ranking:  # `cols` count identities of the gallery, sorted
     "One picture of each identity in the gallery, one match for each query; repeated. Errors as `rank`."
     g_pid = g.pid.cpu().numpy()
     rngs = [np.random.default_rng([seed, k]) for k in range(n)]
-    ids, drawn, found = np.unique(g_pid), [one_of_each(g_pid, rng) for rng in rngs], [[] for _ in rngs]
-    for _,s,match in filtered_scores(q, g, same_cam_ok):
+    ids = np.unique(g_pid)
+    drawn = [one_of_each(g_pid, rng) for rng in rngs]
+    found = [[] for _ in rngs]
+    for _, s, match in filtered_scores(q, g, same_cam_ok):
         s = s.cpu().numpy() if isinstance(s, Tensor) else s
         row, start, many = np.unique(match.row, return_index=True, return_counts=True)
-        for out,there,rng in zip(found, drawn, rngs):
-            own = match.col[start + (rng.random(len(row))*many).astype(int)]
-            col, few = np.searchsorted(ids, g_pid[own]), s[:,there]
-            few[row,col] = s[row,own]
+        for out, there, rng in zip(found, drawn, rngs):
+            own = match.col[start + (rng.random(len(row)) * many).astype(int)]
+            col, few = np.searchsorted(ids, g_pid[own]), s[:, there]
+            few[row, col] = s[row, own]
             out.append((chunk_places(few, Pairs(row, col)), len(s)))
     return _draws([concat_rankings(f) for f in found])
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #38511a1d
-_PROTOCOLS = dict(VID=one_image_galleries) # by the set's short name; `full_gallery` for all others
+_PROTOCOLS = dict(VID=one_image_galleries)  # by the set's short name; `full_gallery` for all others
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #44d957e6
 def protocol_of(
-    name:str, # of a set; with a plus, of joined ones
-): # called as protocol(queries, gallery, same_cam_ok)
+    name: str,  # of a set; with a plus, of joined ones
+):  # called as protocol(queries, gallery, same_cam_ok)
     "How a set is measured."
     return _PROTOCOLS.get(name.partition('+')[0], full_gallery)

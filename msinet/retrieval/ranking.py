@@ -19,121 +19,168 @@ from .places import chunk_places, Embeddings, filtered_scores
 @dataclass(frozen=True)
 class Ranking:
     "Where the true matches of each query stand after the filter; all metrics are read from here."
-    ranks:np.ndarray   # (M,) int64 places from 0, query after query, sorted within each
-    offsets:np.ndarray # (Q+1,) int64; query i has ranks[offsets[i]:offsets[i+1]]
-    low:np.ndarray|None=None  # (M,) places if ties fell well
-    high:np.ndarray|None=None # (M,) places if ties fell badly
-    cols:np.ndarray|None=None # (M,) which gallery picture stands there
-    draw:np.ndarray|None=None # (Q,) number of the random draw, where a protocol is repeated
 
-    def of(self, q:int) -> np.ndarray: return self.ranks[self.offsets[q]:self.offsets[q+1]]
-    @property
-    def n(self) -> np.ndarray: return np.diff(self.offsets) # (Q,) matches of each query
-    @property
-    def skipped(self) -> int: return int((self.n == 0).sum())
-    @property
-    def row(self) -> np.ndarray: return np.repeat(np.arange(len(self.n)), self.n) # (M,) query of each match
-    @property
-    def nth(self) -> np.ndarray: return np.arange(len(self.ranks)) - self.offsets[self.row] # (M,) number within its query
+    ranks: np.ndarray  # (M,) int64 places from 0, query after query, sorted within each
+    offsets: np.ndarray  # (Q+1,) int64; query i has ranks[offsets[i]:offsets[i+1]]
+    low: np.ndarray | None = None  # (M,) places if ties fell well
+    high: np.ndarray | None = None  # (M,) places if ties fell badly
+    cols: np.ndarray | None = None  # (M,) which gallery picture stands there
+    draw: np.ndarray | None = None  # (Q,) number of the random draw, where a protocol is repeated
 
-    def per_query(self, v) -> np.ndarray: # (Q,) means of one value per match; NaN without a match
-        with np.errstate(invalid='ignore'): return np.bincount(self.row, v, len(self.n))/self.n
-    def at(self, k) -> np.ndarray: # (Q,) place of the first (0) or last (-1) match; NaN without one
+    def of(self, q: int) -> np.ndarray:
+        return self.ranks[self.offsets[q] : self.offsets[q + 1]]
+
+    @property
+    def n(self) -> np.ndarray:
+        return np.diff(self.offsets)  # (Q,) matches of each query
+
+    @property
+    def skipped(self) -> int:
+        return int((self.n == 0).sum())
+
+    @property
+    def row(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.n)), self.n)  # (M,) query of each match
+
+    @property
+    def nth(self) -> np.ndarray:
+        return np.arange(len(self.ranks)) - self.offsets[self.row]  # (M,) number within its query
+
+    def per_query(self, v) -> np.ndarray:  # (Q,) means of one value per match; NaN without a match
+        with np.errstate(invalid='ignore'):
+            return np.bincount(self.row, v, len(self.n)) / self.n
+
+    def at(self, k) -> np.ndarray:  # (Q,) place of the first (0) or last (-1) match; NaN without one
         out, some = np.full(len(self.n), np.nan), self.n > 0
-        out[some] = self.ranks[(self.offsets[:-1] if k == 0 else self.offsets[1:]-1)[some]]
+        out[some] = self.ranks[(self.offsets[:-1] if k == 0 else self.offsets[1:] - 1)[some]]
         return out
+
     @property
-    def first(self) -> np.ndarray: return self.at(0)
+    def first(self) -> np.ndarray:
+        return self.at(0)
+
     @property
-    def ap(self) -> np.ndarray: return self.per_query((self.nth+1)/(self.ranks+1))
+    def ap(self) -> np.ndarray:
+        return self.per_query((self.nth + 1) / (self.ranks + 1))
+
     @property
     def ap_trapezoid(self) -> np.ndarray:
-        before = np.where(self.ranks == 0, 1, self.nth/np.maximum(self.ranks, 1))
-        return self.per_query((before + (self.nth+1)/(self.ranks+1))/2)
+        before = np.where(self.ranks == 0, 1, self.nth / np.maximum(self.ranks, 1))
+        return self.per_query((before + (self.nth + 1) / (self.ranks + 1)) / 2)
+
     @property
-    def inp(self) -> np.ndarray: return self.n/(self.at(-1)+1)
+    def inp(self) -> np.ndarray:
+        return self.n / (self.at(-1) + 1)
 
     def mean(self, v) -> float:
         if self.skipped == len(self.n):
-            raise InputError(f'none of the {len(self.n)} queries has a match in the gallery; expected some: check identities and cameras')
+            raise InputError(
+                f'none of the {len(self.n)} queries has a match in the gallery; expected some: check identities '
+                'and cameras'
+            )
         return float(v[self.n > 0].mean())
-    def cmc(self, k:int=1) -> float: return self.mean(self.first < k)
-    def mean_ap(self) -> float: return self.mean(self.ap)
-    def minp(self) -> float: return self.mean(self.inp)
-    def curve(self, kmax:int=50) -> np.ndarray:
+
+    def cmc(self, k: int = 1) -> float:
+        return self.mean(self.first < k)
+
+    def mean_ap(self) -> float:
+        return self.mean(self.ap)
+
+    def minp(self) -> float:
+        return self.mean(self.inp)
+
+    def curve(self, kmax: int = 50) -> np.ndarray:
         first = self.first
-        return np.array([self.mean(first < k) for k in range(1, kmax+1)])
+        return np.array([self.mean(first < k) for k in range(1, kmax + 1)])
 
     @property
-    def tied(self) -> int: return 0 if self.low is None else len(np.unique(self.row[self.low != self.high])) # queries
+    def tied(self) -> int:
+        return 0 if self.low is None else len(np.unique(self.row[self.low != self.high]))  # queries
+
     @property
-    def lucky(self): return self if self.low is None else replace(self, ranks=self.low)
+    def best_ties(self):
+        return self if self.low is None else replace(self, ranks=self.low)
+
     @property
-    def unlucky(self): return self if self.high is None else replace(self, ranks=self.high)
+    def worst_ties(self):
+        return self if self.high is None else replace(self, ranks=self.high)
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #a69e87fd
 def concat_rankings(
-    found:list, # of (`Places` of a chunk of queries, how many queries)
+    found: list,  # of (`Places` of a chunk of queries, how many queries)
 ) -> Ranking:
     "The places of several chunks, behind each other."
     none = np.zeros(0, np.int64)
-    n = [np.bincount(p.row, minlength=c) for p,c in found]
-    ranks, low, high, cols = (np.concatenate([none, *v]) for v in zip(*(p[1:] for p,_ in found))) if found else [none]*4
+    n = [np.bincount(p.row, minlength=c) for p, c in found]
+    ranks, low, high, cols = (
+        (np.concatenate([none, *v]) for v in zip(*(p[1:] for p, _ in found))) if found else [none] * 4
+    )
     return Ranking(ranks, np.cumsum(np.concatenate([[0], *n])).astype(np.int64), low, high, cols)
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #257fe4a2
 def rank(
-    q_f:Tensor,        # (Q, D) features of the queries
-    q_pid:Tensor,      # (Q,) int64
-    q_cam:Tensor|None, # (Q,) int64; None where there are none
-    g_f:Tensor,        # (G, D) features of the gallery
-    g_pid:Tensor,      # (G,) int64
-    g_cam:Tensor|None, # (G,) int64; None where there are none
-    same_cam_ok:bool=False, # do pictures by the query's own camera count?
-    chunk:int=256,     # queries at a time
+    q_f: Tensor,  # (Q, D) features of the queries
+    q_pid: Tensor,  # (Q,) int64
+    q_cam: Tensor | None,  # (Q,) int64; None where there are none
+    g_f: Tensor,  # (G, D) features of the gallery
+    g_pid: Tensor,  # (G,) int64
+    g_cam: Tensor | None,  # (G,) int64; None where there are none
+    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    chunk: int = 256,  # queries at a time
 ) -> Ranking:
     "Rank by squared Euclidean distance of the features as given; ties in the gallery's order. Errors as `checked_pair`."
     q, g = Embeddings(q_f, q_pid, q_cam), Embeddings(g_f, g_pid, g_cam)
-    return concat_rankings([(chunk_places(s, match), len(s)) for _,s,match in filtered_scores(q, g, same_cam_ok, chunk)])
+    return concat_rankings(
+        [(chunk_places(s, match), len(s)) for _, s, match in filtered_scores(q, g, same_cam_ok, chunk)]
+    )
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #dee6ddd1
 def metrics_table(
-    r:Ranking,
-    ks=(1,5,10), # ranks of the CMC
-) -> pd.DataFrame: # one row per metric; columns mean, se, low, high, and sd where there are draws
+    r: Ranking,
+    ks=(1, 5, 10),  # ranks of the CMC
+) -> pd.DataFrame:  # one row per metric; columns mean, se, low, high, and sd where there are draws
     "Each metric, its standard error over queries (of one draw), its spread over draws, and its bounds by ties. Errors as `Ranking.mean`."
-    value = lambda name, r: r.ap if name == 'mAP' else r.inp if name == 'mINP' else (r.first < int(name[1:])).astype(float)
+    value = lambda name, r: (
+        r.ap if name == 'mAP' else r.inp if name == 'mINP' else (r.first < int(name[1:])).astype(float)
+    )
     some, draw = r.n > 0, np.zeros(len(r.n), int) if r.draw is None else r.draw
     rows = {}
     for name in ('mAP', *(f'R{k}' for k in ks), 'mINP'):
         v = value(name, r)[some]
         by_draw = pd.Series(v).groupby(draw[some])
-        rows[name] = dict(mean=r.mean(value(name, r)), se=v.std(ddof=1)/(len(v)/by_draw.ngroups)**.5 if len(v) > 1 else np.nan,
-                          low=r.mean(value(name, r.unlucky)), high=r.mean(value(name, r.lucky)))
-        if r.draw is not None: rows[name]['sd'] = by_draw.mean().std()
+        rows[name] = dict(
+            mean=r.mean(value(name, r)),
+            se=v.std(ddof=1) / (len(v) / by_draw.ngroups) ** 0.5 if len(v) > 1 else np.nan,
+            low=r.mean(value(name, r.worst_ties)),
+            high=r.mean(value(name, r.best_ties)),
+        )
+        if r.draw is not None:
+            rows[name]['sd'] = by_draw.mean().std()
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #61438ec2
 def query_table(
-    r:Ranking,
-    names=None, # Q names of pictures; None: numbers
-) -> pd.DataFrame: # one row per query
+    r: Ranking,
+    names=None,  # Q names of pictures; None: numbers
+) -> pd.DataFrame:  # one row per query
     "Matches, place of the first match, AP with its bounds by ties, and INP of each query."
-    columns = dict(n=r.n, first=r.first, AP=r.ap, low=r.unlucky.ap, high=r.lucky.ap, INP=r.inp)
-    if r.draw is not None: columns['draw'] = r.draw
+    columns = dict(n=r.n, first=r.first, AP=r.ap, low=r.worst_ties.ap, high=r.best_ties.ap, INP=r.inp)
+    if r.draw is not None:
+        columns['draw'] = r.draw
     return pd.DataFrame(columns, index=pd.Index(range(len(r.n)) if names is None else names, name='query'))
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #d6d67d09
 def camera_table(
-    r:Ranking,        # with `cols`, as `rank` gives it
-    q_cam, g_cam,     # (Q,) and (G,) cameras
-) -> pd.DataFrame: # one row per pair of cameras
+    r: Ranking,  # with `cols`, as `rank` gives it
+    q_cam,
+    g_cam,  # (Q,) and (G,) cameras
+) -> pd.DataFrame:  # one row per pair of cameras
     "AP and R1 of queries by one camera when only matches by another count, and how many queries that is."
     q_cam, g_cam = np.asarray(q_cam), np.asarray(g_cam)
-    m = pd.DataFrame(dict(row=r.row, query=q_cam[r.row], gallery=g_cam[r.cols], wrong=r.ranks-r.nth))
-    one = m.groupby(['query','gallery','row'])
+    m = pd.DataFrame(dict(row=r.row, query=q_cam[r.row], gallery=g_cam[r.cols], wrong=r.ranks - r.nth))
+    one = m.groupby(['query', 'gallery', 'row'])
     j = one.cumcount()
-    m['AP'] = (j+1)/(m.wrong+j+1)
+    m['AP'] = (j + 1) / (m.wrong + j + 1)
     m['R1'] = (m.wrong == 0).astype(float)
-    each = m.groupby(['query','gallery','row']).agg(AP=('AP','mean'), R1=('R1','max'))
-    return each.groupby(['query','gallery']).agg(n=('AP','size'), AP=('AP','mean'), R1=('R1','mean')).reset_index()
+    each = m.groupby(['query', 'gallery', 'row']).agg(AP=('AP', 'mean'), R1=('R1', 'max'))
+    return each.groupby(['query', 'gallery']).agg(n=('AP', 'size'), AP=('AP', 'mean'), R1=('R1', 'mean')).reset_index()

@@ -17,55 +17,65 @@ from .places import valid_vectors
 # %% ../../nbs/retrieval/06_refine.ipynb #94363dd7
 class FlipAveraged(nn.Module):
     "A network whose `embed` looks at each picture and its mirror image; a stand-in for it wherever vectors are made."
-    def __init__(self,
-        net:nn.Module, # with a method `embed`: (B, 3, H, W) -> (B, D)
+
+    def __init__(
+        self,
+        net: nn.Module,  # with a method `embed`: (B, 3, H, W) -> (B, D)
     ):
         super().__init__()
         self.net = net
 
-    def embed(self, x:Tensor) -> Tensor: return (F.normalize(self.net.embed(x)) + F.normalize(self.net.embed(x.flip(3))))/2
+    def embed(self, x: Tensor) -> Tensor:
+        return (F.normalize(self.net.embed(x)) + F.normalize(self.net.embed(x.flip(3)))) / 2
 
 # %% ../../nbs/retrieval/06_refine.ipynb #5ec6049e
 class Whitening(NamedTuple):
     "A shift and a turn of vectors: `(f - mean) @ turn`."
-    mean:Tensor # (D,)
-    turn:Tensor # (D, d)
+
+    mean: Tensor  # (D,)
+    turn: Tensor  # (D, d)
 
 # %% ../../nbs/retrieval/06_refine.ipynb #278ce302
 def fit_whitening(
-    f:Tensor,       # (N, D) vectors of training pictures
-    d:int=None,     # directions to keep; None: all D
-    share:float=1., # how much of the spread is divided out, from 0 (turn only) to 1
-    eps:float=1e-6, # variances below this share of the largest count as this
+    f: Tensor,  # (N, D) vectors of training pictures
+    d: int = None,  # directions to keep; None: all D
+    share: float = 1.0,  # how much of the spread is divided out, from 0 (turn only) to 1
+    eps: float = 1e-6,  # variances below this share of the largest count as this
 ) -> Whitening:
     "PCA whitening. Raises `InputError` for fewer than two pictures and for broken vectors."
     f = valid_vectors(f, 'training')
-    if len(f) < 2: raise InputError(f'{len(f)} training vectors; expected two or more, better many times their length {f.shape[1]}')
+    if len(f) < 2:
+        raise InputError(
+            f'{len(f)} training vectors; expected two or more, better many times their length {f.shape[1]}'
+        )
     x = f.double()
     var, axes = torch.linalg.eigh(torch.cov(x.T, correction=0).reshape(f.shape[1], -1))
-    var, axes = var.flip(0)[:d], axes.flip(1)[:,:d]
-    return Whitening(x.mean(0).to(f.dtype), (axes*var.clamp(min=eps*var[0])**(-share/2)).to(f.dtype))
+    var, axes = var.flip(0)[:d], axes.flip(1)[:, :d]
+    return Whitening(x.mean(0).to(f.dtype), (axes * var.clamp(min=eps * var[0]) ** (-share / 2)).to(f.dtype))
 
 # %% ../../nbs/retrieval/06_refine.ipynb #21cd2c99
 def whiten(
-    f:Tensor,    # (N, D) vectors
-    w:Whitening, # what `fit_whitening` gave
-) -> Tensor: # (N, d) of length 1
+    f: Tensor,  # (N, D) vectors
+    w: Whitening,  # what `fit_whitening` gave
+) -> Tensor:  # (N, d) of length 1
     "Shift, turn, and scale each vector to length 1."
-    return F.normalize((f-w.mean)@w.turn)
+    return F.normalize((f - w.mean) @ w.turn)
 
 # %% ../../nbs/retrieval/06_refine.ipynb #e877e873
 def expand_queries(
-    q_f:Tensor,     # (Q, D) of length 1
-    g_f:Tensor,     # (G, D) of length 1
-    k:int=5,        # how many answers speak
-    alpha:float=3., # how much louder the similar ones are
-    chunk:int=256,  # queries at a time
-) -> Tensor: # (Q, D) of length 1
+    q_f: Tensor,  # (Q, D) of length 1
+    g_f: Tensor,  # (G, D) of length 1
+    k: int = 5,  # how many answers speak
+    alpha: float = 3.0,  # how much louder the similar ones are
+    chunk: int = 256,  # queries at a time
+) -> Tensor:  # (Q, D) of length 1
     "α-weighted query expansion. Errors as `valid_vectors`; `InputError` for k below 1."
-    if k < 1: raise InputError(f'k is {k}; expected at least one answer')
-    q_f, g_f, out = valid_vectors(q_f, 'query'), valid_vectors(g_f, 'gallery'), []
+    if k < 1:
+        raise InputError(f'k is {k}; expected at least one answer')
+    q_f = valid_vectors(q_f, 'query')
+    g_f = valid_vectors(g_f, 'gallery')
+    out = []
     for q in q_f.split(chunk):
-        near, idx = (q@g_f.T).topk(min(k, len(g_f)), dim=1)
-        out.append(F.normalize(q + (near.clamp(min=0)[...,None]**alpha*g_f[idx]).sum(1)))
+        near, idx = (q @ g_f.T).topk(min(k, len(g_f)), dim=1)
+        out.append(F.normalize(q + (near.clamp(min=0)[..., None] ** alpha * g_f[idx]).sum(1)))
     return torch.cat(out)

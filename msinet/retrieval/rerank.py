@@ -19,152 +19,175 @@ from .places import sq_dist, valid_vectors
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #1ccf9c0e
 def _sq_chunks(
-    q:Tensor,      # (Q, D) valid features
-    g:Tensor,      # (G, D)
-    chunk:int=256, # rows at a time
-) -> Iterator[tuple[int,np.ndarray|Tensor]]: # the first row; squared distances (c, G), overwritten by the next chunk
+    q: Tensor,  # (Q, D) valid features
+    g: Tensor,  # (G, D)
+    chunk: int = 256,  # rows at a time
+) -> Iterator[
+    tuple[int, np.ndarray | Tensor]
+]:  # the first row; squared distances (c, G), overwritten by the next chunk
     "Squared Euclidean distances, chunk by chunk: numpy arrays for features on the CPU, tensors elsewhere."
-    if q.device.type != 'cpu': yield from ((lo, sq_dist(q[lo:lo+chunk], g)) for lo in range(0, len(q), chunk)); return
+    if q.device.type != 'cpu':
+        yield from ((lo, sq_dist(q[lo : lo + chunk], g)) for lo in range(0, len(q), chunk))
+        return
     q, g = q.numpy(), g.numpy()
     qq, gg = (np.einsum('nd,nd->n', x, x) for x in (q, g))
     out = np.empty((min(chunk, len(q)), len(g)), g.dtype)
     for lo in range(0, len(q), chunk):
-        d = np.matmul(q[lo:lo+chunk], g.T, out=out[:len(q[lo:lo+chunk])])
+        d = np.matmul(q[lo : lo + chunk], g.T, out=out[: len(q[lo : lo + chunk])])
         np.subtract(gg, np.multiply(d, 2, out=d), out=d)
-        yield lo, np.maximum(np.add(d, qq[lo:lo+chunk,None], out=d), 0, out=d)
+        yield lo, np.maximum(np.add(d, qq[lo : lo + chunk, None], out=d), 0, out=d)
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #bc2ddc35
 def k_nearest(
-    f:Tensor, # (N, D) valid features
-    k:int,    # neighbours beside itself
-) -> tuple[np.ndarray,np.ndarray]: # (N, min(k+1, N)) int64, each row starts with itself; (N,) largest squared distance
+    f: Tensor,  # (N, D) valid features
+    k: int,  # neighbours beside itself
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (N, min(k+1, N)) int64, each row starts with itself; (N,) largest squared distance
     "The k nearest of each picture, itself first, in the order of a stable sort."
     near, far = [], []
-    for lo,d in _sq_chunks(f, f):
+    for lo, d in _sq_chunks(f, f):
         far.append(np.asarray(d.max(1) if isinstance(d, np.ndarray) else d.amax(1).cpu()))
-        d[range(len(d)), range(lo, lo+len(d))] = -1
-        if isinstance(d, np.ndarray): near += [first_k(row, k+1) for row in d]
-        else: near += [*d.argsort(dim=1, stable=True)[:,:k+1].cpu().numpy()]
+        d[range(len(d)), range(lo, lo + len(d))] = -1
+        if isinstance(d, np.ndarray):
+            near += [first_k(row, k + 1) for row in d]
+        else:
+            near += [*d.argsort(dim=1, stable=True)[:, : k + 1].cpu().numpy()]
     return np.stack(near), np.maximum(np.concatenate(far), 1e-12)
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #00dc0139
 def reciprocal(
-    near:np.ndarray, # (N, ≥ k+1), what `k_nearest` gave
-    k:int,           # neighbours beside itself
-) -> sparse.csr_matrix: # (N, N) of ones, symmetric
+    near: np.ndarray,  # (N, ≥ k+1), what `k_nearest` gave
+    k: int,  # neighbours beside itself
+) -> sparse.csr_matrix:  # (N, N) of ones, symmetric
     "R(i, k): who is among the k nearest of each other."
-    N, w = len(near), min(k+1, near.shape[1])
-    m = sparse.csr_matrix((np.ones(N*w, np.float32), near[:,:w].ravel(), np.arange(0, N*w+1, w)), (N,N))
+    N, w = len(near), min(k + 1, near.shape[1])
+    m = sparse.csr_matrix((np.ones(N * w, np.float32), near[:, :w].ravel(), np.arange(0, N * w + 1, w)), (N, N))
     return m.multiply(m.T).tocsr()
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #74b5416e
 def expand(
-    r:sparse.csr_matrix,    # (c, N) of ones, some rows of R(i, k)
-    half:sparse.csr_matrix, # (N, N) of ones, R(j, k/2)
-) -> sparse.csr_matrix: # (c, N) of ones
+    r: sparse.csr_matrix,  # (c, N) of ones, some rows of R(i, k)
+    half: sparse.csr_matrix,  # (N, N) of ones, R(j, k/2)
+) -> sparse.csr_matrix:  # (c, N) of ones
     "Add the sets of those neighbours whose set is known for more than two thirds."
-    known = r.multiply(r@half.T).tocoo()
+    known = r.multiply(r @ half.T).tocoo()
     size = np.diff(half.indptr)
-    yes = 3*known.data > 2*size[known.col]
+    yes = 3 * known.data > 2 * size[known.col]
     trusted = sparse.csr_matrix((np.ones(yes.sum(), np.float32), (known.row[yes], known.col[yes])), r.shape)
-    out = (r + trusted@half).tocsr()
+    out = (r + trusted @ half).tocsr()
     out.data[:] = 1
     return out
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #d8259afe
 def _pair_sq(
-    f:np.ndarray,                 # (N, D) features
-    row:np.ndarray, col:np.ndarray, # (P,) pairs
-    chunk:int=2**14,              # pairs at a time
-) -> np.ndarray: # (P,)
+    f: np.ndarray,  # (N, D) features
+    row: np.ndarray,
+    col: np.ndarray,  # (P,) pairs
+    chunk: int = 2**14,  # pairs at a time
+) -> np.ndarray:  # (P,)
     "Squared Euclidean distances of some pairs."
     out = np.empty(len(row), f.dtype)
     for lo in range(0, len(row), chunk):
-        d = f[row[lo:lo+chunk]]-f[col[lo:lo+chunk]]
-        np.einsum('pd,pd->p', d, d, out=out[lo:lo+chunk])
+        d = f[row[lo : lo + chunk]] - f[col[lo : lo + chunk]]
+        np.einsum('pd,pd->p', d, d, out=out[lo : lo + chunk])
     return out
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #05bef9df
 def sparse_weights(
-    f:Tensor,  # (N, D) valid features
-    k1:int=20, # width of the search for reciprocal neighbours
-    k2:int=6,  # how many rows are averaged; 1 leaves them alone
-    chunk:int=4096, # rows at a time
-) -> tuple[sparse.csr_matrix,np.ndarray]: # (N, N), rows add up to 1; (N,) largest squared distance
+    f: Tensor,  # (N, D) valid features
+    k1: int = 20,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many rows are averaged; 1 leaves them alone
+    chunk: int = 4096,  # rows at a time
+) -> tuple[sparse.csr_matrix, np.ndarray]:  # (N, N), rows add up to 1; (N,) largest squared distance
     "Weighted reciprocal neighbours of each picture, as `neighbour_weights`. Raises `InputError` for k below 1."
-    if k1 < 1 or k2 < 1: raise InputError(f'k1 is {k1} and k2 is {k2}; expected at least 1 for both')
-    near, far = k_nearest(f, max(k1, k2-1))
-    whole, half, x, parts = reciprocal(near, k1), reciprocal(near, round(k1/2)), f.cpu().numpy(), []
+    if k1 < 1 or k2 < 1:
+        raise InputError(f'k1 is {k1} and k2 is {k2}; expected at least 1 for both')
+    near, far = k_nearest(f, max(k1, k2 - 1))
+    whole = reciprocal(near, k1)
+    half = reciprocal(near, round(k1 / 2))
+    x = f.cpu().numpy()
+    parts = []
     for lo in range(0, len(x), chunk):
-        m = expand(whole[lo:lo+chunk], half)
-        row = np.repeat(np.arange(lo, lo+m.shape[0]), np.diff(m.indptr))
-        m.data = np.exp(-_pair_sq(x, row, m.indices)/far[row])
-        parts.append(sparse.diags(1/np.asarray(m.sum(1)).ravel())@m)
-    v, own = sparse.vstack(parts, 'csr'), near[:,:k2]
-    mean = sparse.csr_matrix((np.full(own.size, 1/own.shape[1], x.dtype), own.ravel(), np.arange(0, own.size+1, own.shape[1])), v.shape)
-    return (mean@v).tocsr(), far
+        m = expand(whole[lo : lo + chunk], half)
+        row = np.repeat(np.arange(lo, lo + m.shape[0]), np.diff(m.indptr))
+        m.data = np.exp(-_pair_sq(x, row, m.indices) / far[row])
+        parts.append(sparse.diags(1 / np.asarray(m.sum(1)).ravel()) @ m)
+    v, own = sparse.vstack(parts, 'csr'), near[:, :k2]
+    mean = sparse.csr_matrix(
+        (np.full(own.size, 1 / own.shape[1], x.dtype), own.ravel(), np.arange(0, own.size + 1, own.shape[1])), v.shape
+    )
+    return (mean @ v).tocsr(), far
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #8f24fb6d
 def shared_weights(
-    v:sparse.csr_matrix, # (N, L) weights, rows add up to 1
-    w:sparse.csc_matrix, # (M, L) the same, by columns
-    row:int,             # of v
-) -> np.ndarray: # (M,) float64
+    v: sparse.csr_matrix,  # (N, L) weights, rows add up to 1
+    w: sparse.csc_matrix,  # (M, L) the same, by columns
+    row: int,  # of v
+) -> np.ndarray:  # (M,) float64
     "How much weight a row shares with each of `w`: the sum of minima."
-    own = slice(v.indptr[row], v.indptr[row+1])
+    own = slice(v.indptr[row], v.indptr[row + 1])
     start, n = w.indptr[v.indices[own]], np.diff(w.indptr)[v.indices[own]]
-    at = np.arange(n.sum()) + np.repeat(start-np.cumsum(n)+n, n)
+    at = np.arange(n.sum()) + np.repeat(start - np.cumsum(n) + n, n)
     return np.bincount(w.indices[at], np.minimum(w.data[at], np.repeat(v.data[own], n)), w.shape[0])
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #b4ad3533
 def _jaccard_row(
-    v:sparse.csr_matrix, w:sparse.csc_matrix, row:int, # as for `gather_fn`
-) -> np.ndarray: # (M,) in [0, 1]
+    v: sparse.csr_matrix,
+    w: sparse.csc_matrix,
+    row: int,  # as for `gather_fn`
+) -> np.ndarray:  # (M,) in [0, 1]
     "Jaccard distances of a row to all of `w`."
     m = shared_weights(v, w, row)
-    return 1 - m/(2-m)
+    return 1 - m / (2 - m)
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #84b8ea26
 def rerank(
-    q_f:Tensor,   # (Q, D) features of the queries
-    g_f:Tensor,   # (G, D) features of the gallery
-    k1:int=20,    # width of the search for reciprocal neighbours
-    k2:int=6,     # how many rows are averaged
-    lam:float=.3, # share of the plain distance
-) -> Tensor: # (Q, G) distances to sort by
+    q_f: Tensor,  # (Q, D) features of the queries
+    g_f: Tensor,  # (G, D) features of the gallery
+    k1: int = 20,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many rows are averaged
+    lam: float = 0.3,  # share of the plain distance
+) -> Tensor:  # (Q, G) distances to sort by
     "k-reciprocal re-ranking of features as given (Zhong et al., 2017). Errors as `sparse_weights` and `valid_vectors`."
     q_f, g_f = valid_vectors(q_f, 'query'), valid_vectors(g_f, 'gallery')
     v, far = sparse_weights(torch.cat([q_f, g_f]), k1, k2)
-    w, out = v[len(q_f):].tocsc(), torch.empty(len(q_f), len(g_f), dtype=q_f.dtype)
-    for lo,d in _sq_chunks(q_f, g_f):
-        for k,row in enumerate(d if isinstance(d, np.ndarray) else d.cpu().numpy(), lo):
-            out[k] = torch.from_numpy((1-lam)*_jaccard_row(v, w, k) + lam*row/far[k])
+    w, out = v[len(q_f) :].tocsc(), torch.empty(len(q_f), len(g_f), dtype=q_f.dtype)
+    for lo, d in _sq_chunks(q_f, g_f):
+        for k, row in enumerate(d if isinstance(d, np.ndarray) else d.cpu().numpy(), lo):
+            out[k] = torch.from_numpy((1 - lam) * _jaccard_row(v, w, k) + lam * row / far[k])
     return out.to(q_f.device)
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #cf2bc723
 def jaccard(
-    f:Tensor,  # (N, D) features
-    k1:int=20, # width of the search for reciprocal neighbours
-    k2:int=6,  # how many rows are averaged
-) -> Tensor: # (N, N) in [0, 1]
+    f: Tensor,  # (N, D) features
+    k1: int = 20,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many rows are averaged
+) -> Tensor:  # (N, N) in [0, 1]
     "Jaccard distance of all pictures to each other. Errors as `sparse_weights` and `valid_vectors`."
     f = valid_vectors(f, 'picture')
     v, _ = sparse_weights(f, k1, k2)
     w, out = v.tocsc(), torch.empty(len(f), len(f), dtype=f.dtype)
-    for k in range(len(f)): out[k] = torch.from_numpy(_jaccard_row(v, w, k))
+    for k in range(len(f)):
+        out[k] = torch.from_numpy(_jaccard_row(v, w, k))
     return out.to(f.device)
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #e7b192c5
 def jaccard_sparse(
-    f:Tensor,      # (N, D) features
-    k1:int=20,     # width of the search for reciprocal neighbours
-    k2:int=6,      # how many rows are averaged
-    eps:float=.6,  # distances above it are left out; below 1
-) -> sparse.csr_matrix: # (N, N), what is not stored is farther than eps; zeros are stored
+    f: Tensor,  # (N, D) features
+    k1: int = 20,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many rows are averaged
+    eps: float = 0.6,  # distances above it are left out; below 1
+) -> sparse.csr_matrix:  # (N, N), what is not stored is farther than eps; zeros are stored
     "Jaccard distances up to `eps`, for clustering. Errors as `jaccard`."
     v, _ = sparse_weights(valid_vectors(f, 'picture'), k1, k2)
-    w, cols, data = v.tocsc(), [], []
+    w = v.tocsc()
+    cols = []
+    data = []
     for k in range(len(f)):
         d = _jaccard_row(v, w, k)
-        cols.append(np.flatnonzero(d <= eps)); data.append(d[cols[-1]].clip(0).astype(v.dtype))
-    return sparse.csr_matrix((np.concatenate(data), np.concatenate(cols), np.cumsum([0]+[len(c) for c in cols])), (len(f),)*2)
+        cols.append(np.flatnonzero(d <= eps))
+        data.append(d[cols[-1]].clip(0).astype(v.dtype))
+    return sparse.csr_matrix(
+        (np.concatenate(data), np.concatenate(cols), np.cumsum([0] + [len(c) for c in cols])), (len(f),) * 2
+    )

@@ -16,57 +16,71 @@ from ..losses import check_labels
 # %% ../../nbs/training/22_ablations.ipynb #d9a37732
 class SharedClassifier(nn.Module):
     "Scores by learnt rows in place of a memory: the arm *CE* of Fig. 5(a). One serves both twins, its rows are trained with ω."
-    def __init__(self,
-        n:int, # identities, the same in both twins
-        d:int, # length of a feature
+
+    def __init__(
+        self,
+        n: int,  # identities, the same in both twins
+        d: int,  # length of a feature
     ):
         super().__init__()
         self.classifier = nn.Linear(d, n, bias=False)
-        nn.init.normal_(self.classifier.weight, std=.001)
+        nn.init.normal_(self.classifier.weight, std=0.001)
 
-    def scores(self,
-        f:Tensor, # (B, D) features
-    ) -> Tensor: # (B, n)
+    def scores(
+        self,
+        f: Tensor,  # (B, D) features
+    ) -> Tensor:  # (B, n)
         return self.classifier(f.to(self.classifier.weight.dtype))
 
-    def loss(self,
-        f:Tensor, # (B, D) features
-        y:Tensor, # (B,) labels, 0 … n-1; `InputError` if not
-    ) -> Tensor: # scalar, mean over the batch
+    def loss(
+        self,
+        f: Tensor,  # (B, D) features
+        y: Tensor,  # (B,) labels, 0 … n-1; `InputError` if not
+    ) -> Tensor:  # scalar, mean over the batch
         "Cross-entropy of the scores, Eq. (5)."
         check_labels(y, self.classifier.out_features)
         return F.cross_entropy(self.scores(f), y)
 
-    def update(self, f:Tensor, y:Tensor, K:int=0): # as for `Memory.update`
+    def update(self, f: Tensor, y: Tensor, K: int = 0):  # as for `Memory.update`
         "Nothing: the optimiser of ω moves the rows."
 
 # %% ../../nbs/training/22_ablations.ipynb #b013960f
 def check_same_people(
-    train, val, # of `data.Item`, the twins
+    train,
+    val,  # of `data.Item`, the twins
 ):
     "Raises `InputError` unless both twins hold the same identities."
     a, b = ({t.pid for t in twin} for twin in (train, val))
-    if a != b: raise InputError(f"objective ce found twins with {len(a & b)} of {len(a | b)} identities in common, expected all: give overlap 1, or objective tcm")
+    if a != b:
+        raise InputError(
+            f"objective ce found twins with {len(a & b)} of {len(a | b)} identities in common, expected all: give "
+            "overlap 1, or objective tcm"
+        )
 
 # %% ../../nbs/training/22_ablations.ipynb #76d7420d
 def look_ahead(
-    omega:list,    # parameters ω, changed on the way and put back to the last bit
-    alpha:list,    # parameters α
-    g_train,       # parameters -> their gradients of the training loss, at the values they have now
-    g_val,         # the same of the validation loss
-    xi:float,      # length of the virtual step, the rate of ω
-    eps:float=.01, # how far ω is moved for the difference
-) -> list: # gradients for α
+    omega: list,  # parameters ω, changed on the way and put back to the last bit
+    alpha: list,  # parameters α
+    g_train,  # parameters -> their gradients of the training loss, at the values they have now
+    g_val,  # the same of the validation loss
+    xi: float,  # length of the virtual step, the rate of ω
+    eps: float = 0.01,  # how far ω is moved for the difference
+) -> list:  # gradients for α
     "α's gradient through one virtual SGD step of ω: DARTS, second order, by a central difference. Four passes instead of one."
     before = [w.detach().clone() for w in omega]
+
     @torch.no_grad()
-    def at(by, s): # ω is where it was, moved by s·by
-        for w,b,d in zip(omega, before, by): w.copy_(b + s*d)
+    def at(by, s):  # ω is where it was, moved by s·by
+        for w, b, d in zip(omega, before, by):
+            w.copy_(b + s * d)
+
     at(g_train(omega), -xi)
     both = g_val([*omega, *alpha])
-    v, direct = both[:len(omega)], both[len(omega):]
-    e = eps/torch.stack([g.norm() for g in v]).norm().clamp_min(1e-12)
-    at(v, e); up = g_train(alpha)
-    at(v, -e); low = g_train(alpha)
+    v, direct = both[: len(omega)], both[len(omega) :]
+    e = eps / torch.stack([g.norm() for g in v]).norm().clamp_min(1e-12)
+    at(v, e)
+    up = g_train(alpha)
+    at(v, -e)
+    low = g_train(alpha)
     at(v, 0)
-    return [d - xi*(p-m)/(2*e) for d,p,m in zip(direct, up, low)]
+    return [d - xi * (p - m) / (2 * e) for d, p, m in zip(direct, up, low)]

@@ -30,125 +30,174 @@ from .train import network
 # %% ../../nbs/training/23_pretrain.ipynb #259e146f
 class Classifier(nn.Module):
     "A backbone, the mean of its last map, and scores of classes."
-    def __init__(self,
-        backbone:nn.Module, # with `.channels`
-        n:int,              # classes
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # with `.channels`
+        n: int,  # classes
     ):
         super().__init__()
         self.backbone, self.classifier = backbone, nn.Linear(backbone.channels[-1], n)
-    def forward(self,
-        x:Tensor, # (B, 3, H, W)
-    ) -> Tensor: # (B, n)
-        return self.classifier(to_float32(self.backbone(x)[-1]).mean((2,3)))
+
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W)
+    ) -> Tensor:  # (B, n)
+        return self.classifier(to_float32(self.backbone(x)[-1]).mean((2, 3)))
 
 # %% ../../nbs/training/23_pretrain.ipynb #d4f80d07
 class ClassStep:
     "One step of classification: cross-entropy with smoothed labels."
-    def __init__(self,
-        net:Classifier, opt, # an optimiser of its parameters
-        eps:float=.1,        # label smoothing
-        acc=None,            # of `accelerator`; None takes float32
-    ): self.net, self.opt, self.eps, self.acc = net, opt, eps, acc or accelerator(str(device_of(net)))
+
+    def __init__(
+        self,
+        net: Classifier,
+        opt,  # an optimiser of its parameters
+        eps: float = 0.1,  # label smoothing
+        acc=None,  # of `accelerator`; None takes float32
+    ):
+        self.net = net
+        self.opt = opt
+        self.eps = eps
+        self.acc = acc or accelerator(str(device_of(net)))
 
     def __call__(self, batch) -> dict:
         x, y = (t.to(self.acc.device) for t in batch)
         self.opt.zero_grad()
-        with self.acc.autocast(): scores = self.net(x)
+        with self.acc.autocast():
+            scores = self.net(x)
         loss = F.cross_entropy(to_float32(scores), y, label_smoothing=self.eps)
         self.acc.backward(loss)
         self.opt.step()
         return dict(loss=loss.detach(), acc=(scores.argmax(1) == y).float().mean())
 
-    def stateful(self) -> dict: return dict(net=self.net, opt=self.opt, **scaler(self.acc))
-    def state_dict(self) -> dict: return {k: v.state_dict() for k,v in self.stateful().items()}
-    def load_state_dict(self, s:dict):
-        for k,v in self.stateful().items(): v.load_state_dict(s[k])
+    def stateful(self) -> dict:
+        return dict(net=self.net, opt=self.opt, **scaler(self.acc))
+
+    def state_dict(self) -> dict:
+        return {k: v.state_dict() for k, v in self.stateful().items()}
+
+    def load_state_dict(self, s: dict):
+        for k, v in self.stateful().items():
+            v.load_state_dict(s[k])
 
 # %% ../../nbs/training/23_pretrain.ipynb #28bfc803
 def cosine_at(
-    epoch:int,   # 0 is the first
-    base:float,  # the highest rate
-    epochs:int,  # of the run
-    warmup:int,  # epochs of linear climb
+    epoch: int,  # 0 is the first
+    base: float,  # the highest rate
+    epochs: int,  # of the run
+    warmup: int,  # epochs of linear climb
 ) -> float:
     "Learning rate of an epoch: linear warm-up, then half a cosine (Loshchilov and Hutter, 2017)."
-    if epoch < warmup: return base*(epoch+1)/(warmup+1)
-    return base/2*(1+math.cos(math.pi*(epoch-warmup)/max(1, epochs-warmup)))
+    if epoch < warmup:
+        return base * (epoch + 1) / (warmup + 1)
+    return base / 2 * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup)))
 
 # %% ../../nbs/training/23_pretrain.ipynb #7fb3698f
 @dataclass(frozen=True)
 class PretrainConfig:
     "Pre-train a backbone to classify a folder of classes, such as ImageNet. The recipe is ours: the paper gives none."
-    data:str                       # folder with train/CLASS/picture and val/CLASS/picture
-    out:str=''                     # the run's folder; empty takes the next free runs/pretrain-N
-    resume:bool=False              # go on with the run in `out`, or start one where none is
-    backbone:str='msinet'          # or resnet50, osnet, cdnet, deit_s, deit_b, vit_b
-    genotype:str=TABLE1            # of MSINet: twelve letters of N E G A
-    channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages, where the backbone has them
-    rho:int=3                      # scale ratio of the two branches
-    size:tuple[int,int]=(224,224)  # height and width in pixels
-    scale:tuple[float,float]=(.08,1.) # share of a picture that a random crop takes, least and most
-    epochs:int=120                 # of the whole folder
-    batch:int=256                  # pictures in a batch
-    lr:float=.1                    # highest rate of SGD
-    wd:float=4e-5                  # weight decay
-    warmup:int=5                   # epochs in which the rate climbs
-    eps:float=.1                   # label smoothing
-    workers:int=4                  # processes that read pictures; 0 reads in this one
-    seed:int=0                     # of initial weights, order and crops
-    device:str=''                  # cpu, cuda, mps; empty takes the best
-    precision:Literal['no','bf16','fp16']='no' # of the network's forward pass
-    threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
+
+    data: str  # folder with train/CLASS/picture and val/CLASS/picture
+    out: str = ''  # the run's folder; empty takes the next free runs/pretrain-N
+    resume: bool = False  # go on with the run in `out`, or start one where none is
+    backbone: str = 'msinet'  # or resnet50, osnet, cdnet, deit_s, deit_b, vit_b
+    genotype: str = TABLE1  # of MSINet: twelve letters of N E G A
+    channels: tuple[int, int, int, int] = (
+        64,
+        256,
+        384,
+        512,
+    )  # of the stem and the three stages, where the backbone has them
+    rho: int = 3  # scale ratio of the two branches
+    size: tuple[int, int] = (224, 224)  # height and width in pixels
+    scale: tuple[float, float] = (0.08, 1.0)  # share of a picture that a random crop takes, least and most
+    epochs: int = 120  # of the whole folder
+    batch: int = 256  # pictures in a batch
+    lr: float = 0.1  # highest rate of SGD
+    wd: float = 4e-5  # weight decay
+    warmup: int = 5  # epochs in which the rate climbs
+    eps: float = 0.1  # label smoothing
+    workers: int = 4  # processes that read pictures; 0 reads in this one
+    seed: int = 0  # of initial weights, order and crops
+    device: str = ''  # cpu, cuda, mps; empty takes the best
+    precision: Literal['no', 'bf16', 'fp16'] = 'no'  # of the network's forward pass
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
 
 # %% ../../nbs/training/23_pretrain.ipynb #78c6cf25
 def _class_loader(
-    cfg:PretrainConfig,
-    part:str,     # train or val
-    classes:dict, # name -> number; None takes the folders in order
-): # batches of (x, y); `.dataset`
+    cfg: PretrainConfig,
+    part: str,  # train or val
+    classes: dict,  # name -> number; None takes the folders in order
+):  # batches of (x, y); `.dataset`
     "Pictures of a folder of classes, by timm. Raises `InputError` where there are none."
-    root = Path(cfg.data)/part
-    if not any(root.glob('*/*')): raise InputError(f'{root} holds no classes, expected a folder per class with pictures in it: give the folder above train and val')
+    root = Path(cfg.data) / part
+    if not any(root.glob('*/*')):
+        raise InputError(
+            f'{root} holds no classes, expected a folder per class with pictures in it: give the folder above '
+            'train and val'
+        )
     data = timm_tools().data
     train = part == 'train'
     files = data.ImageDataset(str(root), class_map=classes)
-    if train and len(files) < cfg.batch: raise InputError(f'{root} holds {len(files)} pictures, fewer than a batch of {cfg.batch}: make --batch smaller')
-    return data.create_loader(files, (3,*cfg.size), cfg.batch, is_training=train, scale=cfg.scale, hflip=.5*train, color_jitter=.4, mean=tuple(MEAN), std=tuple(STD),
-                              num_workers=cfg.workers, use_prefetcher=False, persistent_workers=False, crop_pct=.875)
+    if train and len(files) < cfg.batch:
+        raise InputError(f'{root} holds {len(files)} pictures, fewer than a batch of {cfg.batch}: make --batch smaller')
+    return data.create_loader(
+        files,
+        (3, *cfg.size),
+        cfg.batch,
+        is_training=train,
+        scale=cfg.scale,
+        hflip=0.5 * train,
+        color_jitter=0.4,
+        mean=tuple(MEAN),
+        std=tuple(STD),
+        num_workers=cfg.workers,
+        use_prefetcher=False,
+        persistent_workers=False,
+        crop_pct=0.875,
+    )
 
 # %% ../../nbs/training/23_pretrain.ipynb #9d6e1587
 class _Fresh(Callback):
     "Seeds order and crops by the epoch, so that a resumed run sees what the uninterrupted one would."
-    def __init__(self, seed:int): self.seed = seed
-    def before_epoch(self, learn): set_seed(1_000_003*self.seed + learn.epoch)
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_epoch(self, learn):
+        set_seed(1_000_003 * self.seed + learn.epoch)
 
 # %% ../../nbs/training/23_pretrain.ipynb #ade49474
 @torch.no_grad()
 def top_k(
-    net:Classifier, loader,
+    net: Classifier,
+    loader,
     device='cpu',
-    ks=(1,5),
-) -> dict: # share of pictures whose class is among the first k
+    ks=(1, 5),
+) -> dict:  # share of pictures whose class is among the first k
     "How often the right class is among the best."
     net.eval()
     hits, n = dict.fromkeys(ks, 0), 0
-    for x,y in loader:
-        order = net(x.to(device)).topk(min(max(ks), net.classifier.out_features)).indices == y.to(device)[:,None]
-        for k in ks: hits[k] += order[:,:k].any(1).sum().item()
+    for x, y in loader:
+        order = net(x.to(device)).topk(min(max(ks), net.classifier.out_features)).indices == y.to(device)[:, None]
+        for k in ks:
+            hits[k] += order[:, :k].any(1).sum().item()
         n += len(y)
     net.train()
-    return {f'top{k}': h/n for k,h in hits.items()}
+    return {f'top{k}': h / n for k, h in hits.items()}
 
 # %% ../../nbs/training/23_pretrain.ipynb #07a55207
 def pretrain(
-    cfg:PretrainConfig,
-    progress:bool=False, # show bars
-    cbs=(),              # more callbacks
-) -> Path: # backbone.safetensors in the run's folder
+    cfg: PretrainConfig,
+    progress: bool = False,  # show bars
+    cbs=(),  # more callbacks
+) -> Path:  # backbone.safetensors in the run's folder
     "Teach a backbone to classify, and keep the backbone. Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is no number."
     require_single_process('the loader of a folder of classes does not share its batches')
-    check_genotype(cfg.genotype); check_backbone(cfg.backbone)
-    run_folder(cfg.out, 'pretrain', cfg.resume) # a folder that is taken is told before pictures are looked for
+    check_genotype(cfg.genotype)
+    check_backbone(cfg.backbone)
+    run_folder(cfg.out, 'pretrain', cfg.resume)  # a folder that is taken is told before pictures are looked for
     acc = accelerator(cfg.device, cfg.precision)
     dl = _class_loader(cfg, 'train', None)
     classes = dl.dataset.reader.class_to_idx
@@ -160,13 +209,27 @@ def pretrain(
         net = Classifier(backbone, len(classes)).to(acc.device)
         opt = acc.prepare_optimizer(sgd(net.parameters(), cfg.lr, cfg.wd))
         with locked_run_folder(cfg.out, 'pretrain', cfg.resume) as run:
-            cbs = [*cbs, _Fresh(cfg.seed), Guard(), Schedule(opt, lambda e: cosine_at(e, cfg.lr, cfg.epochs, cfg.warmup)), Evaluate(lambda: top_k(net, val, acc.device), 1),
-                   *run_callbacks(run, 'pretrain', signals, lambda row: row.get('top1'), progress, inside=False)] # workers that read ahead can't be taken up inside an epoch
+            cbs = [
+                *cbs,
+                _Fresh(cfg.seed),
+                Guard(),
+                Schedule(opt, lambda e: cosine_at(e, cfg.lr, cfg.epochs, cfg.warmup)),
+                Evaluate(lambda: top_k(net, val, acc.device), 1),
+                *run_callbacks(run, 'pretrain', signals, lambda row: row.get('top1'), progress, inside=False),
+            ]  # workers that read ahead can't be taken up inside an epoch
             learn = Learner(net, ClassStep(net, opt, cfg.eps, acc), dl, cbs)
             start_or_resume(learn, run, 'pretrain', asdict(replace(cfg, out=str(run))), marks, cfg.resume, acc.device)
             learn.fit(cfg.epochs)
-            about = dict(kind='pretrained', backbone=cfg.backbone, genotype=cfg.genotype, channels=cfg.channels, rho=cfg.rho, size=cfg.size, classes=len(classes))
+            about = dict(
+                kind='pretrained',
+                backbone=cfg.backbone,
+                genotype=cfg.genotype,
+                channels=cfg.channels,
+                rho=cfg.rho,
+                size=cfg.size,
+                classes=len(classes),
+            )
             with final_write(run):
-                write_json(run/'metrics.json', top_k(net, val, acc.device))
-                save_weights(nn.ModuleDict(dict(backbone=backbone)), file := run/'backbone.safetensors', about)
+                write_json(run / 'metrics.json', top_k(net, val, acc.device))
+                save_weights(nn.ModuleDict(dict(backbone=backbone)), file := run / 'backbone.safetensors', about)
     return file

@@ -29,14 +29,32 @@ from ..retrieval.protocols import protocol_of
 from ..retrieval.ranking import Ranking
 from ..ops import to_float32
 from msinet.space import (
-    alphas, expected_cost, frozen_stats, FUSES, genotype, letters, lookup, Mixed, quarter_in,
-    quarter_out, slot_macs, supernet,
+    alphas,
+    expected_cost,
+    frozen_stats,
+    FUSES,
+    genotype,
+    letters,
+    lookup,
+    Mixed,
+    quarter_in,
+    quarter_out,
+    slot_macs,
+    supernet,
 )
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory, released_split, twin_split
 from msinet.engine.devices import (
-    accelerator, broadcast_from_main, check_batch_split, gather, gather_fn, rank_and_world_size,
-    scaler, share_grads, split_batch, sync_bn,
+    accelerator,
+    broadcast_from_main,
+    check_batch_split,
+    gather,
+    gather_fn,
+    rank_and_world_size,
+    scaler,
+    share_grads,
+    split_batch,
+    sync_bn,
 )
 from ..engine.learner import Callback, Guard, Learner, lr_at, OPTIMISERS, Schedule, short_milestones, use_fused
 from ..engine.checkpoint import run_folder, save_weights
@@ -47,258 +65,389 @@ from .ablations import check_same_people, look_ahead, SharedClassifier
 # %% ../../nbs/training/22_search.ipynb #df92bae7
 @contextmanager
 def grad_only(
-    net:nn.Module,
-    to:list, # the parameters that shall have a gradient
+    net: nn.Module,
+    to: list,  # the parameters that shall have a gradient
 ):
     "Nothing but these parameters asks for a gradient inside the block, so nothing is computed or kept for the others."
     wanted = {id(p) for p in to}
     rest = [p for p in net.parameters() if p.requires_grad and id(p) not in wanted]
-    for p in rest: p.requires_grad_(False)
-    try: yield
+    for p in rest:
+        p.requires_grad_(False)
+    try:
+        yield
     finally:
-        for p in rest: p.requires_grad_(True)
+        for p in rest:
+            p.requires_grad_(True)
 
 # %% ../../nbs/training/22_search.ipynb #1a15de70
 def _check_order(
-    alpha_first:bool, # α before ω
-    leak:bool,        # the α half's gradient stays for the ω half
+    alpha_first: bool,  # α before ω
+    leak: bool,  # the α half's gradient stays for the ω half
 ):
     "Raises `InputError` for a leak into a half that has already been."
-    if leak and not alpha_first: raise InputError('leak=True without alpha_first=True, expected both or neither: what leaks is the gradient of the α half into the ω half after it')
+    if leak and not alpha_first:
+        raise InputError(
+            'leak=True without alpha_first=True, expected both or neither: what leaks is the gradient of the α half '
+            'into the ω half after it'
+        )
 
 # %% ../../nbs/training/22_search.ipynb #3cbe22dd
 def first_order_grad(
-    step,         # a `SearchStep`
-    batch, val,   # of the training twin, of the validation twin
-    to:list,      # the parameters that shall have a gradient
-) -> tuple[Tensor,list]: # the validation loss; features and labels of each part
+    step,  # a `SearchStep`
+    batch,
+    val,  # of the training twin, of the validation twin
+    to: list,  # the parameters that shall have a gradient
+) -> tuple[Tensor, list]:  # the validation loss; features and labels of each part
     "α's gradient at the weights as they are, first order, §3.1. One pass."
     return step.backward(val, step.c_val, to)
 
 # %% ../../nbs/training/22_search.ipynb #8f020340
 def unrolled_grad(
-    step,         # a `SearchStep`
-    batch, val,   # of the training twin, of the validation twin
-    to:list,      # the choices
-    eps:float=.01, # as in `look_ahead`
-) -> tuple[Tensor,list]: # as `first_order_grad`, at the virtual weights
+    step,  # a `SearchStep`
+    batch,
+    val,  # of the training twin, of the validation twin
+    to: list,  # the choices
+    eps: float = 0.01,  # as in `look_ahead`
+) -> tuple[Tensor, list]:  # as `first_order_grad`, at the virtual weights
     "α's gradient through one virtual SGD step of ω, see `look_ahead`. Four passes."
     omega, said = trainable_params(step.opt_omega), []
+
     def grads(batch, memory, ps):
-        for p in ps: p.grad = None
+        for p in ps:
+            p.grad = None
         said.append(step.backward(batch, memory, ps))
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in ps]
-    gs = look_ahead(omega, to, partial(grads, batch, step.c_tr), partial(grads, val, step.c_val), step.opt_omega.param_groups[0]['lr'], eps)
-    for p in omega: p.grad = None
-    for p,g in zip(to, gs): p.grad = g
-    return said[1] # the second call was the validation twin's
+
+    gs = look_ahead(
+        omega,
+        to,
+        partial(grads, batch, step.c_tr),
+        partial(grads, val, step.c_val),
+        step.opt_omega.param_groups[0]['lr'],
+        eps,
+    )
+    for p in omega:
+        p.grad = None
+    for p, g in zip(to, gs):
+        p.grad = g
+    return said[1]  # the second call was the validation twin's
 
 # %% ../../nbs/training/22_search.ipynb #8d584796
 class SearchStep:
     "One iteration of the search, §3.1: ω on the training twin, then α on the validation twin."
-    def __init__(self,
-        net:ReIDNet,            # a supernet with a neck of one branch
-        c_tr, c_val,            # a `Memory` of each twin, or one `SharedClassifier` twice
-        val,                    # endless iterator of batches of the validation twin
-        opt_omega, opt_alpha,   # optimisers of the weights and of the choices
-        after_bn:bool=False,    # the memories see the feature after batch normalisation
-        alpha_first:bool=False, # as released: α first, and not in the first iteration of an epoch
-        leak:bool=False,        # as released: the validation twin's gradient also reaches ω
-        val_stats:bool=False,   # as released: the validation twin moves BN's running statistics
-        K:int=0,                # images of each identity in a batch, as in `Memory.update`; 0 takes any labels
-        acc=None,               # of `accelerator`; None takes float32 and whole batches
-        towards=first_order_grad,       # where α's gradient comes from; or `unrolled_grad`
-        price=None,             # () -> scalar that is added to α's loss, e.g. of `expected_cost`
+
+    def __init__(
+        self,
+        net: ReIDNet,  # a supernet with a neck of one branch
+        c_tr,
+        c_val,  # a `Memory` of each twin, or one `SharedClassifier` twice
+        val,  # endless iterator of batches of the validation twin
+        opt_omega,
+        opt_alpha,  # optimisers of the weights and of the choices
+        after_bn: bool = False,  # the memories see the feature after batch normalisation
+        alpha_first: bool = False,  # as released: α first, and not in the first iteration of an epoch
+        leak: bool = False,  # as released: the validation twin's gradient also reaches ω
+        val_stats: bool = False,  # as released: the validation twin moves BN's running statistics
+        K: int = 0,  # images of each identity in a batch, as in `Memory.update`; 0 takes any labels
+        acc=None,  # of `accelerator`; None takes float32 and whole batches
+        alpha_grad=first_order_grad,  # where α's gradient comes from; or `unrolled_grad`
+        price=None,  # () -> scalar that is added to α's loss, e.g. of `expected_cost`
     ):
         _check_order(alpha_first, leak)
-        self.K, self.acc, self.towards, self.price = K, acc or accelerator(str(device_of(net))), towards, price
-        self.net, self.c_tr, self.c_val, self.val, self.opt_omega, self.opt_alpha = net, c_tr, c_val, val, opt_omega, opt_alpha
-        self.after_bn, self.alpha_first, self.leak, self.val_stats, self.fresh = after_bn, alpha_first, leak, val_stats, False
+        self.K = K
+        self.acc = acc or accelerator(str(device_of(net)))
+        self.alpha_grad = alpha_grad
+        self.price = price
+        self.net = net
+        self.c_tr = c_tr
+        self.c_val = c_val
+        self.val = val
+        self.opt_omega = opt_omega
+        self.opt_alpha = opt_alpha
+        self.after_bn = after_bn
+        self.alpha_first = alpha_first
+        self.leak = leak
+        self.val_stats = val_stats
+        self.fresh = False
 
-    def backward(self, batch, memory, to:list) -> tuple[Tensor,list]: # mean loss; features and labels of each part
+    def backward(self, batch, memory, to: list) -> tuple[Tensor, list]:  # mean loss; features and labels of each part
         seen, losses = [], []
         with grad_only(nn.ModuleList([self.net, memory]), to):
-            for x,y in split_batch(batch, self.acc.gradient_accumulation_steps):
-                with self.acc.autocast(): b = self.net(x).branches[0]
+            for x, y in split_batch(batch, self.acc.gradient_accumulation_steps):
+                with self.acc.autocast():
+                    b = self.net(x).branches[0]
                 f = gather(to_float32(b.f_bn if self.after_bn else b.f))
                 loss = memory.loss(f, y)
                 self.acc.backward(loss)
-                seen.append((f.detach(), y)); losses.append(loss.detach())
+                seen.append((f.detach(), y))
+                losses.append(loss.detach())
         share_grads(to)
         return torch.stack(losses).mean(), seen
 
-    def end(self, opt, memory, seen:list): # of a half
+    def end(self, opt, memory, seen: list):  # of a half
         opt.step()
-        for f,y in seen: memory.update(f, y, self.K)
+        for f, y in seen:
+            memory.update(f, y, self.K)
 
     def omega(self, batch) -> Tensor:
-        if not self.leak: self.opt_omega.zero_grad()
+        if not self.leak:
+            self.opt_omega.zero_grad()
         loss, seen = self.backward(batch, self.c_tr, trainable_params(self.opt_omega))
         self.end(self.opt_omega, self.c_tr, seen)
         return loss
 
-    def alpha(self, batch=None) -> Tensor: # the training batch matters only to a look ahead
-        val, to = next(self.val), trainable_params(self.opt_alpha) + (trainable_params(self.opt_omega) if self.leak else [])
+    def alpha(self, batch=None) -> Tensor:  # the training batch matters only to a look ahead
+        val, to = (
+            next(self.val),
+            trainable_params(self.opt_alpha) + (trainable_params(self.opt_omega) if self.leak else []),
+        )
         self.opt_alpha.zero_grad()
-        if self.leak: self.opt_omega.zero_grad()
-        if self.fresh: self.fresh = False; return torch.zeros((), device=self.acc.device)
-        with nullcontext() if self.val_stats else frozen_stats(self.net): loss, seen = self.towards(self, batch, val, to)
-        if self.price: self.acc.backward(self.acc.gradient_accumulation_steps*self.price())
+        if self.leak:
+            self.opt_omega.zero_grad()
+        if self.fresh:
+            self.fresh = False
+            return torch.zeros((), device=self.acc.device)
+        with nullcontext() if self.val_stats else frozen_stats(self.net):
+            loss, seen = self.alpha_grad(self, batch, val, to)
+        if self.price:
+            self.acc.backward(self.acc.gradient_accumulation_steps * self.price())
         self.end(self.opt_alpha, self.c_val, seen)
         return loss
 
-    def __call__(self, batch) -> dict: # losses of both twins
-        if self.alpha_first: return dict(val=self.alpha(batch), train=self.omega(batch))
+    def __call__(self, batch) -> dict:  # losses of both twins
+        if self.alpha_first:
+            return dict(val=self.alpha(batch), train=self.omega(batch))
         return dict(train=self.omega(batch), val=self.alpha(batch))
 
-    def stateful(self) -> dict: return dict(net=self.net, c_tr=self.c_tr, c_val=self.c_val, val=self.val, opt_omega=self.opt_omega, opt_alpha=self.opt_alpha, **scaler(self.acc))
-    def state_dict(self) -> dict: return {k: v.state_dict() for k,v in self.stateful().items()}
-    def load_state_dict(self, s:dict):
-        for k,v in self.stateful().items(): v.load_state_dict(s[k])
+    def stateful(self) -> dict:
+        return dict(
+            net=self.net,
+            c_tr=self.c_tr,
+            c_val=self.c_val,
+            val=self.val,
+            opt_omega=self.opt_omega,
+            opt_alpha=self.opt_alpha,
+            **scaler(self.acc),
+        )
+
+    def state_dict(self) -> dict:
+        return {k: v.state_dict() for k, v in self.stateful().items()}
+
+    def load_state_dict(self, s: dict):
+        for k, v in self.stateful().items():
+            v.load_state_dict(s[k])
 
 # %% ../../nbs/training/22_search.ipynb #a176ac71
 def trainable_params(
-    opt, # an optimiser
-) -> list: # its parameters
+    opt,  # an optimiser
+) -> list:  # its parameters
     "What an optimiser trains."
     return [p for g in opt.param_groups for p in g['params'] if p.requires_grad]
 
 # %% ../../nbs/training/22_search.ipynb #5222476f
 class InfiniteLoader:
     "Batches of a loader without end, epoch after epoch. Where it stands is state."
-    def __init__(self,
-        dl:TrainLoader, # moves to its next epoch by itself
+
+    def __init__(
+        self,
+        dl: TrainLoader,  # moves to its next epoch by itself
     ):
-        if not len(dl): raise InputError('no batch can be drawn from the validation twin: too few images of each identity for K, make K or the batch smaller')
+        if not len(dl):
+            raise InputError(
+                'no batch can be drawn from the validation twin: too few images of each identity for K, make K or the '
+                'batch smaller'
+            )
         self.dl, self.it = dl, iter(dl)
 
     def __next__(self):
         batch = next(self.it, None)
-        if batch is None: self.it = iter(self.dl); batch = next(self.it)
+        if batch is None:
+            self.it = iter(self.dl)
+            batch = next(self.it)
         return batch
 
-    def state_dict(self): return self.dl.state_dict()
-    def load_state_dict(self, s): self.dl.load_state_dict(s); self.it = iter(self.dl)
+    def state_dict(self):
+        return self.dl.state_dict()
+
+    def load_state_dict(self, s):
+        self.dl.load_state_dict(s)
+        self.it = iter(self.dl)
 
 # %% ../../nbs/training/22_search.ipynb #45cdab7b
 @torch.no_grad()
 def features(
-    net:ReIDNet,      # in training mode
-    items,            # of `Item`
-    size,             # (H, W)
-    device,           # where the network is
-    after_bn:bool,    # the feature after batch normalisation
-    seed:int=0,       # of the order
-) -> tuple[Tensor,Tensor]: # (M, D) features, (M,) labels
+    net: ReIDNet,  # in training mode
+    items,  # of `Item`
+    size,  # (H, W)
+    device,  # where the network is
+    after_bn: bool,  # the feature after batch normalisation
+    seed: int = 0,  # of the order
+) -> tuple[Tensor, Tensor]:  # (M, D) features, (M,) labels
     "Features of all images as the search's loss sees them, without augmentation."
     labels = torch.tensor(relabel(items)[0])
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
     fs = []
     net.train()
     with frozen_stats(net):
-        for x in test_loader([items[i] for i in order], size, 64, max_bad=.001):
-            if len(x) < 2: continue # no statistics of one image
+        for x in test_loader([items[i] for i in order], size, 64, max_bad=0.001):
+            if len(x) < 2:
+                continue  # no statistics of one image
             b = net(x.to(device)).branches[0]
             fs.append(b.f_bn if after_bn else b.f)
     f = torch.cat(fs)
-    return f, labels[order][:len(f)].to(device)
+    return f, labels[order][: len(f)].to(device)
 
 # %% ../../nbs/training/22_search.ipynb #400c7de2
 def retrieval_metrics(
-    r:Ranking,
-) -> dict: # shares in [0, 1], and counts
+    r: Ranking,
+) -> dict:  # shares in [0, 1], and counts
     "The figures that are reported of a ranking."
-    return dict(mAP=r.mean_ap(), R1=r.cmc(1), R5=r.cmc(5), R10=r.cmc(10), mINP=r.minp(), queries=len(r.n)-r.skipped, skipped=r.skipped)
+    return dict(
+        mAP=r.mean_ap(),
+        R1=r.cmc(1),
+        R5=r.cmc(5),
+        R10=r.cmc(10),
+        mINP=r.minp(),
+        queries=len(r.n) - r.skipped,
+        skipped=r.skipped,
+    )
 
 # %% ../../nbs/training/22_search.ipynb #2e8291cb
-Preset = Literal['smoke','laptop','full','paper','released']
+Preset = Literal['smoke', 'laptop', 'full', 'paper', 'released']
 
 # %% ../../nbs/training/22_search.ipynb #e9e358c4
 @dataclass(frozen=True)
 class SearchConfig:
     "Search an architecture: weights on one twin, choices on the other (§3.1, §4.2)."
-    preset:Preset='full'           # where the other defaults come from; smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
-    data:str='synth'               # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
-    out:str=''                     # the run's folder; empty takes the next free runs/search-N
-    resume:bool=False              # go on with the run in `out`, or start one where none is
-    size:tuple[int,int]=(256,128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
-    channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages; parameters grow with the square
-    rho:int=3                      # scale ratio of the two branches, Fig. 5d
-    fuse:Literal['sum','minus','multiply']='sum' # how the two branches of a cell become one, Fig. 5c
-    objective:Literal['tcm','ce']='tcm' # of both halves, Fig. 5a: memories, or one classifier that needs overlap 1
-    narrow:bool=False              # branches a quarter of a cell's input instead of its output, as the released search has it
-    overlap:float=.4               # identities in both twins / all identities; the released split has 0.4
-    released_split:bool=False      # split in the order of the list instead of a seeded shuffle
-    epochs:int=350                 # §4.2
-    batch:int=64                   # images in a batch, P·K
-    K:int=4                        # images of each identity in a batch; P = batch/K
-    optimiser:Literal['sgd','adamw']='sgd' # of ω; §4.2: SGD
-    lr:float=.025                  # of ω, §4.2
-    wd:float=5e-4                  # weight decay of ω
-    lr_alpha:float=.002            # Adam's rate for α, §4.2
-    wd_alpha:float=1e-3            # weight decay of α
-    warmup:int=10                  # epochs in which ω's rate climbs, §4.2
-    drops:tuple[int,...]=(150,225,300) # epochs at which both rates fall to a tenth, §4.2
-    drops_alpha:tuple[int,...]=()  # those of α when they differ; released: 150 225 350
-    tau:float=.05                  # temperature of Eq. 2
-    beta:float=.2                  # how much of a memory's row stays, Eq. 3
-    after_bn:bool=False            # the memory sees the feature after batch normalisation
-    centroids:bool=True            # memories start as centroids, §3.1; released: as zeros
-    unrolled:bool=False            # α's gradient through a virtual step of ω (DARTS, second order): five passes an iteration instead of two
-    cost:float=0.                  # weight in α's loss of the expected MACs of the interactions, 0 for all None to 1 for all attention; not in the paper
-    alpha_first:bool=False         # released: α before ω
-    leak:bool=False                # released: the validation gradient also reaches ω
-    val_stats:bool=False           # released: validation batches move BN's running statistics
-    erase:float=.5                 # probability of random erasing
-    pad:int=10                     # pixels of padding before the random crop
-    jitter:bool=False              # colour jitter
-    evaluate:bool=True             # measure the supernet's retrieval before and after
-    cache:bool=True                # decode each picture once; no: decode it anew whenever it is drawn
-    cache_dir:str=''               # folder for decoded pictures; empty keeps them in memory
-    seed:int=0                     # of split, initial weights, batches, augmentation
-    device:str=''                  # cpu, cuda, mps; empty takes the best
-    precision:Literal['no','bf16','fp16']='no' # of the network's forward pass; attention energies, alignment, memories and losses stay float32
-    channels_last:bool=False       # lay out maps position by position, which suits GPUs in half precision
-    compile:bool=False             # let torch.compile fuse the backbone; the first batches take minutes
-    accumulate:int=1               # compute a batch in so many parts of whole identities; hardest negatives and BN statistics are then found inside a part
-    recompute:bool=False           # run each cell again when its gradient is due instead of keeping its maps: less memory, more time
-    sync_bn:bool=False             # with several processes: BN statistics of the whole batch instead of each process's part
-    threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
+
+    preset: Preset = 'full'  # where the other defaults come from; smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
+    data: str = 'synth'  # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
+    out: str = ''  # the run's folder; empty takes the next free runs/search-N
+    resume: bool = False  # go on with the run in `out`, or start one where none is
+    size: tuple[int, int] = (256, 128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
+    channels: tuple[int, int, int, int] = (
+        64,
+        256,
+        384,
+        512,
+    )  # of the stem and the three stages; parameters grow with the square
+    rho: int = 3  # scale ratio of the two branches, Fig. 5d
+    fuse: Literal['sum', 'minus', 'multiply'] = 'sum'  # how the two branches of a cell become one, Fig. 5c
+    objective: Literal['tcm', 'ce'] = 'tcm'  # of both halves, Fig. 5a: memories, or one classifier that needs overlap 1
+    narrow: bool = False  # branches a quarter of a cell's input instead of its output, as the released search has it
+    overlap: float = 0.4  # identities in both twins / all identities; the released split has 0.4
+    released_split: bool = False  # split in the order of the list instead of a seeded shuffle
+    epochs: int = 350  # §4.2
+    batch: int = 64  # images in a batch, P·K
+    K: int = 4  # images of each identity in a batch; P = batch/K
+    optimiser: Literal['sgd', 'adamw'] = 'sgd'  # of ω; §4.2: SGD
+    lr: float = 0.025  # of ω, §4.2
+    wd: float = 5e-4  # weight decay of ω
+    lr_alpha: float = 0.002  # Adam's rate for α, §4.2
+    wd_alpha: float = 1e-3  # weight decay of α
+    warmup: int = 10  # epochs in which ω's rate climbs, §4.2
+    milestones: tuple[int, ...] = (150, 225, 300)  # epochs at which both rates fall to a tenth, §4.2
+    milestones_alpha: tuple[int, ...] = ()  # those of α when they differ; released: 150 225 350
+    tau: float = 0.05  # temperature of Eq. 2
+    beta: float = 0.2  # how much of a memory's row stays, Eq. 3
+    after_bn: bool = False  # the memory sees the feature after batch normalisation
+    centroids: bool = True  # memories start as centroids, §3.1; released: as zeros
+    unrolled: bool = (
+        False  # α's gradient through a virtual step of ω (DARTS, second order): five passes an iteration instead of two
+    )
+    cost: float = 0.0  # weight in α's loss of the expected MACs of the interactions, 0 for all None to 1 for all attention; not in the paper
+    alpha_first: bool = False  # released: α before ω
+    leak: bool = False  # released: the validation gradient also reaches ω
+    val_stats: bool = False  # released: validation batches move BN's running statistics
+    random_erasing: float = 0.5  # probability of random erasing
+    pad: int = 10  # pixels of padding before the random crop
+    jitter: bool = False  # colour jitter
+    evaluate: bool = True  # measure the supernet's retrieval before and after
+    cache: bool = True  # decode each picture once; no: decode it anew whenever it is drawn
+    cache_dir: str = ''  # folder for decoded pictures; empty keeps them in memory
+    seed: int = 0  # of split, initial weights, batches, augmentation
+    device: str = ''  # cpu, cuda, mps; empty takes the best
+    precision: Literal['no', 'bf16', 'fp16'] = (
+        'no'  # of the network's forward pass; attention energies, alignment, memories and losses stay float32
+    )
+    channels_last: bool = False  # lay out maps position by position, which suits GPUs in half precision
+    compile: bool = False  # let torch.compile fuse the backbone; the first batches take minutes
+    accumulate: int = 1  # compute a batch in so many parts of whole identities; hardest negatives and BN statistics are then found inside a part
+    recompute: bool = (
+        False  # run each cell again when its gradient is due instead of keeping its maps: less memory, more time
+    )
+    sync_bn: bool = False  # with several processes: BN statistics of the whole batch instead of each process's part
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
 
 # %% ../../nbs/training/22_search.ipynb #fa87fb0e
 LAPTOP_SYNTH, SMOKE_SYNTH = 'synth:n_ids=64,n_test=48', 'synth:n_ids=8,n_test=8,cams=4,visits=3,frames=3'
-laptop = dict(size=(64,32), channels=(16,64,96,128), optimiser='adamw', wd=5e-4, pad=3, erase=0., threads=1)
-smoke = {**laptop, 'channels': (8,32,48,64), 'batch': 8, 'K': 2, 'data': SMOKE_SYNTH}
+laptop = dict(
+    size=(64, 32), channels=(16, 64, 96, 128), optimiser='adamw', wd=5e-4, pad=3, random_erasing=0.0, threads=1
+)
+smoke = {**laptop, 'channels': (8, 32, 48, 64), 'batch': 8, 'K': 2, 'data': SMOKE_SYNTH}
 SEARCH = dict(
     full=SearchConfig(),
     paper=SearchConfig(),
-    released=SearchConfig(narrow=True, released_split=True, drops_alpha=(150,225,350), centroids=False, alpha_first=True, leak=True, val_stats=True),
-    laptop=SearchConfig(data=LAPTOP_SYNTH, epochs=30, lr=2e-3, lr_alpha=.05, warmup=3, drops=short_milestones(30), overlap=.5, after_bn=True, **laptop),
-    smoke=SearchConfig(epochs=2, lr=2e-3, lr_alpha=.03, warmup=1, drops=(), overlap=.5, after_bn=True, **smoke))
-SEARCH = {k: replace(c, preset=k) for k,c in SEARCH.items()}
+    released=SearchConfig(
+        narrow=True,
+        released_split=True,
+        milestones_alpha=(150, 225, 350),
+        centroids=False,
+        alpha_first=True,
+        leak=True,
+        val_stats=True,
+    ),
+    laptop=SearchConfig(
+        data=LAPTOP_SYNTH,
+        epochs=30,
+        lr=2e-3,
+        lr_alpha=0.05,
+        warmup=3,
+        milestones=short_milestones(30),
+        overlap=0.5,
+        after_bn=True,
+        **laptop,
+    ),
+    smoke=SearchConfig(epochs=2, lr=2e-3, lr_alpha=0.03, warmup=1, milestones=(), overlap=0.5, after_bn=True, **smoke),
+)
+SEARCH = {k: replace(c, preset=k) for k, c in SEARCH.items()}
 
 # %% ../../nbs/training/22_search.ipynb #49941f68
 def keep_step(
-    i:int, # iteration of an epoch, from 1
-    n:int, # iterations of an epoch
-    k:int, # how many of them are kept
+    i: int,  # iteration of an epoch, from 1
+    n: int,  # iterations of an epoch
+    k: int,  # how many of them are kept
 ) -> bool:
     "Whether an iteration is one of `k` that lie evenly in an epoch. The last one always is."
-    return i*k//n > (i-1)*k//n
+    return i * k // n > (i - 1) * k // n
 
 # %% ../../nbs/training/22_search.ipynb #a7c38617
 class AlphaHistory(Callback):
     "Keeps α after every epoch and after evenly chosen iterations; writes `alphas.npy` and, beside it, `alpha_steps.npy`."
-    def __init__(self,
-        path=None, # of alphas.npy
-        most=4000, # rows of alpha_steps.npy, about; each epoch has the same number
-    ): self.path, self.most, self.rows, self.steps, self.per = path, most, [], [], 0
 
-    def before_fit(self, learn): self.per = self.per or max(1, min(len(learn.dl), self.most//max(1, learn.epochs)))
-    def before_epoch(self, learn): self.i = learn.dl.state_dict()['done'] # a resumed epoch has begun
+    def __init__(
+        self,
+        path=None,  # of alphas.npy
+        most=4000,  # rows of alpha_steps.npy, about; each epoch has the same number
+    ):
+        self.path = path
+        self.most = most
+        self.rows = []
+        self.steps = []
+        self.per = 0
+
+    def before_fit(self, learn):
+        self.per = self.per or max(1, min(len(learn.dl), self.most // max(1, learn.epochs)))
+
+    def before_epoch(self, learn):
+        self.i = learn.dl.state_dict()['done']  # a resumed epoch has begun
+
     def after_batch(self, learn):
         self.i += 1
-        if keep_step(self.i, len(learn.dl), self.per): self.steps.append(torch.stack([m.alpha.detach() for m in learn.net.modules() if isinstance(m, Mixed)])) # stays on the device: nothing waits
+        if keep_step(self.i, len(learn.dl), self.per):
+            self.steps.append(
+                torch.stack([m.alpha.detach() for m in learn.net.modules() if isinstance(m, Mixed)])
+            )  # stays on the device: nothing waits
 
     def after_epoch(self, learn):
         self.rows.append(alphas(learn.net))
@@ -306,179 +455,290 @@ class AlphaHistory(Callback):
         learn.row.update(alpha_max=w.amax(1).mean().item(), genotype=letters(self.rows[-1]))
         self.steps = [a.cpu() for a in self.steps]
         if self.path:
-            with warn_on_write_error(self.path): save_array(self.path, self.array()); save_array(Path(self.path).with_name('alpha_steps.npy'), self.step_array())
+            with warn_on_write_error(self.path):
+                save_array(self.path, self.array())
+                save_array(Path(self.path).with_name('alpha_steps.npy'), self.step_array())
 
-    def array(self) -> np.ndarray: return torch.stack(self.rows).numpy() # (E, 12, 4)
-    def step_array(self) -> np.ndarray: return torch.stack(self.steps).cpu().numpy() # (E·per, 12, 4)
-    def state_dict(self): return dict(rows=self.rows, steps=[a.cpu() for a in self.steps], per=self.per)
-    def load_state_dict(self, s): self.rows = list(s['rows']); self.steps, self.per = list(s.get('steps', s['rows'])), s.get('per', 1) # older runs have epochs alone
+    def array(self) -> np.ndarray:
+        return torch.stack(self.rows).numpy()  # (E, 12, 4)
+
+    def step_array(self) -> np.ndarray:
+        return torch.stack(self.steps).cpu().numpy()  # (E·per, 12, 4)
+
+    def state_dict(self):
+        return dict(rows=self.rows, steps=[a.cpu() for a in self.steps], per=self.per)
+
+    def load_state_dict(self, s):
+        self.rows = list(s['rows'])
+        self.steps, self.per = list(s.get('steps', s['rows'])), s.get('per', 1)  # older runs have epochs alone
 
 # %% ../../nbs/training/22_search.ipynb #31b3cd78
 class SkipFirstAlphaStep(Callback):
     "As released: no step of α in the first iteration of an epoch."
-    def before_epoch(self, learn): learn.step.fresh = not learn.outs # an epoch that is taken up in its middle had it
+
+    def before_epoch(self, learn):
+        learn.step.fresh = not learn.outs  # an epoch that is taken up in its middle had it
 
 # %% ../../nbs/training/22_search.ipynb #d151f322
 def save_array(
-    path, # ends in .npy
-    a:np.ndarray,
+    path,  # ends in .npy
+    a: np.ndarray,
 ):
     "Write an array whole."
     import io
-    b = io.BytesIO(); np.save(b, a)
+
+    b = io.BytesIO()
+    np.save(b, a)
     write_atomic(path, b.getvalue())
 
 # %% ../../nbs/training/22_search.ipynb #18c2ad05
 @dataclass(frozen=True)
 class SearchResult:
     "What a search found."
-    genotype:str       # twelve letters
-    alphas:np.ndarray  # (epochs, 12, 4), after each epoch
-    net:nn.Module      # the trained supernet with its neck
-    history:list       # one dict per epoch
-    metrics:dict       # the supernet's retrieval before and after
-    run:Path           # the run's folder
-    steps:np.ndarray   # (rows, 12, 4), α after evenly chosen iterations, the same number in each epoch
+
+    genotype: str  # twelve letters
+    alphas: np.ndarray  # (epochs, 12, 4), after each epoch
+    net: nn.Module  # the trained supernet with its neck
+    history: list  # one dict per epoch
+    metrics: dict  # the supernet's retrieval before and after
+    run: Path  # the run's folder
+    steps: np.ndarray  # (rows, 12, 4), α after evenly chosen iterations, the same number in each epoch
 
 # %% ../../nbs/training/22_search.ipynb #5cfdeafa
 def split_from_config(
-    items,            # training images
-    cfg:SearchConfig,
-) -> tuple[list,list]: # training twin, validation twin
+    items,  # training images
+    cfg: SearchConfig,
+) -> tuple[list, list]:  # training twin, validation twin
     "The two twins of a configuration."
     return released_split(items) if cfg.released_split else twin_split(items, cfg.overlap, cfg.seed)
 
 # %% ../../nbs/training/22_search.ipynb #6f22f330
 def loader(
-    items,     # training images
-    cfg,       # a SearchConfig, or any configuration with the same names for batches
-    seed:int,  # of sampling and augmentation
-    device,    # where batches go
-    progress:bool=False, # show a bar while pictures are decoded
+    items,  # training images
+    cfg,  # a SearchConfig, or any configuration with the same names for batches
+    seed: int,  # of sampling and augmentation
+    device,  # where batches go
+    progress: bool = False,  # show a bar while pictures are decoded
 ) -> TrainLoader:
     "P×K batches of a configuration."
-    jitter, part = (.4, .4, .3) if cfg.jitter else (0., 0., 0.), rank_and_world_size()
+    jitter, part = (0.4, 0.4, 0.3) if cfg.jitter else (0.0, 0.0, 0.0), rank_and_world_size()
     check_batch_split(n_identities(cfg.batch, cfg.K), part[1], cfg.accumulate)
-    PKSampler(relabel(items)[0], n_identities(cfg.batch, cfg.K), cfg.K) # says what is wrong before pictures are decoded
-    return train_loader(items, cfg.size, n_identities(cfg.batch, cfg.K), cfg.K, seed=seed, dir=cfg.cache_dir or None, pad=cfg.pad, erase=cfg.erase,
-                        jitter=jitter, device=device, cached=cfg.cache, progress=progress, part=part)
+    PKSampler(
+        relabel(items)[0], n_identities(cfg.batch, cfg.K), cfg.K
+    )  # says what is wrong before pictures are decoded
+    return train_loader(
+        items,
+        cfg.size,
+        n_identities(cfg.batch, cfg.K),
+        cfg.K,
+        seed=seed,
+        dir=cfg.cache_dir or None,
+        pad=cfg.pad,
+        random_erasing=cfg.random_erasing,
+        jitter=jitter,
+        device=device,
+        cached=cfg.cache,
+        progress=progress,
+        part=part,
+    )
 
 # %% ../../nbs/training/22_search.ipynb #65b657c6
 def test_loaders(
-    data:ReIDData,
-    cfg, # as for `loader`
-) -> list: # of the queries, of the gallery
+    data: ReIDData,
+    cfg,  # as for `loader`
+) -> list:  # of the queries, of the gallery
     "Queries and gallery of a set in order, as a configuration decodes them."
-    return [test_loader(items, cfg.size, dir=cfg.cache_dir or None, keep=2**30 if cfg.cache else 0, part=rank_and_world_size()) for items in (data.query, data.gallery)]
-test_loaders.__test__ = False # its name must not make it a test
+    return [
+        test_loader(
+            items, cfg.size, dir=cfg.cache_dir or None, keep=2**30 if cfg.cache else 0, part=rank_and_world_size()
+        )
+        for items in (data.query, data.gallery)
+    ]
+
+
+test_loaders.__test__ = False  # its name must not make it a test
 
 # %% ../../nbs/training/22_search.ipynb #7f272775
 def apply_runtime_options(
-    net:ReIDNet, # changed in place, on its device
-    cfg,         # a configuration with these four fields
+    net: ReIDNet,  # changed in place, on its device
+    cfg,  # a configuration with these four fields
 ) -> ReIDNet:
     "A network as a configuration wants it computed: memory layout, recomputation, shared statistics, compiled."
-    if cfg.channels_last: net.to(memory_format=torch.channels_last)
-    for c in net.backbone.cells: c.recompute = cfg.recompute
-    if cfg.sync_bn: sync_bn(net)
-    if cfg.compile: net.backbone.compile()
+    if cfg.channels_last:
+        net.to(memory_format=torch.channels_last)
+    for c in net.backbone.cells:
+        c.recompute = cfg.recompute
+    if cfg.sync_bn:
+        sync_bn(net)
+    if cfg.compile:
+        net.backbone.compile()
     return net
 
 # %% ../../nbs/training/22_search.ipynb #0fd72285
 def memories(
-    ns,               # identities of each twin
-    d:int,            # length of a feature
-    cfg:SearchConfig,
-) -> list: # one for each twin
+    ns,  # identities of each twin
+    d: int,  # length of a feature
+    cfg: SearchConfig,
+) -> list:  # one for each twin
     "The twins' memories, §3.1: the objective of TCM."
     return [Memory(n, d, cfg.tau, cfg.beta) for n in ns]
 
-def classifiers(
-    ns,               # identities of each twin, as many
-    d:int,            # length of a feature
-    cfg:SearchConfig,
-) -> list: # the same one for both twins
-    "One classifier for both twins, Fig. 5a."
-    return [SharedClassifier(ns[0], d)]*2
 
-OBJECTIVES = dict(tcm=memories, ce=classifiers) # Fig. 5a
+def classifiers(
+    ns,  # identities of each twin, as many
+    d: int,  # length of a feature
+    cfg: SearchConfig,
+) -> list:  # the same one for both twins
+    "One classifier for both twins, Fig. 5a."
+    return [SharedClassifier(ns[0], d)] * 2
+
+
+OBJECTIVES = dict(tcm=memories, ce=classifiers)  # Fig. 5a
 
 # %% ../../nbs/training/22_search.ipynb #25adb01b
 def _check_arms(
-    cfg:SearchConfig,
-    tr, val, # the twins
+    cfg: SearchConfig,
+    tr,
+    val,  # the twins
 ):
     "Raises `InputError` for arms that don't go together."
     _check_order(cfg.alpha_first, cfg.leak)
-    lookup(OBJECTIVES, cfg.objective, 'objective'); lookup(FUSES, cfg.fuse, 'fuse')
-    if cfg.objective == 'ce': check_same_people(tr, val)
-    if cfg.leak and cfg.precision == 'fp16': raise InputError('leak=True with precision fp16, expected another precision: the two halves may be scaled differently')
-    if cfg.unrolled and (cfg.leak or cfg.precision == 'fp16'): raise InputError('unrolled=True with leak or fp16, expected neither: the look ahead needs gradients of its own, unscaled')
+    lookup(OBJECTIVES, cfg.objective, 'objective')
+    lookup(FUSES, cfg.fuse, 'fuse')
+    if cfg.objective == 'ce':
+        check_same_people(tr, val)
+    if cfg.leak and cfg.precision == 'fp16':
+        raise InputError(
+            'leak=True with precision fp16, expected another precision: the two halves may be scaled differently'
+        )
+    if cfg.unrolled and (cfg.leak or cfg.precision == 'fp16'):
+        raise InputError(
+            'unrolled=True with leak or fp16, expected neither: the look ahead needs gradients of its own, unscaled'
+        )
 
 # %% ../../nbs/training/22_search.ipynb #49c135b7
 def build_search(
-    cfg:SearchConfig,
-    data:ReIDData, # its training images are split
-    acc,           # of `accelerator`: where to run, and how precisely
-    progress:bool=False, # show bars while pictures are decoded
-) -> tuple[SearchStep,TrainLoader]: # the step, and the training twin's batches
+    cfg: SearchConfig,
+    data: ReIDData,  # its training images are split
+    acc,  # of `accelerator`: where to run, and how precisely
+    progress: bool = False,  # show bars while pictures are decoded
+) -> tuple[SearchStep, TrainLoader]:  # the step, and the training twin's batches
     "Everything of a search but the loop: twins, supernet, memories, optimisers."
     device = acc.device
     tr, val = split_from_config(data.train, cfg)
     _check_arms(cfg, tr, val)
-    dls = [loader(t, cfg, cfg.seed+i, device, progress) for i,t in enumerate((tr, val))]
+    dls = [loader(t, cfg, cfg.seed + i, device, progress) for i, t in enumerate((tr, val))]
     set_seed(cfg.seed)
     backbone = supernet(cfg.channels, cfg.rho, FUSES[cfg.fuse], quarter_in if cfg.narrow else quarter_out)
     net = ReIDNet(backbone, BNNeck(backbone.channels)).to(device)
     mems = [m.to(device) for m in OBJECTIVES[cfg.objective]([dl.n_ids for dl in dls], backbone.channels[-1], cfg)]
-    for m,t in zip(mems, (tr, val)):
-        if cfg.centroids and isinstance(m, Memory): m.fill(*features(net, t, cfg.size, device, cfg.after_bn, cfg.seed))
+    for m, t in zip(mems, (tr, val)):
+        if cfg.centroids and isinstance(m, Memory):
+            m.fill(*features(net, t, cfg.size, device, cfg.after_bn, cfg.seed))
     prices = slot_macs(backbone, cfg.size) if cfg.cost else None
     apply_runtime_options(net, cfg)
-    chosen = [p for n,p in net.named_parameters() if n.endswith('.alpha')]
-    rest = [p for n,p in net.named_parameters() if not n.endswith('.alpha') and p.requires_grad] + list(mems[0].parameters())
-    opts = OPTIMISERS[cfg.optimiser](rest, cfg.lr, cfg.wd), torch.optim.Adam(chosen, cfg.lr_alpha, betas=(.5,.999), weight_decay=cfg.wd_alpha, fused=use_fused(chosen))
-    step = SearchStep(net, *mems, InfiniteLoader(dls[1]), *map(acc.prepare_optimizer, opts), after_bn=cfg.after_bn, alpha_first=cfg.alpha_first,
-                      leak=cfg.leak, val_stats=cfg.val_stats, K=cfg.K, acc=acc, towards=unrolled_grad if cfg.unrolled else first_order_grad,
-                      price=(lambda: cfg.cost*expected_cost(net, prices)) if cfg.cost else None)
+    chosen = [p for n, p in net.named_parameters() if n.endswith('.alpha')]
+    rest = [p for n, p in net.named_parameters() if not n.endswith('.alpha') and p.requires_grad] + list(
+        mems[0].parameters()
+    )
+    opts = (
+        OPTIMISERS[cfg.optimiser](rest, cfg.lr, cfg.wd),
+        torch.optim.Adam(chosen, cfg.lr_alpha, betas=(0.5, 0.999), weight_decay=cfg.wd_alpha, fused=use_fused(chosen)),
+    )
+    step = SearchStep(
+        net,
+        *mems,
+        InfiniteLoader(dls[1]),
+        *map(acc.prepare_optimizer, opts),
+        after_bn=cfg.after_bn,
+        alpha_first=cfg.alpha_first,
+        leak=cfg.leak,
+        val_stats=cfg.val_stats,
+        K=cfg.K,
+        acc=acc,
+        alpha_grad=unrolled_grad if cfg.unrolled else first_order_grad,
+        price=(lambda: cfg.cost * expected_cost(net, prices)) if cfg.cost else None,
+    )
     return step, dls[0]
 
 # %% ../../nbs/training/22_search.ipynb #85588940
 def search(
-    cfg:SearchConfig,
-    data:ReIDData=None,  # instead of what `cfg.data` names
-    progress:bool=False, # show bars
-    cbs=(),              # more callbacks for the `Learner`
+    cfg: SearchConfig,
+    data: ReIDData = None,  # instead of what `cfg.data` names
+    progress: bool = False,  # show bars
+    cbs=(),  # more callbacks for the `Learner`
 ) -> SearchResult:
     "Search an architecture, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is no number."
     acc = accelerator(cfg.device, cfg.precision, cfg.accumulate)
     main, _ = acc.is_main_process, broadcast_from_main(lambda: run_folder(cfg.out, 'search', cfg.resume))
     progress, given = progress and main, data
     check_batch_split(n_identities(cfg.batch, cfg.K), acc.num_processes, cfg.accumulate)
-    if given is not None: cfg = replace(cfg, data=f'given:{data.name}')
-    with acc.local_main_process_first(): data = given or get_data(cfg.data, cfg.size, progress)
+    if given is not None:
+        cfg = replace(cfg, data=f'given:{data.name}')
+    with acc.local_main_process_first():
+        data = given or get_data(cfg.data, cfg.size, progress)
     with threads(cfg.threads), Signals() as signals:
         step, dl = build_search(cfg, data, acc, progress)
         net = step.net
         tests = test_loaders(data, cfg) if cfg.evaluate else []
         protocol = protocol_of(data.name)
-        measure = lambda: retrieval_metrics(evaluate_loaders(net, *tests, data.same_cam_ok, acc.device, protocol, gather_fn(acc))) if tests else {}
+        measure = lambda: (
+            retrieval_metrics(evaluate_loaders(net, *tests, data.same_cam_ok, acc.device, protocol, gather_fn(acc)))
+            if tests
+            else {}
+        )
         before = measure()
         with locked_run_folder(cfg.out, 'search', cfg.resume) as run:
-            history = AlphaHistory(run/'alphas.npy' if main else None)
-            drop = lambda base, warmup, drops: lambda e: lr_at(e, base, warmup, drops)
-            cbs = [*cbs, Guard([step.val.dl], cfg.precision != 'fp16'), history, Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.drops)),
-                   Schedule(step.opt_alpha, drop(cfg.lr_alpha, 0, cfg.drops_alpha or cfg.drops))]
-            if main: cbs += [*run_callbacks(run, 'search', signals, lambda row: -row['val'], progress), Health(net, probe(data.train, cfg.size), [step.c_tr, step.c_val])]
-            if cfg.alpha_first: cbs.append(SkipFirstAlphaStep())
+            history = AlphaHistory(run / 'alphas.npy' if main else None)
+            drop = lambda base, warmup, milestones: lambda e: lr_at(e, base, warmup, milestones)
+            cbs = [
+                *cbs,
+                Guard([step.val.dl], cfg.precision != 'fp16'),
+                history,
+                Schedule(step.opt_omega, drop(cfg.lr, cfg.warmup, cfg.milestones)),
+                Schedule(step.opt_alpha, drop(cfg.lr_alpha, 0, cfg.milestones_alpha or cfg.milestones)),
+            ]
+            if main:
+                cbs += [
+                    *run_callbacks(run, 'search', signals, lambda row: -row['val'], progress),
+                    Health(net, probe(data.train, cfg.size), [step.c_tr, step.c_val]),
+                ]
+            if cfg.alpha_first:
+                cbs.append(SkipFirstAlphaStep())
             learn = Learner(net, step, dl, cbs)
-            start_or_resume(learn, run, 'search', asdict(replace(cfg, out=str(run))), dict(data=data_fingerprint(data)), cfg.resume, acc.device)
+            start_or_resume(
+                learn,
+                run,
+                'search',
+                asdict(replace(cfg, out=str(run))),
+                dict(data=data_fingerprint(data)),
+                cfg.resume,
+                acc.device,
+            )
             learn.fit(cfg.epochs)
             metrics, word = dict(before=before, after=measure()), genotype(net)
             if main:
                 with final_write(run):
-                    write_json(run/'genotype.json', dict(genotype=word, alphas=alphas(net).tolist(), softmax=alphas(net).softmax(1).tolist()))
-                    if not (run/'model.safetensors').exists(): write_json(run/'metrics.json', metrics) # a training that followed in this folder keeps its own
-                    save_weights(net, run/'search.safetensors', dict(kind='supernet', genotype=word, channels=cfg.channels, rho=cfg.rho, fuse=cfg.fuse, narrow=cfg.narrow, size=cfg.size))
+                    write_json(
+                        run / 'genotype.json',
+                        dict(genotype=word, alphas=alphas(net).tolist(), softmax=alphas(net).softmax(1).tolist()),
+                    )
+                    if not (run / 'model.safetensors').exists():
+                        write_json(
+                            run / 'metrics.json', metrics
+                        )  # a training that followed in this folder keeps its own
+                    save_weights(
+                        net,
+                        run / 'search.safetensors',
+                        dict(
+                            kind='supernet',
+                            genotype=word,
+                            channels=cfg.channels,
+                            rho=cfg.rho,
+                            fuse=cfg.fuse,
+                            narrow=cfg.narrow,
+                            size=cfg.size,
+                        ),
+                    )
     acc.wait_for_everyone()
     return SearchResult(word, history.array(), net, learn.history, metrics, run, history.step_array())

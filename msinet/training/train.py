@@ -29,7 +29,13 @@ from ..sam import SAM
 from ..backbones import build_baseline, check_backbone, FCNeck
 from ..weights import from_osnet, from_timm
 from msinet.engine.devices import (
-    accelerator, broadcast_from_main, check_batch_split, gather, gather_fn, scaler, share_grads,
+    accelerator,
+    broadcast_from_main,
+    check_batch_split,
+    gather,
+    gather_fn,
+    scaler,
+    share_grads,
     split_batch,
 )
 from ..engine.learner import Evaluate, Guard, Learner, lr_at, OPTIMISERS, Schedule, short_milestones
@@ -37,221 +43,319 @@ from ..engine.checkpoint import from_official, load, load_weights, run_folder, s
 from ..engine.health import Health, probe
 from ..engine.lock import final_write, locked_run_folder, run_callbacks, Signals, start_or_resume
 from msinet.training.search import (
-    apply_runtime_options, laptop, LAPTOP_SYNTH, loader, Preset, retrieval_metrics, smoke,
-    test_loaders, trainable_params,
+    apply_runtime_options,
+    laptop,
+    LAPTOP_SYNTH,
+    loader,
+    Preset,
+    retrieval_metrics,
+    smoke,
+    test_loaders,
+    trainable_params,
 )
 
 # %% ../../nbs/training/23_train.ipynb #ec773a04
 class TrainStep:
     "Identity and triplet loss on every branch, alignment on the last map, §3.2-3.3."
-    def __init__(self,
-        net:ReIDNet,           # with classifiers
-        opt,                   # of the network and the alignment module
-        sam:nn.Module=None,    # (map, labels) -> loss; None trains without
-        lambda_sa:float=2.,    # its weight
-        eps:float=.1,          # label smoothing; the paper's Eq. (5) has none
-        m:float=.3,            # margin
-        normalise:bool=True,   # triplets compare unit vectors, as released; Eq. (6) has raw ones
-        acc=None,              # of `accelerator`; None takes float32 and whole batches
+
+    def __init__(
+        self,
+        net: ReIDNet,  # with classifiers
+        opt,  # of the network and the alignment module
+        sam: nn.Module = None,  # (map, labels) -> loss; None trains without
+        lambda_sa: float = 2.0,  # its weight
+        eps: float = 0.1,  # label smoothing; the paper's Eq. (5) has none
+        m: float = 0.3,  # margin
+        normalise: bool = True,  # triplets compare unit vectors, as released; Eq. (6) has raw ones
+        acc=None,  # of `accelerator`; None takes float32 and whole batches
     ):
-        self.net, self.opt, self.sam, self.lambda_sa, self.eps, self.m, self.normalise = net, opt, sam, lambda_sa, eps, m, normalise
+        self.net = net
+        self.opt = opt
+        self.sam = sam
+        self.lambda_sa = lambda_sa
+        self.eps = eps
+        self.m = m
+        self.normalise = normalise
         self.acc = acc or accelerator(str(device_of(net)))
 
-    def part(self, x:Tensor, y:Tensor) -> dict: # the losses of a part, and their gradient
-        with self.acc.autocast(): maps, branches = self.net(x)
+    def part(self, x: Tensor, y: Tensor) -> dict:  # the losses of a part, and their gradient
+        with self.acc.autocast():
+            maps, branches = self.net(x)
         both = [(gather(to_float32(b.f)), gather(to_float32(b.logits))) for b in branches]
-        parts = dict(id=sum(id_loss(s, y, self.eps) for _,s in both), triplet=sum(triplet(f, y, self.m, self.normalise) for f,_ in both))
+        parts = dict(
+            id=sum(id_loss(s, y, self.eps) for _, s in both),
+            triplet=sum(triplet(f, y, self.m, self.normalise) for f, _ in both),
+        )
         loss = sum(parts.values())
         if self.sam is not None:
             parts['sa'] = self.sam(gather(to_float32(maps[-1])), y)
-            loss = loss + self.lambda_sa*parts['sa']
+            loss = loss + self.lambda_sa * parts['sa']
         self.acc.backward(loss)
-        return dict(loss=loss.detach(), **{k: v.detach() for k,v in parts.items()}, acc=(both[0][1].argmax(1) == y).float().mean())
+        return dict(
+            loss=loss.detach(),
+            **{k: v.detach() for k, v in parts.items()},
+            acc=(both[0][1].argmax(1) == y).float().mean(),
+        )
 
     def __call__(self, batch) -> dict:
         self.opt.zero_grad()
-        outs = [self.part(x, y) for x,y in split_batch(batch, self.acc.gradient_accumulation_steps)]
+        outs = [self.part(x, y) for x, y in split_batch(batch, self.acc.gradient_accumulation_steps)]
         share_grads(trainable_params(self.opt))
         self.opt.step()
         return {k: torch.stack([o[k] for o in outs]).mean() for k in outs[0]}
 
-    def stateful(self) -> dict: return {k: v for k,v in dict(net=self.net, opt=self.opt, sam=self.sam, **scaler(self.acc)).items() if v is not None}
-    def state_dict(self) -> dict: return {k: v.state_dict() for k,v in self.stateful().items()}
-    def load_state_dict(self, s:dict):
-        for k,v in self.stateful().items(): v.load_state_dict(s[k])
+    def stateful(self) -> dict:
+        return {
+            k: v for k, v in dict(net=self.net, opt=self.opt, sam=self.sam, **scaler(self.acc)).items() if v is not None
+        }
+
+    def state_dict(self) -> dict:
+        return {k: v.state_dict() for k, v in self.stateful().items()}
+
+    def load_state_dict(self, s: dict):
+        for k, v in self.stateful().items():
+            v.load_state_dict(s[k])
 
 # %% ../../nbs/training/23_train.ipynb #bf047d48
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
-    preset:Preset='full'           # where the other defaults come from; smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
-    data:str='synth'               # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
-    target:str=''                  # another set to measure on (cross-domain, Table 2); empty measures on `data`
-    out:str=''                     # the run's folder; empty takes the next free runs/train-N
-    resume:bool=False              # go on with the run in `out`, or start one where none is
-    backbone:str='msinet'          # or a compared network with its own neck: resnet50, osnet, cdnet, deit_s, deit_b, vit_b (Tables 2 and 6)
-    genotype:str=TABLE1            # of MSINet: twelve letters of N E G A; the default is Table 1's
-    weights:str=''                 # start from this .safetensors file, or from released weights (.pth); timm fetches its ImageNet weights
-    fresh_classifiers:bool=False   # with weights: start classifiers anew where the file has other identities
-    size:tuple[int,int]=(256,128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
-    channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages; ResNet50 and the transformers have their own
-    rho:int=3                      # scale ratio of the two branches, Fig. 5d
-    fuse:Literal['sum','minus','multiply']='sum' # how the two branches of a cell become one, Fig. 5c
-    epochs:int=350                 # §4.3; cross-domain 250
-    batch:int=64                   # images in a batch, P·K
-    K:int=4                        # images of each identity in a batch; P = batch/K
-    optimiser:Literal['sgd','adamw']='sgd' # §4.3: SGD
-    lr:float=.065                  # §4.3
-    wd:float=5e-4                  # weight decay
-    warmup:int=10                  # epochs in which the rate climbs, §4.2
-    drops:tuple[int,...]=(150,225,300) # epochs at which the rate falls to a tenth, §4.2
-    eps:float=.1                   # label smoothing, as released; 0 is Eq. 5 to the letter
-    m:float=.3                     # margin of the triplet loss, Eq. 6
-    normalise:bool=True            # triplets compare unit vectors, as released; no is Eq. 6 to the letter
-    lambda_sa:float=2.             # weight of the spatial alignment, §4.3; 0 trains without SAM
-    align:Literal['pam','separated','unified','positives','negatives']='pam' # which vectors are aligned, Table 5
-    centred:bool=False             # alignment of vectors without their mean; a diagnosis, not in the paper
-    sam_released:bool=False        # alignment over positions of the other image, as released
-    erase:float=.5                 # probability of random erasing; cross-domain 0
-    pad:int=10                     # pixels of padding before the random crop
-    jitter:bool=False              # colour jitter; cross-domain yes
-    every:int=0                    # measure every so many epochs; 0 only before and after
-    cache:bool=True                # decode each picture once; no: decode it anew whenever it is drawn
-    cache_dir:str=''               # folder for decoded pictures; empty keeps them in memory
-    seed:int=0                     # of initial weights, batches, augmentation
-    device:str=''                  # cpu, cuda, mps; empty takes the best
-    precision:Literal['no','bf16','fp16']='no' # of the network's forward pass; attention energies, alignment, memories and losses stay float32
-    channels_last:bool=False       # lay out maps position by position, which suits GPUs in half precision
-    compile:bool=False             # let torch.compile fuse the backbone; the first batches take minutes
-    accumulate:int=1               # compute a batch in so many parts of whole identities; hardest negatives and BN statistics are then found inside a part
-    recompute:bool=False           # run each cell again when its gradient is due instead of keeping its maps: less memory, more time
-    sync_bn:bool=False             # with several processes: BN statistics of the whole batch instead of each process's part
-    threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
+
+    preset: Preset = 'full'  # where the other defaults come from; smoke: seconds, laptop: minutes, full: the paper's scale, paper: to its letter, released: as the released code
+    data: str = 'synth'  # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
+    target: str = ''  # another set to measure on (cross-domain, Table 2); empty measures on `data`
+    out: str = ''  # the run's folder; empty takes the next free runs/train-N
+    resume: bool = False  # go on with the run in `out`, or start one where none is
+    backbone: str = 'msinet'  # or a compared network with its own neck: resnet50, osnet, cdnet, deit_s, deit_b, vit_b (Tables 2 and 6)
+    genotype: str = TABLE1  # of MSINet: twelve letters of N E G A; the default is Table 1's
+    weights: str = (
+        ''  # start from this .safetensors file, or from released weights (.pth); timm fetches its ImageNet weights
+    )
+    fresh_classifiers: bool = False  # with weights: start classifiers anew where the file has other identities
+    size: tuple[int, int] = (256, 128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
+    channels: tuple[int, int, int, int] = (
+        64,
+        256,
+        384,
+        512,
+    )  # of the stem and the three stages; ResNet50 and the transformers have their own
+    rho: int = 3  # scale ratio of the two branches, Fig. 5d
+    fuse: Literal['sum', 'minus', 'multiply'] = 'sum'  # how the two branches of a cell become one, Fig. 5c
+    epochs: int = 350  # §4.3; cross-domain 250
+    batch: int = 64  # images in a batch, P·K
+    K: int = 4  # images of each identity in a batch; P = batch/K
+    optimiser: Literal['sgd', 'adamw'] = 'sgd'  # §4.3: SGD
+    lr: float = 0.065  # §4.3
+    wd: float = 5e-4  # weight decay
+    warmup: int = 10  # epochs in which the rate climbs, §4.2
+    milestones: tuple[int, ...] = (150, 225, 300)  # epochs at which the rate falls to a tenth, §4.2
+    eps: float = 0.1  # label smoothing, as released; 0 is Eq. 5 to the letter
+    m: float = 0.3  # margin of the triplet loss, Eq. 6
+    normalise: bool = True  # triplets compare unit vectors, as released; no is Eq. 6 to the letter
+    lambda_sa: float = 2.0  # weight of the spatial alignment, §4.3; 0 trains without SAM
+    align: Literal['pam', 'separated', 'unified', 'positives', 'negatives'] = (
+        'pam'  # which vectors are aligned, Table 5
+    )
+    centred: bool = False  # alignment of vectors without their mean; a diagnosis, not in the paper
+    sam_released: bool = False  # alignment over positions of the other image, as released
+    random_erasing: float = 0.5  # probability of random erasing; cross-domain 0
+    pad: int = 10  # pixels of padding before the random crop
+    jitter: bool = False  # colour jitter; cross-domain yes
+    eval_every: int = 0  # measure every so many epochs; 0 only before and after
+    cache: bool = True  # decode each picture once; no: decode it anew whenever it is drawn
+    cache_dir: str = ''  # folder for decoded pictures; empty keeps them in memory
+    seed: int = 0  # of initial weights, batches, augmentation
+    device: str = ''  # cpu, cuda, mps; empty takes the best
+    precision: Literal['no', 'bf16', 'fp16'] = (
+        'no'  # of the network's forward pass; attention energies, alignment, memories and losses stay float32
+    )
+    channels_last: bool = False  # lay out maps position by position, which suits GPUs in half precision
+    compile: bool = False  # let torch.compile fuse the backbone; the first batches take minutes
+    accumulate: int = 1  # compute a batch in so many parts of whole identities; hardest negatives and BN statistics are then found inside a part
+    recompute: bool = (
+        False  # run each cell again when its gradient is due instead of keeping its maps: less memory, more time
+    )
+    sync_bn: bool = False  # with several processes: BN statistics of the whole batch instead of each process's part
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
 
 # %% ../../nbs/training/23_train.ipynb #98a7e62e
 TRAIN = dict(
-    full=TrainConfig(every=40),
-    paper=TrainConfig(every=40, eps=0., normalise=False),
-    released=TrainConfig(every=40, sam_released=True),
-    laptop=TrainConfig(data=LAPTOP_SYNTH, epochs=45, lr=3e-3, warmup=3, drops=short_milestones(45), **laptop),
-    smoke=TrainConfig(epochs=2, lr=3e-3, warmup=1, drops=(), **smoke))
-TRAIN = {k: replace(c, preset=k) for k,c in TRAIN.items()}
+    full=TrainConfig(eval_every=40),
+    paper=TrainConfig(eval_every=40, eps=0.0, normalise=False),
+    released=TrainConfig(eval_every=40, sam_released=True),
+    laptop=TrainConfig(data=LAPTOP_SYNTH, epochs=45, lr=3e-3, warmup=3, milestones=short_milestones(45), **laptop),
+    smoke=TrainConfig(epochs=2, lr=3e-3, warmup=1, milestones=(), **smoke),
+)
+TRAIN = {k: replace(c, preset=k) for k, c in TRAIN.items()}
 
 # %% ../../nbs/training/23_train.ipynb #9267429c
-TIMM = 'timm' # these weights need no file
+TIMM = 'timm'  # these weights need no file
 
 # %% ../../nbs/training/23_train.ipynb #c3397129
 def network(
-    backbone:str, # msinet, or the name of a compared network
-    genotype:str, channels, rho:int, # as for `derived`; OSNet and CDNet have channels, too
-    size,         # (H, W) of the images in pixels; a ViT is built for it
-    n_ids:int,    # training identities; 0 for no classifiers
-    fuse=torch.add, # of MSINet: how branches become one
-    pretrained:bool=False, # fetch timm's ImageNet weights
+    backbone: str,  # msinet, or the name of a compared network
+    genotype: str,
+    channels,
+    rho: int,  # as for `derived`; OSNet and CDNet have channels, too
+    size,  # (H, W) of the images in pixels; a ViT is built for it
+    n_ids: int,  # training identities; 0 for no classifiers
+    fuse=torch.add,  # of MSINet: how branches become one
+    pretrained: bool = False,  # fetch timm's ImageNet weights
 ) -> ReIDNet:
     "A network with the neck it is published with. Raises `InputError` for a genotype or a name that isn't one, and for weights that timm doesn't have."
-    if backbone != 'msinet' or pretrained: return build_baseline(backbone, size, n_ids, channels or (64,256,384,512), pretrained) # old files don't say their channels
+    if backbone != 'msinet' or pretrained:
+        return build_baseline(
+            backbone, size, n_ids, channels or (64, 256, 384, 512), pretrained
+        )  # old files don't say their channels
     b = derived(genotype, channels, rho, fuse)
     return ReIDNet(b, FBLNeck(b.channels, n_ids))
 
 # %% ../../nbs/training/23_train.ipynb #94970036
 def build(
-    cfg:TrainConfig,
-    n_ids:int, # training identities; 0 for no classifiers
-) -> tuple[ReIDNet,SAM]: # the network, and the alignment module or None
+    cfg: TrainConfig,
+    n_ids: int,  # training identities; 0 for no classifiers
+) -> tuple[ReIDNet, SAM]:  # the network, and the alignment module or None
     "The network of a configuration. Errors as `network`."
-    net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, lookup(FUSES, cfg.fuse, 'fuse'), cfg.weights == TIMM)
-    return net, lookup(ALIGN, cfg.align, 'align')(net.backbone.channels[-1], released=cfg.sam_released, centred=cfg.centred) if cfg.lambda_sa else None
+    net = network(
+        cfg.backbone,
+        cfg.genotype,
+        cfg.channels,
+        cfg.rho,
+        cfg.size,
+        n_ids,
+        lookup(FUSES, cfg.fuse, 'fuse'),
+        cfg.weights == TIMM,
+    )
+    return net, lookup(ALIGN, cfg.align, 'align')(
+        net.backbone.channels[-1], released=cfg.sam_released, centred=cfg.centred
+    ) if cfg.lambda_sa else None
 
 # %% ../../nbs/training/23_train.ipynb #85728f96
 def _weight_mismatches(
-    own:dict, given:dict, # name -> tensor: the network's, the file's
-) -> list[str]: # one line each
+    own: dict,
+    given: dict,  # name -> tensor: the network's, the file's
+) -> list[str]:  # one line each
     "What of a file doesn't fit: names that are missing or too many, shapes that differ; where all fit, tensors that hold nan or inf."
     shape = lambda d, k: tuple(d[k].shape) if isinstance(d.get(k), Tensor) else 'missing' if k not in d else 'no tensor'
-    odd = [f'{k} is {shape(given, k)}, expected {shape(own, k)}' for k in {**own, **given} if shape(own, k) != shape(given, k) or not isinstance(given[k], Tensor)]
-    return odd or [f'{k} is not finite, expected numbers' for k,v in given.items() if not v.isfinite().all()]
+    odd = [
+        f'{k} is {shape(given, k)}, expected {shape(own, k)}'
+        for k in {**own, **given}
+        if shape(own, k) != shape(given, k) or not isinstance(given[k], Tensor)
+    ]
+    return odd or [f'{k} is not finite, expected numbers' for k, v in given.items() if not v.isfinite().all()]
 
 # %% ../../nbs/training/23_train.ipynb #d09c02d3
 def load_initial_weights(
-    net:ReIDNet, # changed in place
-    path:str,    # .safetensors of this kit, or released weights
-    fresh:bool=False, # may classifiers of other identities stay as they are?
-) -> list[str]: # names in the file that were not used
+    net: ReIDNet,  # changed in place
+    path: str,  # .safetensors of this kit, or released weights
+    fresh: bool = False,  # may classifiers of other identities stay as they are?
+) -> list[str]:  # names in the file that were not used
     "Take in weights, every one of them; the neck stays fresh where the file is a backbone alone. Raises `InputError`, and changes nothing, when anything doesn't fit."
     left, sd = [], load_weights(path)[0] if str(path).endswith('.safetensors') else load(path)
-    if not isinstance(sd, dict) or not any(str(k).startswith(('backbone.', 'neck.')) for k in sd): # others' names
-        sd = from_osnet(sd) if isinstance(net.neck, FCNeck) else from_timm(sd, net, left) if isinstance(net.neck, BNNeck) else from_official(sd, left)
+    if not isinstance(sd, dict) or not any(str(k).startswith(('backbone.', 'neck.')) for k in sd):  # others' names
+        sd = (
+            from_osnet(sd)
+            if isinstance(net.neck, FCNeck)
+            else from_timm(sd, net, left)
+            if isinstance(net.neck, BNNeck)
+            else from_official(sd, left)
+        )
     own = net.state_dict()
-    if sd and all(k.startswith('backbone.') for k in sd): sd = {k: v for k,v in own.items() if not k.startswith('backbone.')} | sd
+    if sd and all(k.startswith('backbone.') for k in sd):
+        sd = {k: v for k, v in own.items() if not k.startswith('backbone.')} | sd
     wrong = _weight_mismatches(own, sd)
-    heads = [k for k in own|sd if 'classifier' in k and any(w.startswith(f'{k} is') for w in wrong)]
+    heads = [k for k in own | sd if 'classifier' in k and any(w.startswith(f'{k} is') for w in wrong)]
     if fresh:
         left += [k for k in heads if k in sd]
-        sd = {k: v for k,v in sd.items() if k not in heads} | {k: own[k] for k in heads if k in own}
+        sd = {k: v for k, v in sd.items() if k not in heads} | {k: own[k] for k in heads if k in own}
         wrong = _weight_mismatches(own, sd)
-    if wrong: raise InputError(f"{path} does not fit: {len(wrong)} of {len(own)} tensors differ: {'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}; expected weights of this very network"
-                               + (': its identities are others, take fresh_classifiers' if len(wrong) == len(heads) else ''))
+    if wrong:
+        raise InputError(
+            f"{path} does not fit: {len(wrong)} of {len(own)} tensors differ: "
+            f"{'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}; expected weights of this very network"
+            + (': its identities are others, take fresh_classifiers' if len(wrong) == len(heads) else '')
+        )
     net.load_state_dict(sd)
     return left
 
 # %% ../../nbs/training/23_train.ipynb #1f6a7d85
 def build_with_weights(
-    make,       # () -> the network
-    sd:dict,    # its weights, name -> tensor
-    rho:int=1,  # scale ratio that the network is said to have
+    make,  # () -> the network
+    sd: dict,  # its weights, name -> tensor
+    rho: int = 1,  # scale ratio that the network is said to have
 ) -> nn.Module:
     "A network with its weights. Raises `ValueError` where they don't fit, before it takes any memory."
-    if rho and rho > len(sd): raise ValueError(f'{len(sd)} tensors are too few for rho {rho}')
-    with torch.device('meta'): odd = _weight_mismatches(make().state_dict(), sd)
-    if odd: raise ValueError(f'{len(odd)} tensors differ, such as {odd[0]}')
-    net = make(); net.load_state_dict(sd)
+    if rho and rho > len(sd):
+        raise ValueError(f'{len(sd)} tensors are too few for rho {rho}')
+    with torch.device('meta'):
+        odd = _weight_mismatches(make().state_dict(), sd)
+    if odd:
+        raise ValueError(f'{len(odd)} tensors differ, such as {odd[0]}')
+    net = make()
+    net.load_state_dict(sd)
     return net
 
 # %% ../../nbs/training/23_train.ipynb #aec2605e
 def open_net(
-    run, # a run folder with model.safetensors, or such a file
-) -> tuple[ReIDNet,dict]: # the network in eval mode, and what it is: genotype, channels, size, ...
+    run,  # a run folder with model.safetensors, or such a file
+) -> tuple[ReIDNet, dict]:  # the network in eval mode, and what it is: genotype, channels, size, ...
     "A trained network from its folder. Raises `InputError` when there is none."
     path = Path(run)
-    sd, about = load_weights(path/'model.safetensors' if path.is_dir() else path)
-    if not {'backbone','genotype'} & set(about): raise InputError(f'{path} does not say what network it belongs to, expected weights written by `train`')
+    sd, about = load_weights(path / 'model.safetensors' if path.is_dir() else path)
+    if not {'backbone', 'genotype'} & set(about):
+        raise InputError(f'{path} does not say what network it belongs to, expected weights written by `train`')
     n_ids = sd['neck.classifier.weight'].shape[0] if 'neck.classifier.weight' in sd else 0
     try:
-        make = lambda: network(about.get('backbone', 'msinet'), *map(about.get, ('genotype', 'channels', 'rho', 'size')), n_ids, FUSES[about.get('fuse', 'sum')]) # files from before Fig. 5c's arms say nothing
+        make = lambda: network(
+            about.get('backbone', 'msinet'),
+            *map(about.get, ('genotype', 'channels', 'rho', 'size')),
+            n_ids,
+            FUSES[about.get('fuse', 'sum')],
+        )  # files from before Fig. 5c's arms say nothing
         net = build_with_weights(make, sd, about.get('rho'))
-        net.after_bn = about.get('after_bn', False) # networks that were trained without identities embed by their normalised features
-    except InputError: raise
+        net.after_bn = about.get(
+            'after_bn', False
+        )  # networks that were trained without identities embed by their normalised features
+    except InputError:
+        raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path} is not what it says it is ({' '.join(str(e).split())[:160]}), expected weights written by `train`") from None
+        raise InputError(
+            f"{path} is not what it says it is ({' '.join(str(e).split())[:160]}), expected weights written by `train`"
+        ) from None
     return net.eval(), about
 
 # %% ../../nbs/training/23_train.ipynb #636f4b47
 class Pixels(nn.Module):
     "The image itself as its embedding."
-    def embed(self, x:Tensor) -> Tensor: return x.flatten(1)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
 
 # %% ../../nbs/training/23_train.ipynb #8cc3fa40
 @dataclass(frozen=True)
 class TrainResult:
     "What a training gave."
-    net:nn.Module   # the trained network, in eval mode
-    metrics:dict    # 'before', 'after', 'pixels' -> mAP, R1, ...
-    history:list    # one dict per epoch
-    run:Path        # the run's folder
+
+    net: nn.Module  # the trained network, in eval mode
+    metrics: dict  # 'before', 'after', 'pixels' -> mAP, R1, ...
+    history: list  # one dict per epoch
+    run: Path  # the run's folder
 
 # %% ../../nbs/training/23_train.ipynb #481fd01b
 def train(
-    cfg:TrainConfig,
-    data:ReIDData=None,   # instead of what `cfg.data` names
-    progress:bool=False,  # show bars
+    cfg: TrainConfig,
+    data: ReIDData = None,  # instead of what `cfg.data` names
+    progress: bool = False,  # show bars
 ) -> TrainResult:
     "Train for retrieval, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is no number."
     acc = accelerator(cfg.device, cfg.precision, cfg.accumulate)
     main, _ = acc.is_main_process, broadcast_from_main(lambda: run_folder(cfg.out, 'train', cfg.resume))
     progress, given = progress and main, data
-    check_genotype(cfg.genotype); check_backbone(cfg.backbone); check_batch_split(n_identities(cfg.batch, cfg.K), acc.num_processes, cfg.accumulate, least=2)
-    if given is not None: cfg = replace(cfg, data=f'given:{data.name}')
+    check_genotype(cfg.genotype)
+    check_backbone(cfg.backbone)
+    check_batch_split(n_identities(cfg.batch, cfg.K), acc.num_processes, cfg.accumulate, least=2)
+    if given is not None:
+        cfg = replace(cfg, data=f'given:{data.name}')
     with acc.local_main_process_first():
         data = given or get_data(cfg.data, cfg.size, progress)
         target = get_data(cfg.target, cfg.size, progress) if cfg.target else data
@@ -259,28 +363,43 @@ def train(
         dl = loader(data.train, cfg, cfg.seed, acc.device, progress)
         set_seed(cfg.seed)
         net, sam = build(cfg, dl.n_ids)
-        if cfg.weights not in ('', TIMM): load_initial_weights(net, cfg.weights, cfg.fresh_classifiers)
+        if cfg.weights not in ('', TIMM):
+            load_initial_weights(net, cfg.weights, cfg.fresh_classifiers)
         whole = nn.ModuleList([m.to(acc.device) for m in (net, sam) if m is not None]).train()
         apply_runtime_options(net, cfg)
-        opt = acc.prepare_optimizer(OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd))
+        opt = acc.prepare_optimizer(
+            OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd)
+        )
         tests = test_loaders(target, cfg)
         protocol = protocol_of(target.name)
-        measure = lambda net: retrieval_metrics(evaluate_loaders(net, *tests, target.same_cam_ok, acc.device, protocol, gather_fn(acc)))
+        measure = lambda net: retrieval_metrics(
+            evaluate_loaders(net, *tests, target.same_cam_ok, acc.device, protocol, gather_fn(acc))
+        )
         about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size, channels=cfg.channels)
-        if cfg.backbone == 'msinet': about |= dict(genotype=cfg.genotype, rho=cfg.rho, fuse=cfg.fuse)
+        if cfg.backbone == 'msinet':
+            about |= dict(genotype=cfg.genotype, rho=cfg.rho, fuse=cfg.fuse)
         metrics = dict(pixels=measure(Pixels()), before=measure(net))
         marks = dict(data=data_fingerprint(data)) | (dict(target=data_fingerprint(target)) if cfg.target else {})
         with locked_run_folder(cfg.out, 'train', cfg.resume) as run:
-            cbs = [Guard(grads=cfg.precision != 'fp16'), Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every)]
-            if main: cbs += [*run_callbacks(run, 'train', signals, lambda row: row.get('mAP'), progress), Health(net, probe(data.train, cfg.size))]
+            cbs = [
+                Guard(grads=cfg.precision != 'fp16'),
+                Schedule(opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.milestones)),
+                Evaluate(lambda: measure(net), cfg.eval_every),
+            ]
+            if main:
+                cbs += [
+                    *run_callbacks(run, 'train', signals, lambda row: row.get('mAP'), progress),
+                    Health(net, probe(data.train, cfg.size)),
+                ]
             learn = Learner(whole, TrainStep(net, opt, sam, cfg.lambda_sa, cfg.eps, cfg.m, cfg.normalise, acc), dl, cbs)
             start_or_resume(learn, run, 'train', asdict(replace(cfg, out=str(run))), marks, cfg.resume, acc.device)
             learn.fit(cfg.epochs)
             metrics['after'] = measure(net)
             if main:
                 with final_write(run):
-                    if 'genotype' in about and not (run/'genotype.json').exists(): write_json(run/'genotype.json', dict(genotype=about['genotype']))
-                    write_json(run/'metrics.json', metrics)
-                    save_weights(net, run/'model.safetensors', about)
+                    if 'genotype' in about and not (run / 'genotype.json').exists():
+                        write_json(run / 'genotype.json', dict(genotype=about['genotype']))
+                    write_json(run / 'metrics.json', metrics)
+                    save_weights(net, run / 'model.safetensors', about)
     acc.wait_for_everyone()
     return TrainResult(net.eval(), metrics, learn.history, run)

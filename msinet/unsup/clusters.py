@@ -9,7 +9,6 @@ __all__ = ['dbscan', 'pseudo_labels', 'outliers_as_classes', 'contingency', 'ran
 # %% ../../nbs/unsup/24_clusters.ipynb #71ee2af4
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -18,32 +17,33 @@ from ..retrieval.rerank import jaccard_sparse
 
 # %% ../../nbs/unsup/24_clusters.ipynb #3bed338e
 def dbscan(
-    d:sparse.csr_matrix, # (N, N) distances; what is not stored is farther than eps
-    eps:float,           # how far neighbours may be
-    min_samples:int=4,   # neighbours, itself included, that make a core
-) -> Tensor: # (N,) int64 clusters 0 … n-1, on the CPU; -1 for pictures in none
+    d: sparse.csr_matrix,  # (N, N) distances; what is not stored is farther than eps
+    eps: float,  # how far neighbours may be
+    min_samples: int = 4,  # neighbours, itself included, that make a core
+) -> Tensor:  # (N,) int64 clusters 0 … n-1, on the CPU; -1 for pictures in none
     "Density clustering of sparse distances (Ester et al., 1996)."
-    from sklearn.cluster import DBSCAN # here, because it takes a second to load
+    from sklearn.cluster import DBSCAN  # here, because it takes a second to load
     from sklearn.neighbors import sort_graph_by_row_values
+
     d = sort_graph_by_row_values(d, copy=True, warn_when_not_sorted=False)
     return torch.from_numpy(DBSCAN(eps=eps, min_samples=min_samples, metric='precomputed').fit_predict(d)).long()
 
 # %% ../../nbs/unsup/24_clusters.ipynb #8e76aa1f
 def pseudo_labels(
-    f:Tensor,          # (N, D) features
-    eps:float=.6,      # Jaccard distance up to which pictures are neighbours
-    k1:int=30,         # width of the search for reciprocal neighbours
-    k2:int=6,          # how many neighbourhoods are averaged
-    min_samples:int=4, # neighbours, itself included, that make a core
-    cluster=dbscan,    # called as cluster(distances, eps, min_samples)
-) -> Tensor: # (N,) int64 clusters 0 … n-1 on the CPU; -1 for pictures in none
+    f: Tensor,  # (N, D) features
+    eps: float = 0.6,  # Jaccard distance up to which pictures are neighbours
+    k1: int = 30,  # width of the search for reciprocal neighbours
+    k2: int = 6,  # how many neighbourhoods are averaged
+    min_samples: int = 4,  # neighbours, itself included, that make a core
+    cluster=dbscan,  # called as cluster(distances, eps, min_samples)
+) -> Tensor:  # (N,) int64 clusters 0 … n-1 on the CPU; -1 for pictures in none
     "Labels from features: k-reciprocal Jaccard distance, then density clustering. Errors as `jaccard_sparse`."
     return cluster(jaccard_sparse(f, k1, k2, eps), eps, min_samples)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #ead5544b
 def outliers_as_classes(
-    y:Tensor, # (N,) clusters; -1 for pictures in none
-) -> Tensor: # (N,) every picture has a class
+    y: Tensor,  # (N,) clusters; -1 for pictures in none
+) -> Tensor:  # (N,) every picture has a class
     "Each un-clustered picture becomes a class of its own, numbered after the clusters."
     out, alone = y.clone(), y < 0
     out[alone] = torch.arange(int(alone.sum()), device=y.device) + y.max().clamp(min=-1) + 1
@@ -51,57 +51,62 @@ def outliers_as_classes(
 
 # %% ../../nbs/unsup/24_clusters.ipynb #99be64b9
 def contingency(
-    y:Tensor, # (N,) labels of any kind
-    z:Tensor, # (N,) others
-) -> tuple[Tensor,Tensor,Tensor]: # (N,) int64: how many pictures share both labels, the first, the second
+    y: Tensor,  # (N,) labels of any kind
+    z: Tensor,  # (N,) others
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,) int64: how many pictures share both labels, the first, the second
     "For each picture, with how many it shares its labels, itself included."
     y, z = (v.unique(return_inverse=True)[1] for v in (y, z))
     count = lambda v: torch.bincount(v)[v]
-    return count((y*(z.max()+1)+z).unique(return_inverse=True)[1]), count(y), count(z)
+    return count((y * (z.max() + 1) + z).unique(return_inverse=True)[1]), count(y), count(z)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #7ebbd84c
 def rand_index(
-    y:Tensor,    # (N,) clusters; -1 for pictures in none
-    true:Tensor, # (N,) identities
-) -> float: # at most 1, about 0 for chance
+    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    true: Tensor,  # (N,) identities
+) -> float:  # at most 1, about 0 for chance
     "Adjusted Rand index (Hubert and Arabie, 1985). Two pictures or more."
-    both, a, b = ((c-1).sum().item()/2 for c in contingency(outliers_as_classes(y), true)) # pairs, each seen from both sides
-    by_chance = a*b/(len(y)*(len(y)-1)/2)
-    return 1. if a == b == both else (both-by_chance)/((a+b)/2-by_chance)
+    both, a, b = (
+        (c - 1).sum().item() / 2 for c in contingency(outliers_as_classes(y), true)
+    )  # pairs, each seen from both sides
+    by_chance = a * b / (len(y) * (len(y) - 1) / 2)
+    return 1.0 if a == b == both else (both - by_chance) / ((a + b) / 2 - by_chance)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #1c7be555
 def purity(
-    y:Tensor,    # (N,) clusters; -1 for pictures in none
-    true:Tensor, # (N,) identities
-) -> float: # 0 … 1; NaN when no picture is in a cluster
+    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    true: Tensor,  # (N,) identities
+) -> float:  # 0 … 1; NaN when no picture is in a cluster
     "Share of the clustered pictures that belong to the majority of their cluster."
     y, true = y[y >= 0], true[y >= 0]
-    if not len(y): return float('nan')
+    if not len(y):
+        return float('nan')
     both = contingency(y, true)[0]
-    return torch.zeros(int(y.max())+1, dtype=both.dtype).scatter_reduce_(0, y, both, 'amax').sum().item()/len(y)
+    return torch.zeros(int(y.max()) + 1, dtype=both.dtype).scatter_reduce_(0, y, both, 'amax').sum().item() / len(y)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #bcb50709
 def overlap(
-    y:Tensor, # (N,) clusters; -1 for pictures in none
-    z:Tensor, # (N,) others
-) -> Tensor: # (N,) in ]0, 1]
+    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    z: Tensor,  # (N,) others
+) -> Tensor:  # (N,) in ]0, 1]
     "How far each picture's two clusters are the same: intersection over union."
     both, a, b = contingency(outliers_as_classes(y), outliers_as_classes(z))
-    return both/(a+b-both)
+    return both / (a + b - both)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #2bb55aaa
 def reliable(
-    y:Tensor,          # (N,) clusters; -1 for pictures in none
-    loose:Tensor,      # (N,) clusters at a larger eps
-    tight:Tensor,      # (N,) clusters at a smaller eps
-    limit:float=None,  # overlap that a cluster needs; None: what 90 % of these reach
-) -> tuple[Tensor,float]: # (N,) with fewer in clusters, numbered anew; the limit
+    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    loose: Tensor,  # (N,) clusters at a larger eps
+    tight: Tensor,  # (N,) clusters at a smaller eps
+    limit: float = None,  # overlap that a cluster needs; None: what 90 % of these reach
+) -> tuple[Tensor, float]:  # (N,) with fewer in clusters, numbered anew; the limit
     "Keep what is independent and compact (SpCL, Ge et al., 2020)."
     inside = y >= 0
-    if not inside.any(): return y, limit
-    best = lambda o: torch.zeros(int(y.max())+1).scatter_reduce_(0, y[inside], o[inside], 'amax')
+    if not inside.any():
+        return y, limit
+    best = lambda o: torch.zeros(int(y.max()) + 1).scatter_reduce_(0, y[inside], o[inside], 'amax')
     out, tightly = best(overlap(y, loose)), overlap(y, tight)
-    if limit is None: limit = out.sort(descending=True).values[max(0, round(.9*len(out))-1)].item()
+    if limit is None:
+        limit = out.sort(descending=True).values[max(0, round(0.9 * len(out)) - 1)].item()
     keep = inside.clone()
     keep[inside] = (out[y[inside]] >= limit) & (tightly[inside] >= best(tightly)[y[inside]])
     new = torch.full_like(y, -1)
@@ -111,46 +116,60 @@ def reliable(
 # %% ../../nbs/unsup/24_clusters.ipynb #550dd4c1
 class Clusters(NamedTuple):
     "What a clustering gave."
-    y:Tensor         # (N,) clusters 0 … n-1 on the CPU; -1 for pictures in none
-    eps:float        # that gave them
-    note:str=''      # what went wrong, empty when nothing did
-    limit:float=None # of `reliable`
+
+    y: Tensor  # (N,) clusters 0 … n-1 on the CPU; -1 for pictures in none
+    eps: float  # that gave them
+    note: str = ''  # what went wrong, empty when nothing did
+    limit: float = None  # of `reliable`
 
 # %% ../../nbs/unsup/24_clusters.ipynb #a1c22290
 def fits(
-    y:Tensor,      # (N,) clusters
-    most:float=.5, # share of all pictures that a cluster may hold
-) -> int: # 0 when they can be learnt from, 1 when eps should grow, -1 when it should shrink
+    y: Tensor,  # (N,) clusters
+    most: float = 0.5,  # share of all pictures that a cluster may hold
+) -> int:  # 0 when they can be learnt from, 1 when eps should grow, -1 when it should shrink
     "Whether labels can be learnt from: two clusters or more, and no giant."
     n = torch.bincount(y[y >= 0])
-    if len(n) and n.max() > most*len(y): return -1
+    if len(n) and n.max() > most * len(y):
+        return -1
     return int(len(n) < 2)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #f68e786c
 def find_clusters(
-    f:Tensor,           # (N, D) features; rows that are not finite stay un-clustered
-    eps:float=.6, k1:int=30, k2:int=6, min_samples:int=4, # as in `pseudo_labels`
-    before:Tensor=None, # (N,) labels of the epoch before, to fall back on
-    margin:float=0.,    # looser and tighter by this much for `reliable`; 0 believes every cluster
-    limit:float=None,   # of `reliable`
-    most:float=.5,      # share of all pictures that a cluster may hold
+    f: Tensor,  # (N, D) features; rows that are not finite stay un-clustered
+    eps: float = 0.6,
+    k1: int = 30,
+    k2: int = 6,
+    min_samples: int = 4,  # as in `pseudo_labels`
+    before: Tensor = None,  # (N,) labels of the epoch before, to fall back on
+    margin: float = 0.0,  # looser and tighter by this much for `reliable`; 0 believes every cluster
+    limit: float = None,  # of `reliable`
+    most: float = 0.5,  # share of all pictures that a cluster may hold
 ) -> Clusters:
     "Pseudo-labels whatever happens: eps is moved where clustering fails, and the labels before are kept where that doesn't help."
     good = f.isfinite().all(1) & (f.abs().amax(1) > 0)
-    last = Clusters(torch.arange(len(f)), eps, 'each alone', limit) if before is None else Clusters(before, eps, 'kept', limit)
-    if good.sum() <= len(f)/2: return last._replace(note=f'not finite: {last.note}')
+    last = (
+        Clusters(torch.arange(len(f)), eps, 'each alone', limit)
+        if before is None
+        else Clusters(before, eps, 'kept', limit)
+    )
+    if good.sum() <= len(f) / 2:
+        return last._replace(note=f'not finite: {last.note}')
     inner, notes = f[good], [] if good.all() else ['not finite']
     labels = lambda e: pseudo_labels(inner, e, k1, k2, min_samples)
     for k in range(5):
         y = labels(eps)
         wrong = fits(y, most)
-        if not wrong: break
+        if not wrong:
+            break
         notes = notes or ['few clusters' if wrong > 0 else 'giant cluster']
-        if k < 4: eps = round(min(max(eps+.05*wrong, .05), .95), 4)
-    else: return last._replace(eps=eps, note=f'{notes[0]}: {last.note}')
+        if k < 4:
+            eps = round(min(max(eps + 0.05 * wrong, 0.05), 0.95), 4)
+    else:
+        return last._replace(eps=eps, note=f'{notes[0]}: {last.note}')
     if margin:
-        sure, limit = reliable(y, labels(min(eps+margin, .99)), labels(max(eps-margin, .01)), limit)
-        if not fits(sure, most): y = sure
+        sure, limit = reliable(y, labels(min(eps + margin, 0.99)), labels(max(eps - margin, 0.01)), limit)
+        if not fits(sure, most):
+            y = sure
     whole = torch.full((len(f),), -1)
     whole[good.cpu()] = y
     return Clusters(whole, eps, ', '.join(notes), limit)

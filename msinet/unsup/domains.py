@@ -16,50 +16,64 @@ from ..core import InputError
 # %% ../../nbs/unsup/24_domains.ipynb #9824b015
 class Plan:
     "Which domain each part of a batch belongs to. One for all layers of a network."
-    def __init__(self,
-        train=(0, 1), # domains of the parts while training
-        test:int=1,   # domain of everything else
-    ): self.train, self.now, self.test = tuple(train), tuple(train), test
+
+    def __init__(
+        self,
+        train=(0, 1),  # domains of the parts while training
+        test: int = 1,  # domain of everything else
+    ):
+        self.train = tuple(train)
+        self.now = tuple(train)
+        self.test = test
 
 # %% ../../nbs/unsup/24_domains.ipynb #1917042b
 class DomainBN(nn.Module):
     "A batch normalisation per domain (DSBN, Chang et al., 2019)."
-    def __init__(self,
-        bn:nn.Module, # of one domain; all start as its copies
-        n:int,        # domains
-        plan:Plan,    # shared by all layers
+
+    def __init__(
+        self,
+        bn: nn.Module,  # of one domain; all start as its copies
+        n: int,  # domains
+        plan: Plan,  # shared by all layers
     ):
         super().__init__()
         self.bns, self.plan = nn.ModuleList(deepcopy(bn) for _ in range(n)), plan
 
-    def forward(self,
-        x:Tensor, # (parts·B, ...) in training, as the plan says; all of one domain otherwise
+    def forward(
+        self,
+        x: Tensor,  # (parts·B, ...) in training, as the plan says; all of one domain otherwise
     ) -> Tensor:
-        if not self.training: return self.bns[self.plan.test](x)
+        if not self.training:
+            return self.bns[self.plan.test](x)
         now = self.plan.now
-        if len(x) % len(now): raise InputError(f'a batch of {len(x)} does not divide into {len(now)} domains, expected as many pictures of each')
-        return torch.cat([self.bns[d](part) for d,part in zip(now, x.chunk(len(now)))])
+        if len(x) % len(now):
+            raise InputError(
+                f'a batch of {len(x)} does not divide into {len(now)} domains, expected as many pictures of each'
+            )
+        return torch.cat([self.bns[d](part) for d, part in zip(now, x.chunk(len(now)))])
 
 # %% ../../nbs/unsup/24_domains.ipynb #448a4c8e
 def by_domain(
-    net:nn.Module, # changed in place
-    n:int=2,       # domains: source, target, and what is between them
-) -> Plan: # shared by all of its layers
+    net: nn.Module,  # changed in place
+    n: int = 2,  # domains: source, target, and what is between them
+) -> Plan:  # shared by all of its layers
     "Give a network one batch normalisation per domain."
     plan = Plan()
     for m in list(net.modules()):
-        for name,bn in list(m.named_children()):
-            if isinstance(bn, nn.modules.batchnorm._BatchNorm): setattr(m, name, DomainBN(bn, n, plan))
+        for name, bn in list(m.named_children()):
+            if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+                setattr(m, name, DomainBN(bn, n, plan))
     return plan
 
 # %% ../../nbs/unsup/24_domains.ipynb #9c060a71
 def of_domain(
-    net:nn.Module, # of `by_domain`; a copy is changed
-    d:int=1,       # 0 source, 1 target
-) -> nn.Module: # with ordinary batch normalisation
+    net: nn.Module,  # of `by_domain`; a copy is changed
+    d: int = 1,  # 0 source, 1 target
+) -> nn.Module:  # with ordinary batch normalisation
     "The network of one domain, as plain as it was."
     net = deepcopy(net)
     for m in list(net.modules()):
-        for name,bn in list(m.named_children()):
-            if isinstance(bn, DomainBN): setattr(m, name, bn.bns[d])
+        for name, bn in list(m.named_children()):
+            if isinstance(bn, DomainBN):
+                setattr(m, name, bn.bns[d])
     return net

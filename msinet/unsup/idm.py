@@ -16,94 +16,133 @@ from .domains import Plan
 # %% ../../nbs/unsup/24_idm.ipynb #5ff33711
 class IDM(nn.Module):
     "How much of the source and how much of the target: the intermediate domain module (Dai et al., 2021)."
-    def __init__(self,
-        c:int, # channels of the maps
+
+    def __init__(
+        self,
+        c: int,  # channels of the maps
     ):
         super().__init__()
-        self.fc = nn.Linear(2*c, c)
-        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(c, c//2), nn.ReLU(), nn.Linear(c//2, 2))
+        self.fc = nn.Linear(2 * c, c)
+        self.mlp = nn.Sequential(nn.ReLU(), nn.Linear(c, c // 2), nn.ReLU(), nn.Linear(c // 2, 2))
 
-    def forward(self,
-        g_s:Tensor, # (B, C, H, W) maps of the source
-        g_t:Tensor, # (B, C, H, W) maps of the target
-    ) -> tuple[Tensor,Tensor]: # (B, C, H, W) mixed maps, (B, 2) shares
-        seen = sum(self.fc(torch.cat([g.mean((2,3)), g.amax((2,3))], 1)) for g in (g_s, g_t))
+    def forward(
+        self,
+        g_s: Tensor,  # (B, C, H, W) maps of the source
+        g_t: Tensor,  # (B, C, H, W) maps of the target
+    ) -> tuple[Tensor, Tensor]:  # (B, C, H, W) mixed maps, (B, 2) shares
+        seen = sum(self.fc(torch.cat([g.mean((2, 3)), g.amax((2, 3))], 1)) for g in (g_s, g_t))
         a = self.mlp(seen).softmax(1)
-        w_s, w_t = a[:,:,None,None,None].unbind(1)
-        return w_s*g_s + w_t*g_t, a
+        w_s, w_t = a[:, :, None, None, None].unbind(1)
+        return w_s * g_s + w_t * g_t, a
 
 # %% ../../nbs/unsup/24_idm.ipynb #585e21ed
 def stem_of(
-    backbone:nn.Module, # of the kit
+    backbone: nn.Module,  # of the kit
 ) -> nn.Module:
     "The part of a backbone after which maps have their first channels. Raises `InputError` where there is none."
-    for name in ('stem', 'maxpool'): # the kit's own; timm's ResNet
+    for name in ('stem', 'maxpool'):  # the kit's own; timm's ResNet
         found = dict(backbone.named_children()).get(name)
-        if found is not None: return found
-    raise InputError(f'{type(backbone).__name__} has no stem of convolutions, expected one to mix after: take msinet, resnet50, osnet or cdnet')
+        if found is not None:
+            return found
+    raise InputError(
+        f'{type(backbone).__name__} has no stem of convolutions, expected one to mix after: take msinet, resnet50, '
+        'osnet or cdnet'
+    )
 
 # %% ../../nbs/unsup/24_idm.ipynb #e1969a05
 class Bridge(nn.Module):
     "The third domain: mixes after the stem while training, and keeps the shares of the last batch in `a`."
-    def __init__(self,
-        net:ReIDNet, # of `by_domain` with three domains
-        plan:Plan,   # of its normalisations
-        c:int,       # channels after the stem
+
+    def __init__(
+        self,
+        net: ReIDNet,  # of `by_domain` with three domains
+        plan: Plan,  # of its normalisations
+        c: int,  # channels after the stem
     ):
         super().__init__()
-        self.idm, self.plan, self.a = IDM(c), plan, None
-        self.hooks = [net.backbone.register_forward_pre_hook(self.begin), stem_of(net.backbone).register_forward_hook(self.mix)]
+        self.idm = IDM(c)
+        self.plan = plan
+        self.a = None
+        self.hooks = [
+            net.backbone.register_forward_pre_hook(self.begin),
+            stem_of(net.backbone).register_forward_hook(self.mix),
+        ]
 
-    def begin(self, backbone, inputs): self.plan.now = self.plan.train
-    def mix(self, stem, inputs, g:Tensor) -> Tensor: # (2B, ...) -> (3B, ...)
-        if not stem.training: return g
+    def begin(self, backbone, inputs):
+        self.plan.now = self.plan.train
+
+    def mix(self, stem, inputs, g: Tensor) -> Tensor:  # (2B, ...) -> (3B, ...)
+        if not stem.training:
+            return g
         mixed, self.a = self.idm(*g.chunk(2))
         self.plan.now = (0, 1, 2)
         return torch.cat([g, mixed])
 
-    def off(self): # the network is as it was
-        for h in self.hooks: h.remove()
+    def off(self):  # the network is as it was
+        for h in self.hooks:
+            h.remove()
 
 # %% ../../nbs/unsup/24_idm.ipynb #cdaa4b17
 def feature_bridge(
-    f_s:Tensor, f_t:Tensor, f_m:Tensor, # (B, D) features of source, target, mixture
-    a:Tensor, # (B, 2) shares
-) -> Tensor: # scalar
+    f_s: Tensor,
+    f_t: Tensor,
+    f_m: Tensor,  # (B, D) features of source, target, mixture
+    a: Tensor,  # (B, 2) shares
+) -> Tensor:  # scalar
     "The mixture lies near the domain of which it has more."
-    far = lambda f: (f-f_m).square().sum(1).clamp_min(1e-12).sqrt()
-    return (a*torch.stack([far(f_s), far(f_t)], 1)).sum(1).mean()
+    far = lambda f: (f - f_m).square().sum(1).clamp_min(1e-12).sqrt()
+    return (a * torch.stack([far(f_s), far(f_t)], 1)).sum(1).mean()
+
 
 def prediction_bridge(
-    l_s:Tensor, l_t:Tensor, # (B,) what it costs to take the mixture for the source's, for the target's label
-    a:Tensor, # (B, 2) shares
-) -> Tensor: # scalar
+    l_s: Tensor,
+    l_t: Tensor,  # (B,) what it costs to take the mixture for the source's, for the target's label
+    a: Tensor,  # (B, 2) shares
+) -> Tensor:  # scalar
     "The mixture is recognised as both labels, by their shares."
-    return (a*torch.stack([l_s, l_t], 1)).sum(1).mean()
+    return (a * torch.stack([l_s, l_t], 1)).sum(1).mean()
+
 
 def diversity(
-    a:Tensor, # (B, 2) shares
-) -> Tensor: # scalar, at most 0
+    a: Tensor,  # (B, 2) shares
+) -> Tensor:  # scalar, at most 0
     "Shares differ from pair to pair."
     return -a.std(0).sum()
 
 # %% ../../nbs/unsup/24_idm.ipynb #47bb9f99
 class BridgeLoss:
     "The three losses of IDM, weighted."
-    def __init__(self,
-        bridge:Bridge,
-        memory,          # with a class for every picture that is drawn
-        mu=(.7, .1, 1.), # weights of prediction, feature, diversity
-    ): self.bridge, self.memory, self.mu = bridge, memory, mu
 
-    def __call__(self,
-        x:Tensor, # not used
-        f:Tensor, # (3B, D) features of source, target, mixture
-        i:Tensor, # (2B,) rows of the source's and the target's pictures
+    def __init__(
+        self,
+        bridge: Bridge,
+        memory,  # with a class for every picture that is drawn
+        mu=(0.7, 0.1, 1.0),  # weights of prediction, feature, diversity
+    ):
+        self.bridge = bridge
+        self.memory = memory
+        self.mu = mu
+
+    def __call__(
+        self,
+        x: Tensor,  # not used
+        f: Tensor,  # (3B, D) features of source, target, mixture
+        i: Tensor,  # (2B,) rows of the source's and the target's pictures
     ) -> dict:
-        (f_s, f_t, f_m), (i_s, i_t), a = f.chunk(3), i.chunk(2), self.bridge.a.float()
+        (f_s, f_t, f_m) = f.chunk(3)
+        (i_s, i_t) = i.chunk(2)
+        a = self.bridge.a.float()
         pred = prediction_bridge(self.memory.each(f_m, i_s), self.memory.each(f_m, i_t), a)
-        return {k: w*v for k,w,v in zip(('pred','feat','div'), self.mu, (pred, feature_bridge(f_s, f_t, f_m, a), diversity(a)))}
+        return {
+            k: w * v
+            for k, w, v in zip(('pred', 'feat', 'div'), self.mu, (pred, feature_bridge(f_s, f_t, f_m, a), diversity(a)))
+        }
 
-    def follow(self): pass
-    def state_dict(self): return self.bridge.state_dict()
-    def load_state_dict(self, s): self.bridge.load_state_dict(s)
+    def ema_update(self):
+        pass
+
+    def state_dict(self):
+        return self.bridge.state_dict()
+
+    def load_state_dict(self, s):
+        self.bridge.load_state_dict(s)

@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
 
 from ..ops import to_float32
 from ..necks import ReIDNet
@@ -20,136 +20,193 @@ from ..tcm import Memory
 # %% ../../nbs/unsup/24_memories.ipynb #a07807ca
 class ClusterMemory:
     "One unit feature per cluster, made anew for each epoch: cluster contrast (Dai et al., 2021)."
-    def __init__(self,
-        tau:float=.05, # temperature
-        beta:float=.1, # how much of a row stays at an update
-    ): self.tau, self.beta, self.rows, self.y = tau, beta, None, None
 
-    def rebuild(self,
-        f:Tensor, # (N, D) features of all pictures
-        y:Tensor, # (N,) clusters 0 … n-1; -1 for pictures that are not drawn
+    def __init__(
+        self,
+        tau: float = 0.05,  # temperature
+        beta: float = 0.1,  # how much of a row stays at an update
+    ):
+        self.tau = tau
+        self.beta = beta
+        self.rows = None
+        self.y = None
+
+    def rebuild(
+        self,
+        f: Tensor,  # (N, D) features of all pictures
+        y: Tensor,  # (N,) clusters 0 … n-1; -1 for pictures that are not drawn
     ):
         self.y = y.to(f.device)
-        self.rows = Memory(int(y.max())+1, f.shape[1], self.tau, self.beta).to(f.device)
+        self.rows = Memory(int(y.max()) + 1, f.shape[1], self.tau, self.beta).to(f.device)
         self.rows.fill(f[self.y >= 0], self.y[self.y >= 0])
 
-    def scores(self, f:Tensor, i:Tensor) -> Tensor: return self.rows.scores(f) # (B, clusters)
-    def each(self, f:Tensor, i:Tensor) -> Tensor: return F.cross_entropy(self.scores(f, i), self.y[i], reduction='none') # (B,)
-    def loss(self, f:Tensor, i:Tensor) -> Tensor: return self.each(f, i).mean()
-    def update(self, f:Tensor, i:Tensor): self.rows.update(f, self.y[i])
+    def scores(self, f: Tensor, i: Tensor) -> Tensor:
+        return self.rows.scores(f)  # (B, clusters)
 
-    def state_dict(self) -> dict: return {} if self.rows is None else dict(c=self.rows.c, y=self.y)
-    def load_state_dict(self, s:dict):
-        if not s: return
+    def each(self, f: Tensor, i: Tensor) -> Tensor:
+        return F.cross_entropy(self.scores(f, i), self.y[i], reduction='none')  # (B,)
+
+    def loss(self, f: Tensor, i: Tensor) -> Tensor:
+        return self.each(f, i).mean()
+
+    def update(self, f: Tensor, i: Tensor):
+        self.rows.update(f, self.y[i])
+
+    def state_dict(self) -> dict:
+        return {} if self.rows is None else dict(c=self.rows.c, y=self.y)
+
+    def load_state_dict(self, s: dict):
+        if not s:
+            return
         self.rows, self.y = Memory(*s['c'].shape, self.tau, self.beta).to(s['c'].device), s['y']
         self.rows.c.copy_(s['c'])
 
 # %% ../../nbs/unsup/24_memories.ipynb #0c411659
 def mean_scores(
-    s:Tensor,   # (B, R) similarities with the rows
-    y:Tensor,   # (R,) class of each row, 0 … n-1
-    own:Tensor, # (B,) not used
-    n:int,      # classes
-) -> Tensor: # (B, n)
+    s: Tensor,  # (B, R) similarities with the rows
+    y: Tensor,  # (R,) class of each row, 0 … n-1
+    own: Tensor,  # (B,) not used
+    n: int,  # classes
+) -> Tensor:  # (B, n)
     "Mean similarity with the rows of each class, as in SpCL and GS."
-    return s.new_zeros(len(s), n).index_add(1, y, s)/torch.bincount(y, minlength=n).clamp(min=1)
+    return s.new_zeros(len(s), n).index_add(1, y, s) / torch.bincount(y, minlength=n).clamp(min=1)
 
 # %% ../../nbs/unsup/24_memories.ipynb #cf5a2395
 def hardest_scores(
-    s:Tensor,   # (B, R) similarities with the rows
-    y:Tensor,   # (R,) class of each row, 0 … n-1
-    own:Tensor, # (B,) class of each feature
-    n:int,      # classes
-) -> Tensor: # (B, n)
+    s: Tensor,  # (B, R) similarities with the rows
+    y: Tensor,  # (R,) class of each row, 0 … n-1
+    own: Tensor,  # (B,) class of each feature
+    n: int,  # classes
+) -> Tensor:  # (B, n)
     "Least similarity within the own class, largest with every other, as in HDCRL (Cheng et al., 2022)."
-    out = s.new_full((len(s), n), -2.).scatter_reduce(1, y.expand(len(s), -1), s, 'amax')
-    mine = s.masked_fill(y != own[:,None], 2.).amin(1, keepdim=True)
-    return out.scatter(1, own[:,None], mine)
+    out = s.new_full((len(s), n), -2.0).scatter_reduce(1, y.expand(len(s), -1), s, 'amax')
+    mine = s.masked_fill(y != own[:, None], 2.0).amin(1, keepdim=True)
+    return out.scatter(1, own[:, None], mine)
 
 # %% ../../nbs/unsup/24_memories.ipynb #9f6a5193
 class InstanceMemory:
     "One unit feature per picture, kept over the epochs; `pool` makes one score per class of them. Rows of class -1 rest."
-    def __init__(self,
-        tau:float=.05, # temperature
-        beta:float=.2, # how much of a row stays at an update
-        pool=mean_scores,  # called as pool(similarities, classes of rows, own classes, n)
-    ): self.tau, self.beta, self.pool, self.rows, self.y = tau, beta, pool, None, None
 
-    def rebuild(self,
-        f:Tensor, # (R, D) features of all pictures; used the first time only
-        y:Tensor, # (R,) classes 0 … n-1; -1 for those that rest
+    def __init__(
+        self,
+        tau: float = 0.05,  # temperature
+        beta: float = 0.2,  # how much of a row stays at an update
+        pool=mean_scores,  # called as pool(similarities, classes of rows, own classes, n)
+    ):
+        self.tau = tau
+        self.beta = beta
+        self.pool = pool
+        self.rows = None
+        self.y = None
+
+    def rebuild(
+        self,
+        f: Tensor,  # (R, D) features of all pictures; used the first time only
+        y: Tensor,  # (R,) classes 0 … n-1; -1 for those that rest
     ):
         if self.rows is None:
             self.rows = Memory(*f.shape, self.tau, self.beta).to(f.device)
             self.rows.c = unit(f)
         self.sort(y.to(f.device))
 
-    def sort(self, y:Tensor):
-        self.y, self.n, awake = y, int(y.max())+1, y >= 0
-        self.awake = slice(None) if awake.all() else awake.nonzero().flatten() # a slice copies nothing
+    def sort(self, y: Tensor):
+        self.y = y
+        self.n = int(y.max()) + 1
+        awake = y >= 0
+        self.awake = slice(None) if awake.all() else awake.nonzero().flatten()  # a slice copies nothing
 
-    def scores(self, f:Tensor, i:Tensor) -> Tensor: # (B, classes)
-        return self.pool(unit(f)@self.rows.c[self.awake].T, self.y[self.awake], self.y[i], self.n)/self.tau
-    def each(self, f:Tensor, i:Tensor) -> Tensor: return F.cross_entropy(self.scores(f, i), self.y[i], reduction='none') # (B,)
-    def loss(self, f:Tensor, i:Tensor) -> Tensor: return self.each(f, i).mean()
-    def update(self, f:Tensor, i:Tensor): self.rows.update(f, i)
+    def scores(self, f: Tensor, i: Tensor) -> Tensor:  # (B, classes)
+        return self.pool(unit(f) @ self.rows.c[self.awake].T, self.y[self.awake], self.y[i], self.n) / self.tau
 
-    def state_dict(self) -> dict: return {} if self.rows is None else dict(c=self.rows.c, y=self.y)
-    def load_state_dict(self, s:dict):
-        if not s: return
+    def each(self, f: Tensor, i: Tensor) -> Tensor:
+        return F.cross_entropy(self.scores(f, i), self.y[i], reduction='none')  # (B,)
+
+    def loss(self, f: Tensor, i: Tensor) -> Tensor:
+        return self.each(f, i).mean()
+
+    def update(self, f: Tensor, i: Tensor):
+        self.rows.update(f, i)
+
+    def state_dict(self) -> dict:
+        return {} if self.rows is None else dict(c=self.rows.c, y=self.y)
+
+    def load_state_dict(self, s: dict):
+        if not s:
+            return
         self.rows = Memory(*s['c'].shape, self.tau, self.beta).to(s['c'].device)
-        self.rows.c.copy_(s['c']); self.sort(s['y'])
+        self.rows.c.copy_(s['c'])
+        self.sort(s['y'])
 
 # %% ../../nbs/unsup/24_memories.ipynb #7b05a6c3
 class HybridMemory(InstanceMemory):
     "A row per source identity, then one per target picture (SpCL, Ge et al., 2020)."
-    def __init__(self,
-        source:Tensor, # (S, D) centroids of the source identities
-        tau:float=.05, beta:float=.2, pool=mean_scores, # as for `InstanceMemory`
+
+    def __init__(
+        self,
+        source: Tensor,  # (S, D) centroids of the source identities
+        tau: float = 0.05,
+        beta: float = 0.2,
+        pool=mean_scores,  # as for `InstanceMemory`
     ):
         super().__init__(tau, beta, pool)
         self.source = source
 
-    def rebuild(self,
-        f:Tensor, # (N, D) features of all target pictures
-        y:Tensor, # (N,) clusters; -1 for those that rest
+    def rebuild(
+        self,
+        f: Tensor,  # (N, D) features of all target pictures
+        y: Tensor,  # (N,) clusters; -1 for those that rest
     ):
         S = len(self.source)
-        super().rebuild(torch.cat([self.source.to(f), f]), torch.cat([torch.arange(S, device=y.device), torch.where(y >= 0, y+S, y)]))
+        super().rebuild(
+            torch.cat([self.source.to(f), f]),
+            torch.cat([torch.arange(S, device=y.device), torch.where(y >= 0, y + S, y)]),
+        )
 
 # %% ../../nbs/unsup/24_memories.ipynb #688256f8
 def embedding(
-    net:ReIDNet,
-    x:Tensor, # (B, 3, H, W)
-) -> Tensor: # (B, D) unit vectors
+    net: ReIDNet,
+    x: Tensor,  # (B, 3, H, W)
+) -> Tensor:  # (B, D) unit vectors
     "The features after batch normalisation of all branches side by side, as unsupervised methods compare them."
     return unit(to_float32(torch.cat([b.f_bn for b in net(x).branches], 1)))
 
 # %% ../../nbs/unsup/24_memories.ipynb #7fc64a5f
 class Teacher:
     "A slow copy of the network, and what the student pays for disagreeing (HDCRL, Cheng et al., 2022)."
-    def __init__(self,
-        net:ReIDNet,     # the student
-        memory,          # that both are scored against
-        weight:float=1., # of the loss
-        mu:float=.999,   # how much of the teacher stays in each step
+
+    def __init__(
+        self,
+        net: ReIDNet,  # the student
+        memory,  # that both are scored against
+        weight: float = 1.0,  # of the loss
+        mu: float = 0.999,  # how much of the teacher stays in each step
     ):
-        self.net, self.memory, self.weight, self.mu = net, memory, weight, mu
+        self.net = net
+        self.memory = memory
+        self.weight = weight
+        self.mu = mu
         self.copy = deepcopy(net).train().requires_grad_(False)
 
-    def __call__(self,
-        x:Tensor, # (B, 3, H, W)
-        f:Tensor, # (B, D) the student's features
-        i:Tensor, # (B,) numbers of the pictures
+    def __call__(
+        self,
+        x: Tensor,  # (B, 3, H, W)
+        f: Tensor,  # (B, D) the student's features
+        i: Tensor,  # (B,) numbers of the pictures
     ) -> dict:
-        with torch.no_grad(): want = self.memory.scores(embedding(self.copy, x), i).softmax(1)
-        return dict(distil=self.weight*(self.memory.scores(f, i).softmax(1)-want).square().sum(1).mean())
+        with torch.no_grad():
+            want = self.memory.scores(embedding(self.copy, x), i).softmax(1)
+        return dict(distil=self.weight * (self.memory.scores(f, i).softmax(1) - want).square().sum(1).mean())
 
     @torch.no_grad()
-    def follow(self, mu:float=None): # after each step
+    def ema_update(self, mu: float = None):  # after each step
         mu = self.mu if mu is None else mu
-        for t,p in zip(self.copy.parameters(), self.net.parameters()): t.lerp_(p, 1-mu)
-        if not mu: self.copy.load_state_dict(self.net.state_dict())
+        for t, p in zip(self.copy.parameters(), self.net.parameters()):
+            t.lerp_(p, 1 - mu)
+        if not mu:
+            self.copy.load_state_dict(self.net.state_dict())
 
-    def state_dict(self): return self.copy.state_dict()
-    def load_state_dict(self, s): self.copy.load_state_dict(s)
+    def state_dict(self):
+        return self.copy.state_dict()
+
+    def load_state_dict(self, s):
+        self.copy.load_state_dict(s)

@@ -12,101 +12,127 @@ from ..data.loaders import pk_chunks
 
 # %% ../../nbs/unsup/24_samplers.ipynb #b1157d2c
 def members(
-    labels, # (N,) clusters; -1 is left out
-) -> list: # of arrays of picture numbers, one per cluster, by label
+    labels,  # (N,) clusters; -1 is left out
+) -> list:  # of arrays of picture numbers, one per cluster, by label
     "The pictures of each cluster."
     labels = np.asarray(labels)
     order = np.argsort(labels, kind='stable')
-    cut = np.split(order, np.flatnonzero(np.diff(labels[order]))+1) if len(order) else []
+    cut = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
     return [own for own in cut if labels[own[0]] >= 0]
 
 # %% ../../nbs/unsup/24_samplers.ipynb #443df03d
 def pk_draw(
-    labels, # (N,) clusters; -1 is not drawn
-    cams,   # not used
-    P:int,  # clusters in a batch, if there are as many
-    K:int,  # pictures of each
-    rng,    # numpy generator
-) -> list: # batches of picture numbers
+    labels,  # (N,) clusters; -1 is not drawn
+    cams,  # not used
+    P: int,  # clusters in a batch, if there are as many
+    K: int,  # pictures of each
+    rng,  # numpy generator
+) -> list:  # batches of picture numbers
     "P clusters with K pictures each; smaller clusters repeat theirs."
     left, batches = pk_chunks(labels, K, rng), []
     P = min(P, len(left))
     while P and len(left) >= P:
         drawn = rng.choice(list(left), P, replace=False).tolist()
         batches.append([i for p in drawn for i in left[p].pop()])
-        left = {p: c for p,c in left.items() if c}
+        left = {p: c for p, c in left.items() if c}
     return batches
 
 # %% ../../nbs/unsup/24_samplers.ipynb #c613f15f
 def camera_draw(
-    labels, # (N,) clusters; -1 is not drawn
-    cams,   # (N,) cameras, or None
-    P:int, K:int, # P·K pictures in a batch, at most K of a cluster in a row
-    rng,    # numpy generator
-) -> list: # batches of picture numbers
+    labels,  # (N,) clusters; -1 is not drawn
+    cams,  # (N,) cameras, or None
+    P: int,
+    K: int,  # P·K pictures in a batch, at most K of a cluster in a row
+    rng,  # numpy generator
+) -> list:  # batches of picture numbers
     "Up to K pictures of each cluster, those by other cameras than the first one's come first; a class of one gives one (SpCL, Ge et al., 2020)."
     own, line = members(labels), []
     for c in rng.permutation(len(own)):
         some = rng.permutation(own[c])
-        if cams is not None: some = some[np.argsort(np.r_[-1, np.asarray(cams)[some[1:]] == np.asarray(cams)[some[0]]], kind='stable')]
-        line += (some[:K] if len(some) >= K or len(some) == 1 else np.r_[some, rng.choice(some, K-len(some))]).tolist()
-    return _whole_batches(line, P*K)
+        if cams is not None:
+            some = some[np.argsort(np.r_[-1, np.asarray(cams)[some[1:]] == np.asarray(cams)[some[0]]], kind='stable')]
+        line += (
+            some[:K] if len(some) >= K or len(some) == 1 else np.r_[some, rng.choice(some, K - len(some))]
+        ).tolist()
+    return _whole_batches(line, P * K)
 
 # %% ../../nbs/unsup/24_samplers.ipynb #a46ea3f3
 def _whole_batches(
-    line:list, # picture numbers in order
-    B:int,     # pictures in a batch
+    line: list,  # picture numbers in order
+    B: int,  # pictures in a batch
 ) -> list:
     "Cut into batches; an incomplete one is left out unless it is the only one."
-    cut = [line[k:k+B] for k in range(0, len(line), B)]
+    cut = [line[k : k + B] for k in range(0, len(line), B)]
     return [b for b in cut if len(b) == B] or cut[:1]
 
 # %% ../../nbs/unsup/24_samplers.ipynb #eb46d446
 def group_draw(
-    labels, # (N,) clusters; -1 is not drawn
-    cams,   # not used
-    P:int, K:int, # P·K pictures in a batch
-    rng,    # numpy generator
-    group:int=256, # pictures in a group at most: 256 Market-1501, 1024 MSMT17
-) -> list: # batches of picture numbers
+    labels,  # (N,) clusters; -1 is not drawn
+    cams,  # not used
+    P: int,
+    K: int,  # P·K pictures in a batch
+    rng,  # numpy generator
+    group: int = 256,  # pictures in a group at most: 256 Market-1501, 1024 MSMT17
+) -> list:  # batches of picture numbers
     "Runs of one cluster after another, classes of one at the end, cut into batches (GS, Han et al., 2022)."
     own = members(labels)
     many = [rng.permutation(m) for m in own if len(m) > 1]
-    groups = [m[k:k+group] for m in many for k in range(0, len(m), group)]
+    groups = [m[k : k + group] for m in many for k in range(0, len(m), group)]
     line = [int(i) for g in rng.permutation(len(groups)) for i in groups[g]]
     line += [int(i) for i in rng.permutation([m[0] for m in own if len(m) == 1])]
-    batches = _whole_batches(line, P*K)
+    batches = _whole_batches(line, P * K)
     return [batches[b] for b in rng.permutation(len(batches))]
 
 # %% ../../nbs/unsup/24_samplers.ipynb #5c25f6ec
 class ClusterSampler:
     "Lists of picture numbers, drawn from `labels`, which may be replaced between epochs."
-    def __init__(self,
-        n:int,       # pictures; at first each is a class of its own
-        draw,        # called as draw(labels, cams, P, K, rng), gives batches
-        P:int=16, K:int=4, # P·K pictures in a batch
-        iters:int=400, # batches in an epoch
-        cams=None,   # (n,) cameras, or None
-        seed:int=0,  # of the run
+
+    def __init__(
+        self,
+        n: int,  # pictures; at first each is a class of its own
+        draw,  # called as draw(labels, cams, P, K, rng), gives batches
+        P: int = 16,
+        K: int = 4,  # P·K pictures in a batch
+        iters: int = 400,  # batches in an epoch
+        cams=None,  # (n,) cameras, or None
+        seed: int = 0,  # of the run
     ):
-        self.labels, self.draw, self.P, self.K, self.iters, self.cams, self.seed = np.arange(n), draw, P, K, iters, cams, seed
+        self.labels = np.arange(n)
+        self.draw = draw
+        self.P = P
+        self.K = K
+        self.iters = iters
+        self.cams = cams
+        self.seed = seed
         self.epoch = self.done = self.start = 0
 
-    def set_epoch(self, epoch:int):
-        if epoch != self.epoch: self.epoch, self.done, self.start = epoch, 0, 0
-    def __len__(self): return self.iters
+    def set_epoch(self, epoch: int):
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.done = 0
+            self.start = 0
+
+    def __len__(self):
+        return self.iters
 
     def batches(self) -> list:
         out = []
         for way in range(self.iters):
             new = self.draw(self.labels, self.cams, self.P, self.K, np.random.default_rng([self.seed, self.epoch, way]))
             out += new
-            if not new or len(out) >= self.iters: break
-        return out[:self.iters]
+            if not new or len(out) >= self.iters:
+                break
+        return out[: self.iters]
 
     def __iter__(self):
         self.done, self.start = self.start, 0
-        for self.done,batch in enumerate(self.batches()[self.done:], self.done+1): yield batch
+        for self.done, batch in enumerate(self.batches()[self.done :], self.done + 1):
+            yield batch
 
-    def state_dict(self): return dict(epoch=self.epoch, done=self.done)
-    def load_state_dict(self, s): self.epoch, self.start, self.done = s['epoch'], s.get('done', 0), s.get('done', 0)
+    def state_dict(self):
+        return dict(epoch=self.epoch, done=self.done)
+
+    def load_state_dict(self, s):
+        self.epoch = s['epoch']
+        self.start = s.get('done', 0)
+        self.done = s.get('done', 0)

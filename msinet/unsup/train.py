@@ -12,7 +12,6 @@ from dataclasses import dataclass, asdict, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn, Tensor
 from einops import rearrange
@@ -35,22 +34,35 @@ from ..engine.checkpoint import run_folder, save_weights
 from ..engine.health import Health, probe
 from ..engine.lock import final_write, locked_run_folder, run_callbacks, Signals, start_or_resume
 from msinet.training.search import (
-    InfiniteLoader, laptop, LAPTOP_SYNTH, Preset, retrieval_metrics, save_array, smoke,
-    test_loaders, trainable_params,
+    InfiniteLoader,
+    laptop,
+    LAPTOP_SYNTH,
+    Preset,
+    retrieval_metrics,
+    save_array,
+    smoke,
+    test_loaders,
+    trainable_params,
 )
 from ..training.train import load_initial_weights, network, Pixels, TrainResult
 from .clusters import Clusters, find_clusters, outliers_as_classes, purity, rand_index
 from .domains import by_domain, of_domain, Plan
 from .idm import Bridge, BridgeLoss, stem_of
 from msinet.unsup.memories import (
-    ClusterMemory, embedding, hardest_scores, HybridMemory, InstanceMemory, mean_scores, Teacher,
+    ClusterMemory,
+    embedding,
+    hardest_scores,
+    HybridMemory,
+    InstanceMemory,
+    mean_scores,
+    Teacher,
 )
 from .samplers import camera_draw, ClusterSampler, group_draw, pk_draw
 
 # %% ../../nbs/unsup/24_train.ipynb #7e716108
 def finite(
-    loss:Tensor, # scalar
-    params,      # with gradients
+    loss: Tensor,  # scalar
+    params,  # with gradients
 ) -> bool:
     "Whether a step may be taken."
     norms = torch._foreach_norm([p.grad for p in params if p.grad is not None])
@@ -59,261 +71,394 @@ def finite(
 # %% ../../nbs/unsup/24_train.ipynb #60bcd1b6
 class ClusterStep:
     "Contrast of a batch with the memory, then both learn. A step that isn't finite is skipped."
-    def __init__(self,
-        net:ReIDNet,
-        memory,     # as in `contrast`
-        opt,        # of all that learns
-        extra=None, # called as extra(x, f, i), gives more losses; has `follow` and a state
-        acc=None,   # of `accelerator`; None takes float32
+
+    def __init__(
+        self,
+        net: ReIDNet,
+        memory,  # as in `contrast`
+        opt,  # of all that learns
+        extra=None,  # called as extra(x, f, i), gives more losses; has `ema_update` and a state
+        acc=None,  # of `accelerator`; None takes float32
     ):
-        self.net, self.memory, self.opt, self.extra = net, memory, opt, extra
+        self.net = net
+        self.memory = memory
+        self.opt = opt
+        self.extra = extra
         self.acc = acc or accelerator(str(device_of(net)))
 
-    def __call__(self, batch) -> dict: # losses, and how many steps were skipped
+    def __call__(self, batch) -> dict:  # losses, and how many steps were skipped
         x, i = batch
         self.opt.zero_grad()
-        with self.acc.autocast(): f = embedding(self.net, x) # a bridge makes more features than pictures
-        losses = dict(contrast=self.memory.loss(f[:len(i)], i), **(self.extra(x, f, i) if self.extra else {}))
+        with self.acc.autocast():
+            f = embedding(self.net, x)  # a bridge makes more features than pictures
+        losses = dict(contrast=self.memory.loss(f[: len(i)], i), **(self.extra(x, f, i) if self.extra else {}))
         loss, scaled = sum(losses.values()), self.acc.scaler is not None
         self.acc.backward(loss)
-        good = bool(loss.isfinite()) if scaled else finite(loss, trainable_params(self.opt)) # a loss scale looks at gradients itself
-        if good or scaled: self.opt.step()
+        good = (
+            bool(loss.isfinite()) if scaled else finite(loss, trainable_params(self.opt))
+        )  # a loss scale looks at gradients itself
+        if good or scaled:
+            self.opt.step()
         if good:
-            self.memory.update(f[:len(i)].detach(), i)
-            if self.extra: self.extra.follow()
+            self.memory.update(f[: len(i)].detach(), i)
+            if self.extra:
+                self.extra.ema_update()
         said = dict(loss=loss, **losses)
-        return {k: v.detach() if good else torch.zeros_like(loss) for k,v in said.items()} | dict(skipped=torch.tensor(float(not good)))
+        return {k: v.detach() if good else torch.zeros_like(loss) for k, v in said.items()} | dict(
+            skipped=torch.tensor(float(not good))
+        )
 
-    def stateful(self) -> dict: return {k: v for k,v in dict(net=self.net, memory=self.memory, opt=self.opt, extra=self.extra, **scaler(self.acc)).items() if v is not None}
-    def state_dict(self) -> dict: return {k: v.state_dict() for k,v in self.stateful().items()}
-    def load_state_dict(self, s:dict):
-        for k,v in self.stateful().items(): v.load_state_dict({n: t.to(self.acc.device) for n,t in s[k].items()} if k == 'memory' else s[k])
+    def stateful(self) -> dict:
+        return {
+            k: v
+            for k, v in dict(
+                net=self.net, memory=self.memory, opt=self.opt, extra=self.extra, **scaler(self.acc)
+            ).items()
+            if v is not None
+        }
+
+    def state_dict(self) -> dict:
+        return {k: v.state_dict() for k, v in self.stateful().items()}
+
+    def load_state_dict(self, s: dict):
+        for k, v in self.stateful().items():
+            v.load_state_dict({n: t.to(self.acc.device) for n, t in s[k].items()} if k == 'memory' else s[k])
 
 # %% ../../nbs/unsup/24_train.ipynb #e032015a
 class _AllOf:
     "Every picture of a cache once, in order, normalised."
-    def __init__(self,
-        pixels:PixelCache,
-        bs:int=128,  # pictures in a batch
-        device=None, # where batches go
-    ): self.pixels, self.items, self.bs, self.device = pixels, pixels.items, bs, device
+
+    def __init__(
+        self,
+        pixels: PixelCache,
+        bs: int = 128,  # pictures in a batch
+        device=None,  # where batches go
+    ):
+        self.pixels = pixels
+        self.items = pixels.items
+        self.bs = bs
+        self.device = device
+
     def __iter__(self):
         for lo in range(0, len(self.pixels), self.bs):
-            x = self.pixels[range(lo, min(lo+self.bs, len(self.pixels)))]
+            x = self.pixels[range(lo, min(lo + self.bs, len(self.pixels)))]
             yield normalise(rearrange(to_device(x, self.device), 'b h w c -> b c h w'))
 
 # %% ../../nbs/unsup/24_train.ipynb #224bfb0f
 class Recluster(Callback):
     "Before each epoch: embed all pictures, cluster them, tell memory and sampler. Keeps all labels."
+
     order = -50
-    def __init__(self,
-        net:ReIDNet,
+
+    def __init__(
+        self,
+        net: ReIDNet,
         pictures,  # loader of all pictures in order
-        memory, sampler, # to be told
-        find,      # called as find(f, epoch, before, limit), gives `Clusters`
-        own:bool,  # un-clustered pictures are classes of their own; False drops them
-        path=None, # of pseudo.npy
+        memory,
+        sampler,  # to be told
+        find,  # called as find(f, epoch, before, limit), gives `Clusters`
+        own: bool,  # un-clustered pictures are classes of their own; False drops them
+        path=None,  # of pseudo.npy
     ):
-        self.net, self.pictures, self.memory, self.sampler, self.find, self.own, self.path = net, pictures, memory, sampler, find, own, path
-        self.rows, self.limit, self.good, self.now, self.true = [], None, None, None, torch.tensor([i.pid for i in pictures.items])
+        self.net = net
+        self.pictures = pictures
+        self.memory = memory
+        self.sampler = sampler
+        self.find = find
+        self.own = own
+        self.path = path
+        self.rows = []
+        self.limit = None
+        self.good = None
+        self.now = None
+        self.true = torch.tensor([i.pid for i in pictures.items])
 
     def before_epoch(self, learn):
-        if learn.outs: self.keep(); return # taken up in its middle: labels and memory are there
+        if learn.outs:
+            self.keep()
+            return  # taken up in its middle: labels and memory are there
         f = embed(self.net, self.pictures).f
         self.now = c = self.find(f, learn.epoch, self.rows[-1].long() if self.rows else None, self.limit)
-        if c.note.startswith('not finite:'): self.restore(learn.epoch)
-        else: self.keep()
-        if c.note: warnings.warn(f'epoch {learn.epoch+1}: {c.note}, eps {c.eps:.3g}', stacklevel=2)
-        self.f, self.limit, y = torch.where(f.isfinite(), f, 0.), c.limit, outliers_as_classes(c.y) if self.own else c.y
+        if c.note.startswith('not finite:'):
+            self.restore(learn.epoch)
+        else:
+            self.keep()
+        if c.note:
+            warnings.warn(f'epoch {learn.epoch + 1}: {c.note}, eps {c.eps:.3g}', stacklevel=2)
+        self.f = torch.where(f.isfinite(), f, 0.0)
+        self.limit = c.limit
+        y = outliers_as_classes(c.y) if self.own else c.y
         self.rows.append(c.y.int())
         self.sampler.labels = y.numpy()
         self.memory.rebuild(unit(self.f), y.to(f.device))
 
-    def keep(self): self.good = {k: v.clone() for k,v in self.net.state_dict().items()}
+    def keep(self):
+        self.good = {k: v.clone() for k, v in self.net.state_dict().items()}
 
-    def restore(self, epoch:int):
-        if self.good is None: raise InputError(f'the network gives no finite features before epoch {epoch+1}, expected numbers: check the weights that it starts from')
+    def restore(self, epoch: int):
+        if self.good is None:
+            raise InputError(
+                f'the network gives no finite features before epoch {epoch + 1}, expected numbers: check the weights '
+                'that it starts from'
+            )
         self.net.load_state_dict(self.good)
 
     def after_epoch(self, learn):
         y = self.now.y
-        learn.row.update(clusters=int(y.max())+1, outliers=(y < 0).double().mean().item(), ari=rand_index(y, self.true), purity=purity(y, self.true), eps=self.now.eps)
+        learn.row.update(
+            clusters=int(y.max()) + 1,
+            outliers=(y < 0).double().mean().item(),
+            ari=rand_index(y, self.true),
+            purity=purity(y, self.true),
+            eps=self.now.eps,
+        )
         note = self.now.note
-        if learn.row['skipped'] > .5: self.restore(learn.epoch-1); note = f"{note}, {learn.row['skipped']:.0%} of the steps skipped: weights of the epoch's start".strip(', ')
-        if note: learn.row['note'] = note
+        if learn.row['skipped'] > 0.5:
+            self.restore(learn.epoch - 1)
+            note = f"{note}, {learn.row['skipped']:.0%} of the steps skipped: weights of the epoch's start".strip(', ')
+        if note:
+            learn.row['note'] = note
         if self.path:
-            with warn_on_write_error(self.path): self.save()
+            with warn_on_write_error(self.path):
+                self.save()
 
-    def save(self): save_array(self.path, torch.stack(self.rows).numpy())
+    def save(self):
+        save_array(self.path, torch.stack(self.rows).numpy())
 
-    def state_dict(self): return dict(rows=self.rows, limit=self.limit, found=self.now and [self.now.eps, self.now.note])
+    def state_dict(self):
+        return dict(rows=self.rows, limit=self.limit, found=self.now and [self.now.eps, self.now.note])
+
     def load_state_dict(self, s):
         self.rows, self.limit = list(s['rows']), s['limit']
-        if s.get('found'): self.now = Clusters(self.rows[-1].long(), *s['found'], self.limit)
-        if self.rows: self.sampler.labels = (outliers_as_classes(self.rows[-1].long()) if self.own else self.rows[-1]).numpy()
+        if s.get('found'):
+            self.now = Clusters(self.rows[-1].long(), *s['found'], self.limit)
+        if self.rows:
+            self.sampler.labels = (outliers_as_classes(self.rows[-1].long()) if self.own else self.rows[-1]).numpy()
 
 # %% ../../nbs/unsup/24_train.ipynb #0445dba7
 class FeatureSnapshots(Callback):
     "Keeps features of some pictures before every epoch, to be drawn later."
-    order = -40 # after `Recluster`
-    def __init__(self,
-        recluster:Recluster,
-        n:int,     # pictures at most, at even steps through the list
-        path=None, # of watched.npy
+
+    order = -40  # after `Recluster`
+
+    def __init__(
+        self,
+        recluster: Recluster,
+        n: int,  # pictures at most, at even steps through the list
+        path=None,  # of watched.npy
     ):
         N = len(recluster.pictures.items)
-        self.recluster, self.path, self.rows, self.which = recluster, path, [], torch.linspace(0, N-1, min(n, N)).round().long()
+        self.recluster = recluster
+        self.path = path
+        self.rows = []
+        self.which = torch.linspace(0, N - 1, min(n, N)).round().long()
+
     def before_epoch(self, learn):
-        if not learn.outs: self.rows.append(unit(self.recluster.f)[self.which.to(self.recluster.f.device)].cpu().half())
+        if not learn.outs:
+            self.rows.append(unit(self.recluster.f)[self.which.to(self.recluster.f.device)].cpu().half())
+
     def after_epoch(self, learn):
         if self.path:
-            with warn_on_write_error(self.path): self.save()
-    def save(self): save_array(self.path, torch.stack(self.rows).numpy())
-    def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, s): self.rows = list(s['rows'])
+            with warn_on_write_error(self.path):
+                self.save()
+
+    def save(self):
+        save_array(self.path, torch.stack(self.rows).numpy())
+
+    def state_dict(self):
+        return dict(rows=self.rows)
+
+    def load_state_dict(self, s):
+        self.rows = list(s['rows'])
 
 # %% ../../nbs/unsup/24_train.ipynb #f2daff99
 class Method(NamedTuple):
     "What a method adds to the loop."
-    regimes:tuple     # 'usl', 'uda'
-    pool:object       # how rows become scores; None: one row per cluster
-    draw:object       # cfg -> a way of drawing batches
-    own:bool          # un-clustered pictures are classes of their own
-    published:dict    # numbers that hold where a configuration has None
-    domains:int=2     # normalisations in UDA
-    extra:object=None # (cfg, net, memory, bridge) -> more losses
+
+    regimes: tuple  # 'usl', 'uda'
+    pool: object  # how rows become scores; None: one row per cluster
+    draw: object  # cfg -> a way of drawing batches
+    own: bool  # un-clustered pictures are classes of their own
+    published: dict  # numbers that hold where a configuration has None
+    domains: int = 2  # normalisations in UDA
+    extra: object = None  # (cfg, net, memory, bridge) -> more losses
 
 # %% ../../nbs/unsup/24_train.ipynb #b535eb15
-_LONG = dict(eps=.6, batch=64, K=4, epochs=50, iters=400, drops=(20,40), beta=.2, margin=0., group=256)
+_LONG = dict(eps=0.6, batch=64, K=4, epochs=50, iters=400, milestones=(20, 40), beta=0.2, margin=0.0, group=256)
 METHODS = dict(
-    cc=Method(('usl',), None, lambda cfg: pk_draw, False, {**_LONG, 'batch': 256, 'K': 16, 'iters': 200, 'beta': .1}),
-    spcl=Method(('usl','uda'), mean_scores, lambda cfg: camera_draw, True, {**_LONG, 'margin': .02}),
+    cc=Method(('usl',), None, lambda cfg: pk_draw, False, {**_LONG, 'batch': 256, 'K': 16, 'iters': 200, 'beta': 0.1}),
+    spcl=Method(('usl', 'uda'), mean_scores, lambda cfg: camera_draw, True, {**_LONG, 'margin': 0.02}),
     gs=Method(('usl',), mean_scores, lambda cfg: partial(group_draw, group=cfg.group), True, _LONG),
-    hdcrl=Method(('usl',), hardest_scores, lambda cfg: camera_draw, True, {**_LONG, 'eps': .5, 'batch': 256, 'K': 16, 'epochs': 70, 'iters': 100, 'drops': (30,60)},
-                 extra=lambda cfg, net, memory, bridge: Teacher(net, memory, cfg.distil, cfg.mu) if cfg.distil else None),
-    idm=Method(('uda',), mean_scores, lambda cfg: pk_draw, False, _LONG, 3, lambda cfg, net, memory, bridge: BridgeLoss(bridge, memory, cfg.bridge)))
+    hdcrl=Method(
+        ('usl',),
+        hardest_scores,
+        lambda cfg: camera_draw,
+        True,
+        {**_LONG, 'eps': 0.5, 'batch': 256, 'K': 16, 'epochs': 70, 'iters': 100, 'milestones': (30, 60)},
+        extra=lambda cfg, net, memory, bridge: Teacher(net, memory, cfg.distil, cfg.mu) if cfg.distil else None,
+    ),
+    idm=Method(
+        ('uda',),
+        mean_scores,
+        lambda cfg: pk_draw,
+        False,
+        _LONG,
+        3,
+        lambda cfg, net, memory, bridge: BridgeLoss(bridge, memory, cfg.bridge),
+    ),
+)
 
 # %% ../../nbs/unsup/24_train.ipynb #943af1c3
 @dataclass(frozen=True)
 class UnsupConfig:
     "Train without the identities of the set that is measured (Table 4)."
-    preset:Preset='full'           # where the other defaults come from; smoke: seconds, laptop: minutes, full and paper: the published scale, released: HDCRL without its teacher, as released
-    data:str='synth'               # the set without labels: synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
-    source:str=''                  # the set with labels, for `uda`; empty takes the other domain of rendered `data`
-    method:Literal['cc','spcl','gs','hdcrl','idm']='gs' # usl: cc, spcl, gs, hdcrl; uda: spcl, idm (Table 4: GS, HDCRL, IDM)
-    out:str=''                     # the run's folder; empty takes the next free runs/usl-N or runs/uda-N
-    resume:bool=False              # go on with the run in `out`, or start one where none is
-    backbone:str='msinet'          # or resnet50, osnet, cdnet, deit_s, deit_b, vit_b
-    genotype:str=TABLE1            # of MSINet: twelve letters of N E G A; the default is Table 1's
-    weights:str=''                 # start from this .safetensors file, or from released weights (.pth)
-    size:tuple[int,int]=(256,128)  # height and width in pixels; vehicles 224×224
-    channels:tuple[int,int,int,int]=(64,256,384,512) # of the stem and the three stages
-    rho:int=3                      # scale ratio of the two branches
-    epochs:int|None=None           # here and below, None takes the method's published value
-    iters:int|None=None            # batches in an epoch
-    batch:int|None=None            # pictures in a batch, P·K; in uda as many of each domain
-    K:int|None=None                # pictures of each cluster in a batch; P = batch/K
-    group:int|None=None            # GS: pictures in a group at most; MSMT17 1024
-    eps:float|None=None            # Jaccard distance up to which pictures are neighbours
-    eps_last:float|None=None       # eps moves to this one over the epochs; None: it stays
-    margin:float|None=None         # SpCL: looser and tighter by this much; 0 believes every cluster
-    k1:int=30                      # width of the search for reciprocal neighbours
-    k2:int=6                       # how many neighbourhoods are averaged
-    min_samples:int=4              # neighbours, itself included, that make a core
-    tau:float=.05                  # temperature of the memory
-    beta:float|None=None           # how much of a memory's row stays at an update
-    distil:float=1.                # HDCRL: weight of the teacher; 0 leaves it out
-    mu:float=.999                  # HDCRL: how much of the teacher stays in each step
-    bridge:tuple[float,float,float]=(.7,.1,1.) # IDM: weights of prediction, feature, diversity
-    optimiser:Literal['adam','adamw','sgd']='adam' # published: Adam
-    lr:float=3.5e-4                # published
-    wd:float=5e-4                  # weight decay
-    warmup:int=0                   # epochs in which the rate climbs
-    drops:tuple[int,...]|None=None # epochs at which the rate falls to a tenth
-    erase:float=.5                 # probability of random erasing
-    pad:int=10                     # pixels of padding before the random crop
-    jitter:bool=False              # colour jitter
-    every:int=0                    # measure every so many epochs; 0 only before and after
-    watch:int=500                  # pictures whose features are kept before each epoch, for drawing
-    cache_dir:str=''               # folder for decoded pictures; empty keeps them in memory
-    seed:int=0                     # of initial weights, batches, augmentation
-    device:str=''                  # cpu, cuda, mps; empty takes the best
-    precision:Literal['no','bf16','fp16']='no' # of the network's forward pass; memories and losses stay float32
-    channels_last:bool=False       # lay out maps position by position, which suits GPUs in half precision
-    recompute:bool=False           # run each cell again when its gradient is due instead of keeping its maps
-    threads:int=0                  # CPU threads; 0 leaves PyTorch's choice
+
+    preset: Preset = 'full'  # where the other defaults come from; smoke: seconds, laptop: minutes, full and paper: the published scale, released: HDCRL without its teacher, as released
+    data: str = 'synth'  # the set without labels: synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
+    source: str = ''  # the set with labels, for `uda`; empty takes the other domain of rendered `data`
+    method: Literal['cc', 'spcl', 'gs', 'hdcrl', 'idm'] = (
+        'gs'  # usl: cc, spcl, gs, hdcrl; uda: spcl, idm (Table 4: GS, HDCRL, IDM)
+    )
+    out: str = ''  # the run's folder; empty takes the next free runs/usl-N or runs/uda-N
+    resume: bool = False  # go on with the run in `out`, or start one where none is
+    backbone: str = 'msinet'  # or resnet50, osnet, cdnet, deit_s, deit_b, vit_b
+    genotype: str = TABLE1  # of MSINet: twelve letters of N E G A; the default is Table 1's
+    weights: str = ''  # start from this .safetensors file, or from released weights (.pth)
+    size: tuple[int, int] = (256, 128)  # height and width in pixels; vehicles 224×224
+    channels: tuple[int, int, int, int] = (64, 256, 384, 512)  # of the stem and the three stages
+    rho: int = 3  # scale ratio of the two branches
+    epochs: int | None = None  # here and below, None takes the method's published value
+    iters: int | None = None  # batches in an epoch
+    batch: int | None = None  # pictures in a batch, P·K; in uda as many of each domain
+    K: int | None = None  # pictures of each cluster in a batch; P = batch/K
+    group: int | None = None  # GS: pictures in a group at most; MSMT17 1024
+    eps: float | None = None  # Jaccard distance up to which pictures are neighbours
+    eps_last: float | None = None  # eps moves to this one over the epochs; None: it stays
+    margin: float | None = None  # SpCL: looser and tighter by this much; 0 believes every cluster
+    k1: int = 30  # width of the search for reciprocal neighbours
+    k2: int = 6  # how many neighbourhoods are averaged
+    min_samples: int = 4  # neighbours, itself included, that make a core
+    tau: float = 0.05  # temperature of the memory
+    beta: float | None = None  # how much of a memory's row stays at an update
+    distil: float = 1.0  # HDCRL: weight of the teacher; 0 leaves it out
+    mu: float = 0.999  # HDCRL: how much of the teacher stays in each step
+    bridge: tuple[float, float, float] = (0.7, 0.1, 1.0)  # IDM: weights of prediction, feature, diversity
+    optimiser: Literal['adam', 'adamw', 'sgd'] = 'adam'  # published: Adam
+    lr: float = 3.5e-4  # published
+    wd: float = 5e-4  # weight decay
+    warmup: int = 0  # epochs in which the rate climbs
+    milestones: tuple[int, ...] | None = None  # epochs at which the rate falls to a tenth
+    random_erasing: float = 0.5  # probability of random erasing
+    pad: int = 10  # pixels of padding before the random crop
+    jitter: bool = False  # colour jitter
+    eval_every: int = 0  # measure every so many epochs; 0 only before and after
+    watch: int = 500  # pictures whose features are kept before each epoch, for drawing
+    cache_dir: str = ''  # folder for decoded pictures; empty keeps them in memory
+    seed: int = 0  # of initial weights, batches, augmentation
+    device: str = ''  # cpu, cuda, mps; empty takes the best
+    precision: Literal['no', 'bf16', 'fp16'] = 'no'  # of the network's forward pass; memories and losses stay float32
+    channels_last: bool = False  # lay out maps position by position, which suits GPUs in half precision
+    recompute: bool = False  # run each cell again when its gradient is due instead of keeping its maps
+    threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
 
 # %% ../../nbs/unsup/24_train.ipynb #4503b4a3
-short = dict(k1=12, k2=4, eps=.45, K=4, min_samples=3, mu=.99, group=16, jitter=True)
+short = dict(k1=12, k2=4, eps=0.45, K=4, min_samples=3, mu=0.99, group=16, jitter=True)
 UNSUP = dict(
-    full=UnsupConfig(every=10),
-    paper=UnsupConfig(every=10),
-    released=UnsupConfig(every=10, distil=0.),
-    laptop=UnsupConfig(data=LAPTOP_SYNTH, epochs=8, iters=12, batch=64, lr=2e-3, drops=(6,), **short, **laptop),
-    smoke=UnsupConfig(epochs=2, iters=4, lr=1e-3, drops=(), **{**short, **smoke, 'k1': 8, 'k2': 3}))
-UNSUP = {k: replace(c, preset=k) for k,c in UNSUP.items()}
+    full=UnsupConfig(eval_every=10),
+    paper=UnsupConfig(eval_every=10),
+    released=UnsupConfig(eval_every=10, distil=0.0),
+    laptop=UnsupConfig(data=LAPTOP_SYNTH, epochs=8, iters=12, batch=64, lr=2e-3, milestones=(6,), **short, **laptop),
+    smoke=UnsupConfig(epochs=2, iters=4, lr=1e-3, milestones=(), **{**short, **smoke, 'k1': 8, 'k2': 3}),
+)
+UNSUP = {k: replace(c, preset=k) for k, c in UNSUP.items()}
 
 # %% ../../nbs/unsup/24_train.ipynb #ef4777bf
 def resolve_defaults(
-    cfg:UnsupConfig,
-    kind:str, # 'usl' or 'uda'
-) -> UnsupConfig: # without None but for `eps_last`
+    cfg: UnsupConfig,
+    kind: str,  # 'usl' or 'uda'
+) -> UnsupConfig:  # without None but for `eps_last`
     "A configuration with its method's published values where it leaves them open. Raises `InputError` for a method of the other regime, or numbers that can't be."
     if cfg.method not in METHODS or kind not in METHODS[cfg.method].regimes:
-        raise InputError(f"method {cfg.method!r} is not one of {kind}'s, expected {', '.join(k for k,m in METHODS.items() if kind in m.regimes)}: choose one of these")
-    cfg = replace(cfg, **{k: v for k,v in METHODS[cfg.method].published.items() if getattr(cfg, k) is None})
-    for name,v in dict(eps=cfg.eps, eps_last=cfg.eps if cfg.eps_last is None else cfg.eps_last).items():
-        if not 0 < v < 1: raise InputError(f'{name} is {v}, expected a Jaccard distance between 0 and 1: published methods take .4 to .6')
-    for name in ('epochs','iters','k1','k2','min_samples','group'):
-        if getattr(cfg, name) < 1: raise InputError(f'{name} is {getattr(cfg, name)}, expected 1 or more')
+        raise InputError(
+            f"method {cfg.method!r} is not one of {kind}'s, expected "
+            f"{', '.join(k for k, m in METHODS.items() if kind in m.regimes)}: choose one of these"
+        )
+    cfg = replace(cfg, **{k: v for k, v in METHODS[cfg.method].published.items() if getattr(cfg, k) is None})
+    for name, v in dict(eps=cfg.eps, eps_last=cfg.eps if cfg.eps_last is None else cfg.eps_last).items():
+        if not 0 < v < 1:
+            raise InputError(
+                f'{name} is {v}, expected a Jaccard distance between 0 and 1: published methods take .4 to .6'
+            )
+    for name in ('epochs', 'iters', 'k1', 'k2', 'min_samples', 'group'):
+        if getattr(cfg, name) < 1:
+            raise InputError(f'{name} is {getattr(cfg, name)}, expected 1 or more')
     require_single_process('clusters are made on a single device')
-    check_backbone(cfg.backbone); check_genotype(cfg.genotype); n_identities(cfg.batch, cfg.K)
+    check_backbone(cfg.backbone)
+    check_genotype(cfg.genotype)
+    n_identities(cfg.batch, cfg.K)
     return cfg
 
 # %% ../../nbs/unsup/24_train.ipynb #dce2f465
 class _Joint:
     "Batches of both domains, the source's half first."
-    def __init__(self,
-        source:TrainLoader, # with identities
-        target:TrainLoader, # with numbers of pictures
-    ): self.source, self.target, self.S = InfiniteLoader(source), target, source.n_ids
 
-    def __len__(self): return len(self.target)
+    def __init__(
+        self,
+        source: TrainLoader,  # with identities
+        target: TrainLoader,  # with numbers of pictures
+    ):
+        self.source = InfiniteLoader(source)
+        self.target = target
+        self.S = source.n_ids
+
+    def __len__(self):
+        return len(self.target)
+
     def __iter__(self):
-        for x_t,i_t in self.target:
+        for x_t, i_t in self.target:
             x_s, y_s = next(self.source)
             n = min(len(y_s), len(i_t))
-            yield torch.cat([x_s[:n], x_t[:n]]), torch.cat([y_s[:n], i_t[:n]+self.S])
+            yield torch.cat([x_s[:n], x_t[:n]]), torch.cat([y_s[:n], i_t[:n] + self.S])
 
-    def set_epoch(self, epoch:int): self.target.set_epoch(epoch)
-    def state_dict(self): return dict(source=self.source.state_dict(), target=self.target.state_dict())
-    def load_state_dict(self, s): self.source.load_state_dict(s['source']); self.target.load_state_dict(s['target'])
+    def set_epoch(self, epoch: int):
+        self.target.set_epoch(epoch)
+
+    def state_dict(self):
+        return dict(source=self.source.state_dict(), target=self.target.state_dict())
+
+    def load_state_dict(self, s):
+        self.source.load_state_dict(s['source'])
+        self.target.load_state_dict(s['target'])
 
 # %% ../../nbs/unsup/24_train.ipynb #4e06d680
 def check_readable(
-    items, # of `Item`
-    cfg:UnsupConfig, progress:bool,
+    items,  # of `Item`
+    cfg: UnsupConfig,
+    progress: bool,
 ) -> PixelCache:
     "The pixels of all pictures that can be read; one of a thousand may be missing."
-    cache = lambda items: PixelCache(items, cfg.size, cfg.cache_dir or None, .001, progress)
+    cache = lambda items: PixelCache(items, cfg.size, cfg.cache_dir or None, 0.001, progress)
     pixels = cache(items)
-    return cache([i for k,i in enumerate(items) if k not in pixels.bad]) if pixels.bad else pixels
+    return cache([i for k, i in enumerate(items) if k not in pixels.bad]) if pixels.bad else pixels
 
 # %% ../../nbs/unsup/24_train.ipynb #d9b5b280
 class _Built(NamedTuple):
     "Everything of a run but the loop."
-    net:ReIDNet         # what is measured
-    whole:nn.Module     # what learns
-    step:ClusterStep
-    dl:object           # batches
-    recluster:Recluster
-    bridge:Bridge=None  # of IDM
+
+    net: ReIDNet  # what is measured
+    whole: nn.Module  # what learns
+    step: ClusterStep
+    dl: object  # batches
+    recluster: Recluster
+    bridge: Bridge = None  # of IDM
 
 # %% ../../nbs/unsup/24_train.ipynb #32585f9d
 def centroids(
-    net:ReIDNet, source:TrainLoader, plan:Plan,
-    device, # where the network is
-) -> Tensor: # (S, D)
+    net: ReIDNet,
+    source: TrainLoader,
+    plan: Plan,
+    device,  # where the network is
+) -> Tensor:  # (S, D)
     "The source identities' mean features, through the source's normalisation."
     plan.test = 0
     f = embed(net, _AllOf(source.pixels, device=device)).f
@@ -324,44 +469,78 @@ def centroids(
 
 # %% ../../nbs/unsup/24_train.ipynb #fd603e7a
 def _build_unsup(
-    cfg:UnsupConfig,       # of `resolve_defaults`
-    data:ReIDData,         # its training pictures are clustered
-    source:ReIDData=None,  # with labels, for UDA
-    acc=None,              # of `accelerator`
-    progress:bool=False,   # show bars while pictures are decoded
+    cfg: UnsupConfig,  # of `resolve_defaults`
+    data: ReIDData,  # its training pictures are clustered
+    source: ReIDData = None,  # with labels, for UDA
+    acc=None,  # of `accelerator`
+    progress: bool = False,  # show bars while pictures are decoded
 ) -> _Built:
     "Network, memory, batches, optimiser and clustering of a configuration. Errors as `network`, `load_initial_weights` and `PixelCache`."
     acc = acc or accelerator(cfg.device, cfg.precision)
-    device, method, P = acc.device, METHODS[cfg.method], n_identities(cfg.batch, cfg.K)
-    dice = dict(pad=cfg.pad, erase=cfg.erase, jitter=(.4,.4,.3) if cfg.jitter else (0.,0.,0.))
+    device = acc.device
+    method = METHODS[cfg.method]
+    P = n_identities(cfg.batch, cfg.K)
+    dice = dict(
+        pad=cfg.pad, random_erasing=cfg.random_erasing, jitter=(0.4, 0.4, 0.3) if cfg.jitter else (0.0, 0.0, 0.0)
+    )
     set_seed(cfg.seed)
     net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0)
-    if cfg.weights: load_initial_weights(net, cfg.weights, fresh=True) # there are no classifiers here
-    net.after_bn, bridge, rows = True, None, None
+    if cfg.weights:
+        load_initial_weights(net, cfg.weights, fresh=True)  # there are no classifiers here
+    net.after_bn = True
+    bridge = None
+    rows = None
     pixels = check_readable(data.train, cfg, progress)
     cams = None if any(i.cam is None for i in pixels.items) else [i.cam for i in pixels.items]
     sampler = ClusterSampler(len(pixels), method.draw(cfg), P, cfg.K, cfg.iters, cams, cfg.seed)
-    dl = TrainLoader(pixels, range(len(pixels)), sampler, partial(augment, flip=.5, fill=FILL, **dice), device)
+    dl = TrainLoader(pixels, range(len(pixels)), sampler, partial(augment, flip=0.5, fill=FILL, **dice), device)
     if source is not None:
-        labelled = train_loader(source.train, cfg.size, P, cfg.K, cfg.seed+1, cfg.cache_dir or None, device=device, progress=progress, **dice)
+        labelled = train_loader(
+            source.train,
+            cfg.size,
+            P,
+            cfg.K,
+            cfg.seed + 1,
+            cfg.cache_dir or None,
+            device=device,
+            progress=progress,
+            **dice,
+        )
         plan = by_domain(net, method.domains)
         net.to(device)
         rows, dl = centroids(net, labelled, plan, device), _Joint(labelled, dl)
-        if method.domains == 3: bridge = Bridge(net, plan, _channels_of(net.backbone, cfg.size)).to(device)
+        if method.domains == 3:
+            bridge = Bridge(net, plan, _channels_of(net.backbone, cfg.size)).to(device)
     net.to(device)
-    if cfg.channels_last: net.to(memory_format=torch.channels_last)
-    for c in net.backbone.cells: c.recompute = cfg.recompute
-    memory = (ClusterMemory(cfg.tau, cfg.beta) if method.pool is None else InstanceMemory(cfg.tau, cfg.beta, method.pool) if rows is None
-              else HybridMemory(rows, cfg.tau, cfg.beta, method.pool))
+    if cfg.channels_last:
+        net.to(memory_format=torch.channels_last)
+    for c in net.backbone.cells:
+        c.recompute = cfg.recompute
+    memory = (
+        ClusterMemory(cfg.tau, cfg.beta)
+        if method.pool is None
+        else InstanceMemory(cfg.tau, cfg.beta, method.pool)
+        if rows is None
+        else HybridMemory(rows, cfg.tau, cfg.beta, method.pool)
+    )
     whole = nn.ModuleList([m for m in (net, bridge) if m is not None]).train()
-    opt = acc.prepare_optimizer(OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd))
+    opt = acc.prepare_optimizer(
+        OPTIMISERS[cfg.optimiser]([p for p in whole.parameters() if p.requires_grad], cfg.lr, cfg.wd)
+    )
     step = ClusterStep(net, memory, opt, method.extra(cfg, net, memory, bridge) if method.extra else None, acc)
-    return _Built(net, whole, step, dl, Recluster(net, _AllOf(pixels, device=device), memory, sampler, _finder(cfg), method.own), bridge)
+    return _Built(
+        net,
+        whole,
+        step,
+        dl,
+        Recluster(net, _AllOf(pixels, device=device), memory, sampler, _finder(cfg), method.own),
+        bridge,
+    )
 
 # %% ../../nbs/unsup/24_train.ipynb #3461def9
 def _channels_of(
-    backbone:nn.Module,
-    size, # (H, W) of the images in pixels
+    backbone: nn.Module,
+    size,  # (H, W) of the images in pixels
 ) -> int:
     "Channels after the stem."
     with torch.no_grad(), frozen_stats(backbone), Hooks([stem_of(backbone)], lambda i, m, x, y: y.shape[1]) as h:
@@ -370,96 +549,123 @@ def _channels_of(
 
 # %% ../../nbs/unsup/24_train.ipynb #696ee698
 def _finder(
-    cfg:UnsupConfig, # of `resolve_defaults`
-): # (f, epoch, before, limit) -> Clusters
+    cfg: UnsupConfig,  # of `resolve_defaults`
+):  # (f, epoch, before, limit) -> Clusters
     "How a configuration clusters; eps moves evenly from `eps` to `eps_last`."
     last = cfg.eps if cfg.eps_last is None else cfg.eps_last
-    eps = lambda epoch: cfg.eps + (last-cfg.eps)*epoch/max(1, cfg.epochs-1)
-    return lambda f, epoch, before, limit: find_clusters(unit(f), eps(epoch), cfg.k1, cfg.k2, cfg.min_samples, before, cfg.margin, limit)
+    eps = lambda epoch: cfg.eps + (last - cfg.eps) * epoch / max(1, cfg.epochs - 1)
+    return lambda f, epoch, before, limit: find_clusters(
+        unit(f), eps(epoch), cfg.k1, cfg.k2, cfg.min_samples, before, cfg.margin, limit
+    )
 
 # %% ../../nbs/unsup/24_train.ipynb #c232e435
 def _best_of(
-    history, # rows with mAP, some of them
-) -> dict: # empty when nothing was measured
+    history,  # rows with mAP, some of them
+) -> dict:  # empty when nothing was measured
     "The epoch with the highest mAP. It is chosen on the test set."
     rows = [r for r in history if 'mAP' in r]
-    return dict(best={k: max(rows, key=lambda r: r['mAP'])[k] for k in ('mAP','R1','R5','R10','mINP','epoch')}) if rows else {}
+    return (
+        dict(best={k: max(rows, key=lambda r: r['mAP'])[k] for k in ('mAP', 'R1', 'R5', 'R10', 'mINP', 'epoch')})
+        if rows
+        else {}
+    )
 
 # %% ../../nbs/unsup/24_train.ipynb #b40c8862
 def _run_unsup(
-    cfg:UnsupConfig, kind:str, # 'usl' or 'uda'
-    data:ReIDData, source:ReIDData, # instead of what the configuration names, or None
-    progress:bool, cbs,
+    cfg: UnsupConfig,
+    kind: str,  # 'usl' or 'uda'
+    data: ReIDData,
+    source: ReIDData,  # instead of what the configuration names, or None
+    progress: bool,
+    cbs,
 ) -> TrainResult:
     "The loop of both regimes."
     cfg = resolve_defaults(cfg, kind)
-    run_folder(cfg.out, kind, cfg.resume) # a folder that is taken is told before pictures are read
+    run_folder(cfg.out, kind, cfg.resume)  # a folder that is taken is told before pictures are read
     acc = accelerator(cfg.device, cfg.precision)
-    named = {k: f'given:{v.name}' for k,v in dict(data=data, source=source).items() if v is not None}
+    named = {k: f'given:{v.name}' for k, v in dict(data=data, source=source).items() if v is not None}
     data = data or get_data(cfg.data, cfg.size, progress)
-    if kind == 'uda': source = source or get_data(cfg.source, cfg.size, progress)
+    if kind == 'uda':
+        source = source or get_data(cfg.source, cfg.size, progress)
     cfg = replace(cfg, **named)
-    marks = {k: data_fingerprint(v) for k,v in dict(data=data, source=source).items() if v is not None}
+    marks = {k: data_fingerprint(v) for k, v in dict(data=data, source=source).items() if v is not None}
     with threads(cfg.threads), Signals() as signals:
         net, whole, step, dl, recluster, bridge = _build_unsup(cfg, data, source, acc, progress)
         tests, protocol = test_loaders(data, _SimpleLoading(cfg.size, cfg.cache_dir)), protocol_of(data.name)
         measure = lambda net: retrieval_metrics(evaluate_loaders(net, *tests, data.same_cam_ok, acc.device, protocol))
         metrics = dict(pixels=measure(Pixels()), before=measure(net))
         with locked_run_folder(cfg.out, kind, cfg.resume) as run:
-            recluster.path = run/'pseudo.npy'
-            keepers = [recluster] + ([FeatureSnapshots(recluster, cfg.watch, run/'watched.npy')] if cfg.watch else [])
-            cbs = [*cbs, *keepers, Schedule(step.opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.drops)), Evaluate(lambda: measure(net), cfg.every),
-                   *run_callbacks(run, kind, signals, lambda row: row.get('mAP'), progress), Health(net, probe(recluster.pictures.items, cfg.size))]
+            recluster.path = run / 'pseudo.npy'
+            keepers = [recluster] + ([FeatureSnapshots(recluster, cfg.watch, run / 'watched.npy')] if cfg.watch else [])
+            cbs = [
+                *cbs,
+                *keepers,
+                Schedule(step.opt, lambda e: lr_at(e, cfg.lr, cfg.warmup, cfg.milestones)),
+                Evaluate(lambda: measure(net), cfg.eval_every),
+                *run_callbacks(run, kind, signals, lambda row: row.get('mAP'), progress),
+                Health(net, probe(recluster.pictures.items, cfg.size)),
+            ]
             learn = Learner(whole, step, dl, cbs)
             start_or_resume(learn, run, kind, asdict(replace(cfg, out=str(run))), marks, cfg.resume, acc.device)
             learn.fit(cfg.epochs)
             metrics |= dict(after=measure(net), **_best_of(learn.history))
-            if bridge is not None: bridge.off()
-            if source is not None: net = of_domain(net)
+            if bridge is not None:
+                bridge.off()
+            if source is not None:
+                net = of_domain(net)
             about = dict(kind='derived', backbone=cfg.backbone, size=cfg.size, channels=cfg.channels, after_bn=True)
-            if cfg.backbone == 'msinet': about |= dict(genotype=cfg.genotype, rho=cfg.rho)
+            if cfg.backbone == 'msinet':
+                about |= dict(genotype=cfg.genotype, rho=cfg.rho)
             with final_write(run):
-                for k in keepers: k.save()
-                if 'genotype' in about: write_json(run/'genotype.json', dict(genotype=cfg.genotype))
-                write_json(run/'metrics.json', metrics)
-                save_weights(net, run/'model.safetensors', about)
+                for k in keepers:
+                    k.save()
+                if 'genotype' in about:
+                    write_json(run / 'genotype.json', dict(genotype=cfg.genotype))
+                write_json(run / 'metrics.json', metrics)
+                save_weights(net, run / 'model.safetensors', about)
     return TrainResult(net.eval(), metrics, learn.history, run)
 
 # %% ../../nbs/unsup/24_train.ipynb #1c2ab983
 class _SimpleLoading(NamedTuple):
     "What `test_loaders` asks of a configuration."
-    size:tuple     # (H, W) in pixels
-    cache_dir:str  # folder for decoded pictures
-    cache:bool=True
+
+    size: tuple  # (H, W) in pixels
+    cache_dir: str  # folder for decoded pictures
+    cache: bool = True
 
 # %% ../../nbs/unsup/24_train.ipynb #d2d7354d
 def usl(
-    cfg:UnsupConfig,
-    data:ReIDData=None,   # instead of what `cfg.data` names
-    progress:bool=False,  # show bars
-    cbs=(),               # more callbacks for the `Learner`
+    cfg: UnsupConfig,
+    data: ReIDData = None,  # instead of what `cfg.data` names
+    progress: bool = False,  # show bars
+    cbs=(),  # more callbacks for the `Learner`
 ) -> TrainResult:
     "Learn a set without its identities, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop."
     return _run_unsup(cfg, 'usl', data, None, progress, cbs)
 
 # %% ../../nbs/unsup/24_train.ipynb #cddd392f
 def other_domain(
-    spec:str, # of a rendered set
-) -> str: # A for B, B for A
+    spec: str,  # of a rendered set
+) -> str:  # A for B, B for A
     "The same rendered set in its other domain. Raises `InputError` for a set that isn't rendered."
-    if spec.partition(':')[0] != 'synth': raise InputError(f'no source set is named for {spec}, expected one with identities: give --source, e.g. M=/path')
-    if 'domain=B' in spec: return spec.replace('domain=B', 'domain=A')
+    if spec.partition(':')[0] != 'synth':
+        raise InputError(
+            f'no source set is named for {spec}, expected one with identities: give --source, e.g. M=/path'
+        )
+    if 'domain=B' in spec:
+        return spec.replace('domain=B', 'domain=A')
     options = spec.partition(':')[2].replace('domain=A', '').strip(',')
     return 'synth:domain=B' + (f',{options}' if options else '')
 
 # %% ../../nbs/unsup/24_train.ipynb #53634310
 def uda(
-    cfg:UnsupConfig,
-    data:ReIDData=None,   # instead of what `cfg.data` names: the target
-    source:ReIDData=None, # instead of what `cfg.source` names
-    progress:bool=False,  # show bars
-    cbs=(),               # more callbacks for the `Learner`
+    cfg: UnsupConfig,
+    data: ReIDData = None,  # instead of what `cfg.data` names: the target
+    source: ReIDData = None,  # instead of what `cfg.source` names
+    progress: bool = False,  # show bars
+    cbs=(),  # more callbacks for the `Learner`
 ) -> TrainResult:
     "Learn a set without its identities from another one with them, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop."
-    if not cfg.source and source is None: cfg = replace(cfg, source=other_domain(cfg.data))
+    if not cfg.source and source is None:
+        cfg = replace(cfg, source=other_domain(cfg.data))
     return _run_unsup(cfg, 'uda', data, source, progress, cbs)

@@ -18,102 +18,155 @@ from ..vis import style, WRONG
 
 # %% ../../nbs/widgets/40_controls.ipynb #8a302ba2
 def png(
-    fig,     # figure, or axes of one; it is closed
-    dpi=110, # pixels per inch
+    fig,  # figure, or axes of one; it is closed
+    dpi=110,  # pixels per inch
 ) -> bytes:
     "A figure as a browser wants it: soon. Packing it tighter would take longer than drawing it."
     fig, f = fig.figure.figure, io.BytesIO()
-    with style(): fig.savefig(f, dpi=dpi, format='png', pil_kwargs=dict(compress_level=1))
+    with style():
+        fig.savefig(f, dpi=dpi, format='png', pil_kwargs=dict(compress_level=1))
     plt.close(fig)
     return f.getvalue()
 
 # %% ../../nbs/widgets/40_controls.ipynb #8536aa81
 def _png_size(
-    b:bytes, # a PNG
-) -> tuple[int,int]: # width, height in pixels
+    b: bytes,  # a PNG
+) -> tuple[int, int]:  # width, height in pixels
     "How large a PNG is, from its head."
     return int.from_bytes(b[16:20], 'big'), int.from_bytes(b[20:24], 'big')
 
 # %% ../../nbs/widgets/40_controls.ipynb #65a0435b
 def _to_keep(
-    b:bytes,      # a PNG
-    most=60_000, # bytes
+    b: bytes,  # a PNG
+    most=60_000,  # bytes
 ) -> bytes:
     "A picture for a stored page: a large one in its 256 most needed colours, a third of the bytes."
-    if len(b) <= most: return b
+    if len(b) <= most:
+        return b
     f = io.BytesIO()
     Image.open(io.BytesIO(b)).convert('RGB').quantize(256).save(f, 'PNG')
     return f.getvalue()
 
 # %% ../../nbs/widgets/40_controls.ipynb #4f44bbe9
-_FINE = 300 # fields of the grid in each direction
+_FINE = 300  # fields of the grid in each direction
+
 
 def lines(
-    box, # left, top, width, height in shares of the picture
-) -> str: # row, column, row, column
+    box,  # left, top, width, height in shares of the picture
+) -> str:  # row, column, row, column
     "A place as the lines of a grid, at least two fields wide."
     a, b, c, d = box
-    cut = lambda v: min(max(round(_FINE*v), 0), _FINE) + 1
-    y, x, Y, X = cut(b), cut(a), cut(b+d), cut(a+c)
-    return f'{y} / {x} / {max(Y, y+2)} / {max(X, x+2)}'
+    cut = lambda v: min(max(round(_FINE * v), 0), _FINE) + 1
+    y = cut(b)
+    x = cut(a)
+    Y = cut(b + d)
+    X = cut(a + c)
+    return f'{y} / {x} / {max(Y, y + 2)} / {max(X, x + 2)}'
 
 # %% ../../nbs/widgets/40_controls.ipynb #d29b94d9
 class _Stage(w.GridBox):
     "A picture with buttons over it that can't be seen."
-    def __init__(self,
-        clicked, # called with the number of the place
+
+    def __init__(
+        self,
+        clicked,  # called with the number of the place
     ):
         here, fine = '1 / 1 / 2 / 2', f'repeat({_FINE}, minmax(0, 1fr))'
         self.clicked, self.bare = clicked, w.ButtonStyle(button_color='transparent')
-        self.picture = w.Image(format='png', layout=dict(grid_area=here, width='100%', height='auto', align_self='flex-start', margin='0'))
-        self.places = w.GridBox(layout=dict(grid_area=here, grid_template_columns=fine, grid_template_rows=fine, display='none', height='0', min_height='100%', overflow='hidden', margin='0'))
-        super().__init__([self.picture, self.places], layout=dict(grid_template_columns='minmax(0, 1fr)', max_width='100%', overflow='hidden'))
+        self.picture = w.Image(
+            format='png', layout=dict(grid_area=here, width='100%', height='auto', align_self='flex-start', margin='0')
+        )
+        self.places = w.GridBox(
+            layout=dict(
+                grid_area=here,
+                grid_template_columns=fine,
+                grid_template_rows=fine,
+                display='none',
+                height='0',
+                min_height='100%',
+                overflow='hidden',
+                margin='0',
+            )
+        )
+        super().__init__(
+            [self.picture, self.places],
+            layout=dict(grid_template_columns='minmax(0, 1fr)', max_width='100%', overflow='hidden'),
+        )
 
-    def button(self, i:int) -> w.Button:
-        b = w.Button(style=self.bare, layout=dict(width='0', min_width='100%', height='0', min_height='100%', margin='0', padding='0', border='0')) # no size of its own
+    def button(self, i: int) -> w.Button:
+        b = w.Button(
+            style=self.bare,
+            layout=dict(
+                width='0', min_width='100%', height='0', min_height='100%', margin='0', padding='0', border='0'
+            ),
+        )  # no size of its own
         b.on_click(lambda _: self.clicked(i))
         return b
 
-    def show(self,
-        picture:bytes, # a PNG
-        spots=(),      # of (box, what to say when the pointer is over it)
+    def show(
+        self,
+        picture: bytes,  # a PNG
+        spots=(),  # of (box, what to say when the pointer is over it)
     ):
-        with self.hold_sync(): self.picture.value, self.layout.width = picture, f'{_png_size(picture)[0]}px'
-        if len(spots) > len(self.places.children): self.places.children += tuple(self.button(i) for i in range(len(self.places.children), len(spots)))
-        for b,(box,text) in zip(self.places.children, spots):
+        with self.hold_sync():
+            self.picture.value, self.layout.width = picture, f'{_png_size(picture)[0]}px'
+        if len(spots) > len(self.places.children):
+            self.places.children += tuple(self.button(i) for i in range(len(self.places.children), len(spots)))
+        for b, (box, text) in zip(self.places.children, spots):
             b.layout.grid_area, b.tooltip = lines(box), text
-        for i,b in enumerate(self.places.children): b.layout.display = None if i < len(spots) else 'none'
+        for i, b in enumerate(self.places.children):
+            b.layout.display = None if i < len(spots) else 'none'
         self.places.layout.display = None if len(spots) else 'none'
 
 # %% ../../nbs/widgets/40_controls.ipynb #f4051988
 class Panel(w.VBox):
     "Controls above a figure. A change of a control draws it again; an error stands in its place, and `error` holds it."
-    def __init__(self,
-        draw,       # called with the controls' values by name, gives a figure
-        controls:dict, # name -> ipywidget with a value
-        dpi=110,    # of the picture, pixels per inch
-        more=(),    # widgets beside the controls
-        spots=None, # called as `draw`, gives (box, text) of each place to click, see `_Stage`
-        click=None, # called with the number of the place and the values by name, gives {control: value}
+
+    def __init__(
+        self,
+        draw,  # called with the controls' values by name, gives a figure
+        controls: dict,  # name -> ipywidget with a value
+        dpi=110,  # of the picture, pixels per inch
+        more=(),  # widgets beside the controls
+        spots=None,  # called as `draw`, gives (box, text) of each place to click, see `_Stage`
+        click=None,  # called with the number of the place and the values by name, gives {control: value}
     ):
-        self.draw, self.controls, self.dpi, self.spots, self.click, self.error, self.quiet = draw, dict(controls), dpi, spots, click, None, False
+        self.draw = draw
+        self.controls = dict(controls)
+        self.dpi = dpi
+        self.spots = spots
+        self.click = click
+        self.error = None
+        self.quiet = False
         self.said, self.stage = w.HTML(), _Stage(self.clicked)
         self.picture = self.stage.picture
-        super().__init__([w.HBox([*self.controls.values(), *more], layout=dict(flex_flow='row wrap')), self.said, self.stage])
-        for c in self.controls.values(): c.observe(self.redraw, 'value')
+        super().__init__(
+            [w.HBox([*self.controls.values(), *more], layout=dict(flex_flow='row wrap')), self.said, self.stage]
+        )
+        for c in self.controls.values():
+            c.observe(self.redraw, 'value')
         self.redraw()
 
-    def values(self) -> dict: return {k: c.value for k,c in self.controls.items()}
+    def values(self) -> dict:
+        return {k: c.value for k, c in self.controls.items()}
 
-    def attempt(self,
-        f, # called without arguments; what it raises is shown
+    def attempt(
+        self,
+        f,  # called without arguments; what it raises is shown
     ):
         before, self.error = plt.get_fignums(), None
-        try: f()
-        except Exception as e: # whatever it is, the reader shall see it
+        try:
+            f()
+        except Exception as e:  # whatever it is, the reader shall see it
             self.error = e
-            for n in set(plt.get_fignums())-set(before): plt.close(n)
-        self.said.value = '' if self.error is None else f'<pre style="color:{WRONG}">{html.escape(type(self.error).__name__)}: {html.escape(str(self.error))}</pre>'
+            for n in set(plt.get_fignums()) - set(before):
+                plt.close(n)
+        self.said.value = (
+            ''
+            if self.error is None
+            else f'<pre style="color:{WRONG}">{html.escape(type(self.error).__name__)}: '
+            f'{html.escape(str(self.error))}</pre>'
+        )
         self.picture.layout.display = None if self.error is None else 'none'
 
     def shown(self):
@@ -121,40 +174,64 @@ class Panel(w.VBox):
         self.stage.show(png(self.draw(**v), self.dpi), self.spots(**v) if self.spots else ())
 
     def redraw(self, change=None):
-        if not self.quiet: self.attempt(self.shown)
+        if not self.quiet:
+            self.attempt(self.shown)
 
-    def set(self, **values): # several controls, one drawing
+    def set(self, **values):  # several controls, one drawing
         self.quiet = True
         try:
-            for k,v in values.items(): self.controls[k].value = v
-        finally: self.quiet = False
+            for k, v in values.items():
+                self.controls[k].value = v
+        finally:
+            self.quiet = False
         self.redraw()
 
-    def clicked(self, i:int): self.attempt(lambda: self.set(**self.click(i, **self.values())))
+    def clicked(self, i: int):
+        self.attempt(lambda: self.set(**self.click(i, **self.values())))
 
-    def _repr_mimebundle_(self, **kwargs): # kwargs are IPython's
-        kept = {k: v for k,v in super()._repr_mimebundle_(**kwargs).items() if 'widget' in k}
-        return {**kept, 'image/png': base64.b64encode(_to_keep(self.picture.value)).decode(), 'text/plain': ', '.join(f'{k} {v}' for k,v in self.values().items())}
+    def _repr_mimebundle_(self, **kwargs):  # kwargs are IPython's
+        kept = {k: v for k, v in super()._repr_mimebundle_(**kwargs).items() if 'widget' in k}
+        return {
+            **kept,
+            'image/png': base64.b64encode(_to_keep(self.picture.value)).decode(),
+            'text/plain': ', '.join(f'{k} {v}' for k, v in self.values().items()),
+        }
 
 # %% ../../nbs/widgets/40_controls.ipynb #7d716abe
 def slider(
-    name:str,   # shown
-    value, lo, hi, # where it starts, and its range; integers give an integer slider
+    name: str,  # shown
+    value,
+    lo,
+    hi,  # where it starts, and its range; integers give an integer slider
     step=None,  # of the handle; None: 1, or a twentieth of the range
     live=True,  # draw while the handle moves
 ):
     "A slider in the kit's look."
     whole = all(isinstance(v, int) for v in (value, lo, hi))
-    return (w.IntSlider if whole else w.FloatSlider)(value, min=lo, max=hi, step=step or (1 if whole else (hi-lo)/20), description=name, continuous_update=live,
-                                                     layout=dict(width='300px'), style=dict(description_width='80px'))
+    return (w.IntSlider if whole else w.FloatSlider)(
+        value,
+        min=lo,
+        max=hi,
+        step=step or (1 if whole else (hi - lo) / 20),
+        description=name,
+        continuous_update=live,
+        layout=dict(width='300px'),
+        style=dict(description_width='80px'),
+    )
 
 # %% ../../nbs/widgets/40_controls.ipynb #26218e4e
 def choice(
-    name:str, # shown
+    name: str,  # shown
     options,  # texts, or (text, value) pairs
-    value=None, # the first unless given
+    value=None,  # the first unless given
 ) -> w.Dropdown:
     "A choice in the kit's look."
     options = list(options)
     first = options[0][1] if isinstance(options[0], tuple) else options[0]
-    return w.Dropdown(options=options, value=first if value is None else value, description=name, layout=dict(width='270px'), style=dict(description_width='95px'))
+    return w.Dropdown(
+        options=options,
+        value=first if value is None else value,
+        description=name,
+        layout=dict(width='270px'),
+        style=dict(description_width='95px'),
+    )

@@ -27,14 +27,21 @@ from ..engine.checkpoint import load
 from ..figures.cam import cam
 from ..training.train import build, open_net, TrainConfig
 from msinet.figures.run import (
-    embeddings, load_images, pca_2d, read_config, sample_identities, scatter_ids, spread, tsne_2d,
+    embeddings,
+    load_images,
+    pca_2d,
+    read_config,
+    sample_identities,
+    scatter_ids,
+    spread,
+    tsne_2d,
 )
 from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_explorers.ipynb #1c8c3565
 def before_and_after(
-    run, # a run folder with a trained network
-) -> tuple[dict,dict,tuple]: # name -> network; name -> alignment module, empty without; (H, W) of the input
+    run,  # a run folder with a trained network
+) -> tuple[dict, dict, tuple]:  # name -> network; name -> alignment module, empty without; (H, W) of the input
     "The network of a run, untrained and trained. Raises `InputError` when there is none."
     net, about = open_net(run)
     cfg = read_config(run, TrainConfig)
@@ -51,201 +58,349 @@ def before_and_after(
 # %% ../../nbs/widgets/40_explorers.ipynb #5f560742
 @torch.no_grad()
 def inside(
-    net,      # a `ReIDNet`
-    x,        # (1, 3, H, W) one normalised image
-    cell:int, # 0 to 5
-) -> dict: # what -> (C, h, w) maps
+    net,  # a `ReIDNet`
+    x,  # (1, 3, H, W) one normalised image
+    cell: int,  # 0 to 5
+) -> dict:  # what -> (C, h, w) maps
     "All that a cell has to show for an image: what it gives, and both branches around both interactions."
     c, out = net.backbone.cells[cell], {}
-    with Hooks([c, c.im1, c.im2], lambda i, m, inp, y: (inp, y)) as h: net.eval()(x)
+    with Hooks([c, c.im1, c.im2], lambda i, m, inp, y: (inp, y)) as h:
+        net.eval()(x)
     out['after the cell'] = h.out[0][1][0]
-    for i in (1,2):
-        for b in (0,1): out[f'interaction {i}, branch {b+1}, before'], out[f'interaction {i}, branch {b+1}, after'] = h.out[i][0][b][0], h.out[i][1][b][0]
+    for i in (1, 2):
+        for b in (0, 1):
+            out[f'interaction {i}, branch {b + 1}, before'], out[f'interaction {i}, branch {b + 1}, after'] = (
+                h.out[i][0][b][0],
+                h.out[i][1][b][0],
+            )
     return out
 
 # %% ../../nbs/widgets/40_explorers.ipynb #785169e4
 def cell_browser(
-    nets:dict,  # name -> `ReIDNet`
-    items,      # pictures to choose from
-    size,       # (H, W) of the networks' input
-    most=16,    # channels shown
+    nets: dict,  # name -> `ReIDNet`
+    items,  # pictures to choose from
+    size,  # (H, W) of the networks' input
+    most=16,  # channels shown
 ) -> Panel:
     "Feature maps of every cell, and both branches around its interactions (Fig. 4). A click lays a channel over the picture."
-    tall, per = size[0]/size[1], most//2
-    t = tiling(2, per+1, tall, most=1.5, left=.05, right=.05)
-    maps = lru_cache(64)(lambda name, i, cell: inside(nets[name], load_images(items[i:i+1], size), cell))
-    picture = lru_cache(64)(lambda i: denormalise(load_images(items[i:i+1], size))[0].permute(1,2,0).numpy())
+    tall, per = size[0] / size[1], most // 2
+    t = tiling(2, per + 1, tall, most=1.5, left=0.05, right=0.05)
+    maps = lru_cache(64)(lambda name, i, cell: inside(nets[name], load_images(items[i : i + 1], size), cell))
+    picture = lru_cache(64)(lambda i: denormalise(load_images(items[i : i + 1], size))[0].permute(1, 2, 0).numpy())
     where = list(inside(next(iter(nets.values())), load_images(items[:1], size), 0))
-    def found(network, picture, cell, where): return strongest(maps(network, picture, cell-1)[where], most)
+
+    def found(network, picture, cell, where):
+        return strongest(maps(network, picture, cell - 1)[where], most)
+
     def draw(network, picture_no, cell, where, channel):
         names, m = found(network, picture_no, cell, where)
-        k, im = min(channel, len(m))-1, picture(picture_no)
+        k, im = min(channel, len(m)) - 1, picture(picture_no)
         rows = [[im, *m[:per]], [overlay(im, m[k]), *m[per:]]]
-        texts = {(i//per,i%per+1): f'{c}' for i,c in enumerate(names)} | {(0,0): 'picture', (1,0): f'channel {names[k]}'}
-        return tiles(rows, t, texts=texts, frames={(k//per,k%per+1): NETS[2]}, flat=True)
-    spots = lambda **v: [(t.box(i//per, i%per+1), f'lay channel {c} over the picture') for i,c in enumerate(found(v['network'], v['picture_no'], v['cell'], v['where'])[0])]
-    return Panel(draw, dict(network=choice('network', nets, list(nets)[-1]), picture_no=slider('picture', 0, 0, len(items)-1), cell=slider('cell', 1, 1, 6), where=choice('where', where), channel=slider('channel', 1, 1, most)),
-                 spots=spots, click=lambda i, **v: dict(channel=i+1))
+        texts = {(i // per, i % per + 1): f'{c}' for i, c in enumerate(names)} | {
+            (0, 0): 'picture',
+            (1, 0): f'channel {names[k]}',
+        }
+        return tiles(rows, t, texts=texts, frames={(k // per, k % per + 1): NETS[2]}, flat=True)
+
+    spots = lambda **v: [
+        (t.box(i // per, i % per + 1), f'lay channel {c} over the picture')
+        for i, c in enumerate(found(v['network'], v['picture_no'], v['cell'], v['where'])[0])
+    ]
+    return Panel(
+        draw,
+        dict(
+            network=choice('network', nets, list(nets)[-1]),
+            picture_no=slider('picture', 0, 0, len(items) - 1),
+            cell=slider('cell', 1, 1, 6),
+            where=choice('where', where),
+            channel=slider('channel', 1, 1, most),
+        ),
+        spots=spots,
+        click=lambda i, **v: dict(channel=i + 1),
+    )
 
 # %% ../../nbs/widgets/40_explorers.ipynb #81c89b21
 def _one_query(
-    q:Embeddings, # of all queries
-    i:int,        # which
+    q: Embeddings,  # of all queries
+    i: int,  # which
 ) -> Embeddings:
     "One query alone."
-    return Embeddings(q.f[i:i+1], q.pid[i:i+1], None if q.cam is None else q.cam[i:i+1])
+    return Embeddings(q.f[i : i + 1], q.pid[i : i + 1], None if q.cam is None else q.cam[i : i + 1])
 
 # %% ../../nbs/widgets/40_explorers.ipynb #914b83c8
 def room(
-    names, # texts at the left of a table
-) -> float: # inches
+    names,  # texts at the left of a table
+) -> float:  # inches
     "How wide the margin of a table must be."
-    return max(.75, .16 + .057*max(map(len, names)))
+    return max(0.75, 0.16 + 0.057 * max(map(len, names)))
 
 # %% ../../nbs/widgets/40_explorers.ipynb #8705f943
 def activation_lens(
-    nets:dict, # name -> `ReIDNet`
-    data,      # queries and gallery
-    size,      # (H, W) of the networks' input
-    k=6,       # pictures found
+    nets: dict,  # name -> `ReIDNet`
+    data,  # queries and gallery
+    size,  # (H, W) of the networks' input
+    k=6,  # pictures found
 ) -> Panel:
     "Heat maps over a query and what is found for it (Fig. 1, left)."
     q, g = embeddings(list(nets.values())[-1], data, size)
+
     @lru_cache(64)
-    def found(i): # the pictures, and what to write above them
+    def found(i):  # the pictures, and what to write above them
         idx, d, right = (v[0] for v in nearest(_one_query(q, i), g, k, data.same_cam_ok))
         keep = [int(j) for j in idx if j >= 0]
-        return load_images([data.query[i], *[data.gallery[j] for j in keep]], size), ['query', *[f'{"✓" if r else "✗"} {v:.2f}' for r,v in zip(right, d)][:len(keep)]]
+        return load_images([data.query[i], *[data.gallery[j] for j in keep]], size), [
+            'query',
+            *[f'{"✓" if r else "✗"} {v:.2f}' for r, v in zip(right, d)][: len(keep)],
+        ]
+
     @lru_cache(256)
     def heat(name, i, cell, kind):
         net, x = nets[name].eval(), found(i)[0]
         if kind == 'energy':
-            with torch.no_grad(), Hooks([net.backbone.cells[cell]], lambda i, m, inp, y: y) as h: net(x)
+            with torch.no_grad(), Hooks([net.backbone.cells[cell]], lambda i, m, inp, y: y) as h:
+                net(x)
             return activation(h.out[0])
         out = torch.as_tensor(cam(net, x, net.embed(x[:1])[0].detach(), layer=net.backbone.cells[cell]))
-        out[0] = 0 # a query needs no reason to be like itself
+        out[0] = 0  # a query needs no reason to be like itself
         return out
-    t = tiling(1+len(nets), k+1, size[0]/size[1], most=1.45, left=room(nets))
+
+    t = tiling(1 + len(nets), k + 1, size[0] / size[1], most=1.45, left=room(nets))
+
     def draw(query, cell, kind, strength):
         x, texts = found(query)
-        pics = denormalise(x).permute(0,2,3,1).numpy()
-        rows = [list(pics), *[list(overlay(pics, heat(n, query, cell-1, kind), strength)) for n in nets]]
-        fig = tiles(rows, t, ['', *nets], {(0,i): s for i,s in enumerate(texts)}, frames={(0,i): QUERY if i == 0 else RIGHT if '✓' in s else WRONG for i,s in enumerate(texts)})
+        pics = denormalise(x).permute(0, 2, 3, 1).numpy()
+        rows = [list(pics), *[list(overlay(pics, heat(n, query, cell - 1, kind), strength)) for n in nets]]
+        fig = tiles(
+            rows,
+            t,
+            ['', *nets],
+            {(0, i): s for i, s in enumerate(texts)},
+            frames={(0, i): QUERY if i == 0 else RIGHT if '✓' in s else WRONG for i, s in enumerate(texts)},
+        )
         return fig
-    return Panel(draw, dict(query=slider('query', 0, 0, len(data.query)-1), cell=slider('cell', 6, 1, 6), kind=choice('map', ['energy','Grad-CAM']), strength=slider('strength', .5, 0., 1.)))
+
+    return Panel(
+        draw,
+        dict(
+            query=slider('query', 0, 0, len(data.query) - 1),
+            cell=slider('cell', 6, 1, 6),
+            kind=choice('map', ['energy', 'Grad-CAM']),
+            strength=slider('strength', 0.5, 0.0, 1.0),
+        ),
+    )
 
 # %% ../../nbs/widgets/40_explorers.ipynb #a4aea236
 def retrieval_browser(
-    nets:dict, # name -> `ReIDNet`
-    data,      # queries and gallery
-    size,      # (H, W) of the networks' input
+    nets: dict,  # name -> `ReIDNet`
+    data,  # queries and gallery
+    size,  # (H, W) of the networks' input
 ) -> Panel:
     "What networks find for a query, nearest first (Fig. 6). A click on a picture asks for that person next."
-    vectors = {n: embeddings(net, data, size) for n,net in nets.items()}
-    aps = {n: rank(*v[0], *v[1], same_cam_ok=data.same_cam_ok).ap for n,v in vectors.items()}
-    order = spread(list(aps.values())[-1], len(data.query)) # worst first
+    vectors = {n: embeddings(net, data, size) for n, net in nets.items()}
+    aps = {n: rank(*v[0], *v[1], same_cam_ok=data.same_cam_ok).ap for n, v in vectors.items()}
+    order = spread(list(aps.values())[-1], len(data.query))  # worst first
     shown = lru_cache(1024)(lambda path: load_image(path))
-    def found(net, query, k, own): return [v[0] for v in nearest(_one_query(vectors[net][0], order[query-1]), vectors[net][1], k, own == 'count' or data.same_cam_ok)]
-    t = tiling(len(nets), 11, size[0]/size[1], most=1.5, left=room(nets), right=.05, above=.2)
+
+    def found(net, query, k, own):
+        return [
+            v[0]
+            for v in nearest(
+                _one_query(vectors[net][0], order[query - 1]), vectors[net][1], k, own == 'count' or data.same_cam_ok
+            )
+        ]
+
+    t = tiling(len(nets), 11, size[0] / size[1], most=1.5, left=room(nets), right=0.05, above=0.2)
+
     def draw(query, first, own):
-        i, rows, texts, frames = order[query-1], [], {}, {}
-        for r,n in enumerate(nets):
-            idx, d, right = found(n, query, first+9, own)
-            part = [(int(j), v, ok) for j,v,ok in zip(idx, d, right)][first-1:]
-            rows.append([rgb(shown(data.query[i].path)), *[rgb(shown(data.gallery[j].path)) if j >= 0 else None for j,_,_ in part]])
-            texts |= {(r,0): 'query'} | {(r,k+1): f'{"✓" if ok else "✗"} {v:.2f}' for k,(j,v,ok) in enumerate(part) if j >= 0}
-            frames |= {(r,0): QUERY} | {(r,k+1): RIGHT if ok else WRONG for k,(j,_,ok) in enumerate(part) if j >= 0}
-        return tiles(rows, t, [f'{n}\nAP {100*aps[n][i]:.0f}' for n in nets], texts, frames=frames)
-    def whom(i, query, first, own): # the clicked picture's person
-        n, k = list(nets)[i//10], i%10
-        j = int(found(n, query, first+9, own)[0][first-1+k])
-        asked = [p+1 for p,o in enumerate(order) if data.query[o].pid == data.gallery[j].pid]
-        if not asked: raise InputError('nobody asks for this picture: it shows somebody who is only in the gallery; click another one')
+        i = order[query - 1]
+        rows = []
+        texts = {}
+        frames = {}
+        for r, n in enumerate(nets):
+            idx, d, right = found(n, query, first + 9, own)
+            part = [(int(j), v, ok) for j, v, ok in zip(idx, d, right)][first - 1 :]
+            rows.append(
+                [
+                    rgb(shown(data.query[i].path)),
+                    *[rgb(shown(data.gallery[j].path)) if j >= 0 else None for j, _, _ in part],
+                ]
+            )
+            texts |= {(r, 0): 'query'} | {
+                (r, k + 1): f'{"✓" if ok else "✗"} {v:.2f}' for k, (j, v, ok) in enumerate(part) if j >= 0
+            }
+            frames |= {(r, 0): QUERY} | {
+                (r, k + 1): RIGHT if ok else WRONG for k, (j, _, ok) in enumerate(part) if j >= 0
+            }
+        return tiles(rows, t, [f'{n}\nAP {100 * aps[n][i]:.0f}' for n in nets], texts, frames=frames)
+
+    def whom(i, query, first, own):  # the clicked picture's person
+        n, k = list(nets)[i // 10], i % 10
+        j = int(found(n, query, first + 9, own)[0][first - 1 + k])
+        asked = [p + 1 for p, o in enumerate(order) if data.query[o].pid == data.gallery[j].pid]
+        if not asked:
+            raise InputError(
+                'nobody asks for this picture: it shows somebody who is only in the gallery; click another one'
+            )
         return dict(query=asked[0])
-    spots = lambda **v: [(t.box(r, k+1), 'ask for this person') for r in range(len(nets)) for k in range(10)]
-    return Panel(draw, dict(query=slider('query', len(order), 1, len(order)), first=slider('from rank', 1, 1, max(1, min(31, len(data.gallery)-9))), own=choice('own camera', [("doesn't count",'skip'), ('counts','count')])), spots=spots, click=whom)
+
+    spots = lambda **v: [(t.box(r, k + 1), 'ask for this person') for r in range(len(nets)) for k in range(10)]
+    return Panel(
+        draw,
+        dict(
+            query=slider('query', len(order), 1, len(order)),
+            first=slider('from rank', 1, 1, max(1, min(31, len(data.gallery) - 9))),
+            own=choice('own camera', [("doesn't count", 'skip'), ('counts', 'count')]),
+        ),
+        spots=spots,
+        click=whom,
+    )
 
 # %% ../../nbs/widgets/40_explorers.ipynb #2e7416d5
 def sam_explorer(
-    nets:dict, # name -> `ReIDNet`
-    data,      # queries and gallery
-    size,      # (H, W) of the networks' input
-    sams=None, # name -> alignment module of that network
+    nets: dict,  # name -> `ReIDNet`
+    data,  # queries and gallery
+    size,  # (H, W) of the networks' input
+    sams=None,  # name -> alignment module of that network
 ) -> Panel:
     "Click a place of a query, see its match in other pictures; activation vectors and their cosines (§3.3, Fig. 3)."
     sams = sams or {}
+
     @lru_cache(64)
-    def five(query): # the query, two of the same person, two strangers; what they are
+    def five(query):  # the query, two of the same person, two strangers; what they are
         items, words = sample_identities(data, query)
         return load_images(items, size), words
+
     @lru_cache(64)
-    def seen(query): # name -> maps (5, C, h, w), unit vectors (5, N): guess or nothing, then activation vectors
+    def seen(query):  # name -> maps (5, C, h, w), unit vectors (5, N): guess or nothing, then activation vectors
         out = {}
         with torch.no_grad():
-            for n,net in nets.items():
+            for n, net in nets.items():
                 m = net.eval()(five(query)[0]).maps[-1]
                 a = unit(activation_vectors(m)[0])
-                if n in sams and sams[n].pam: a[0] = unit(sams[n].pam(m[:1]))[0]
+                if n in sams and sams[n].pam:
+                    a[0] = unit(sams[n].pam(m[:1]))[0]
                 out[n] = F.normalize(m, dim=1), a
         return out
+
     h, w_ = next(iter(seen(0).values()))[0].shape[-2:]
-    t = tiling(1+2*len(nets), 5, size[0]/size[1], most=1.15, left=max(1., room(nets)), above=.16)
-    middle = lambda n: ((n%w_+.5)/w_, (n//w_+.5)/h)
+    t = tiling(1 + 2 * len(nets), 5, size[0] / size[1], most=1.15, left=max(1.0, room(nets)), above=0.16)
+    middle = lambda n: ((n % w_ + 0.5) / w_, (n // w_ + 0.5) / h)
+
     def draw(query, place):
         x, words = five(query)
-        rows, names, rings, texts = [list(denormalise(x).permute(0,2,3,1).numpy())], ['click a place\nof the query'], {(0,0): [middle(place)]}, {(0,i): s for i,s in enumerate(words)}
-        for n,(m,_) in seen(query).items():
-            like = correlation(m[:1].expand_as(m), m)[:,place]
-            rings |= {(len(rows),i): [middle(int(v.argmax()))] for i,v in enumerate(like) if i}
-            rings[len(rows),0] = [middle(place)]
-            texts |= {(len(rows),i): f'best {v.max():.2f}' for i,v in enumerate(like) if i}
-            rows.append(list(like.view(-1, h, w_))); names.append(f'cosine with\nthe place,\n{n}')
-        for n,(_,a) in seen(query).items():
-            texts |= {(len(rows),0): 'â, the guess' if n in sams else 'itself'} | {(len(rows),i): f'cos {float(a[0]@a[i]):.2f}' for i in range(1,len(a))}
-            rows.append(list((a/a.max()).view(-1, h, w_))); names.append(f'activation\nvector,\n{n}')
-        return tiles(rows, t, names, texts, rings, vmin=0, vmax=1, label='cosine; vectors: share of their largest', flat=True)
-    def spots(query, place): return [(t.box(0, 0, (n%w_/w_, n//w_/h, 1/w_, 1/h)), f'row {n//w_+1}, column {n%w_+1}') for n in range(h*w_)]
-    return Panel(draw, dict(query=slider('query', 0, 0, len(data.query)-1), place=slider('place', h//4*w_+w_//2, 0, h*w_-1)), spots=spots, click=lambda i, **v: dict(place=i))
+        rows = [list(denormalise(x).permute(0, 2, 3, 1).numpy())]
+        names = ['click a place\nof the query']
+        rings = {(0, 0): [middle(place)]}
+        texts = {(0, i): s for i, s in enumerate(words)}
+        for n, (m, _) in seen(query).items():
+            like = correlation(m[:1].expand_as(m), m)[:, place]
+            rings |= {(len(rows), i): [middle(int(v.argmax()))] for i, v in enumerate(like) if i}
+            rings[len(rows), 0] = [middle(place)]
+            texts |= {(len(rows), i): f'best {v.max():.2f}' for i, v in enumerate(like) if i}
+            rows.append(list(like.view(-1, h, w_)))
+            names.append(f'cosine with\nthe place,\n{n}')
+        for n, (_, a) in seen(query).items():
+            texts |= {(len(rows), 0): 'â, the guess' if n in sams else 'itself'} | {
+                (len(rows), i): f'cos {float(a[0] @ a[i]):.2f}' for i in range(1, len(a))
+            }
+            rows.append(list((a / a.max()).view(-1, h, w_)))
+            names.append(f'activation\nvector,\n{n}')
+        return tiles(
+            rows, t, names, texts, rings, vmin=0, vmax=1, label='cosine; vectors: share of their largest', flat=True
+        )
+
+    def spots(query, place):
+        return [
+            (t.box(0, 0, (n % w_ / w_, n // w_ / h, 1 / w_, 1 / h)), f'row {n // w_ + 1}, column {n % w_ + 1}')
+            for n in range(h * w_)
+        ]
+
+    return Panel(
+        draw,
+        dict(
+            query=slider('query', 0, 0, len(data.query) - 1),
+            place=slider('place', h // 4 * w_ + w_ // 2, 0, h * w_ - 1),
+        ),
+        spots=spots,
+        click=lambda i, **v: dict(place=i),
+    )
 
 # %% ../../nbs/widgets/40_explorers.ipynb #ab01b0d3
-_FLAT = {'PCA': pca_2d, 't-SNE': tsne_2d} # name on the panel -> of `figures`
+_FLAT = {'PCA': pca_2d, 't-SNE': tsne_2d}  # name on the panel -> of `figures`
 
 # %% ../../nbs/widgets/40_explorers.ipynb #eec04ba3
 def embedding_map(
-    nets:dict, # name -> `ReIDNet`, one or two
-    data,      # queries and gallery
-    size,      # (H, W) of the networks' input
+    nets: dict,  # name -> `ReIDNet`, one or two
+    data,  # queries and gallery
+    size,  # (H, W) of the networks' input
     most=120,  # pictures shown: all queries first, then the gallery
 ) -> Panel:
     "Queries and gallery seen from above, coloured by identity or camera; a click shows the picture of a point."
     items = [i for i in [*data.query, *data.gallery] if i.pid > 0][:most]
     n_q, ids = min(len(data.query), len(items)), sorted({i.pid for i in items})
-    vectors = {n: torch.cat([e.f for e in embeddings(net, data, size)])[[k for k,i in enumerate([*data.query, *data.gallery]) if i.pid > 0][:most]].cpu() for n,net in nets.items()}
+    vectors = {
+        n: torch.cat([e.f for e in embeddings(net, data, size)])[
+            [k for k, i in enumerate([*data.query, *data.gallery]) if i.pid > 0][:most]
+        ].cpu()
+        for n, net in nets.items()
+    }
     at = lru_cache(None)(lambda n, method: _FLAT[method](vectors[n]))
     pid, cam_of = np.array([ids.index(i.pid) for i in items]), np.array([i.cam or 0 for i in items])
     side = 2.6
-    W, H = side*len(nets)+.1*(len(nets)-1)+1.35, side+.22
-    place = lambda k, xy: (k*(side+.1)+xy[0]*side, .22+(1-xy[1])*side) # inches
+    W, H = side * len(nets) + 0.1 * (len(nets) - 1) + 1.35, side + 0.22
+    place = lambda k, xy: (k * (side + 0.1) + xy[0] * side, 0.22 + (1 - xy[1]) * side)  # inches
+
     def draw(method, colour, point):
-        fig = plt.figure(figsize=(W,H)); ax = fig.add_axes([0,0,1,1]); ax.axis('off')
-        for k,n in enumerate(nets):
+        fig = plt.figure(figsize=(W, H))
+        ax = fig.add_axes([0, 0, 1, 1])
+        ax.axis('off')
+        for k, n in enumerate(nets):
             xy = np.array([place(k, v) for v in at(n, method)])
-            ax.add_patch(plt.Rectangle((k*(side+.1)+.02,.22), side-.04, side-.02, fc='#fafafa', ec='#d0d0d0', lw=.6))
-            ax.text(k*(side+.1)+side/2, .17, n, ha='center', va='bottom', fontsize=8)
+            ax.add_patch(
+                plt.Rectangle(
+                    (k * (side + 0.1) + 0.02, 0.22), side - 0.04, side - 0.02, fc='#fafafa', ec='#d0d0d0', lw=0.6
+                )
+            )
+            ax.text(k * (side + 0.1) + side / 2, 0.17, n, ha='center', va='bottom', fontsize=8)
             scatter_ids(ax, xy, pid if colour == 'identity' else cam_of, n_q)
             same = xy[(pid == pid[point])]
-            ax.scatter(*same.T, s=75, fc='none', ec='#404040', lw=.8); ax.scatter(*xy[point], s=130, fc='none', ec='black', lw=2)
+            ax.scatter(*same.T, s=75, fc='none', ec='#404040', lw=0.8)
+            ax.scatter(*xy[point], s=130, fc='none', ec='black', lw=2)
         im = rgb(load_image(items[point].path))
-        x, tall = W-1.2, im.shape[0]/im.shape[1]
-        h = min(1.9, 1.1*tall)
-        ax.imshow(im, extent=(x,x+h/tall,.22+h,.22), aspect='auto')
-        ax.text(x, .22+h+.08, f'{"query" if point < n_q else "gallery"}\nidentity {items[point].pid}\ncamera {items[point].cam}\n\n▲ query  ● gallery', va='top', fontsize=7)
-        ax.set(xlim=(0,W), ylim=(H,0))
+        x, tall = W - 1.2, im.shape[0] / im.shape[1]
+        h = min(1.9, 1.1 * tall)
+        ax.imshow(im, extent=(x, x + h / tall, 0.22 + h, 0.22), aspect='auto')
+        ax.text(
+            x,
+            0.22 + h + 0.08,
+            f'{"query" if point < n_q else "gallery"}\nidentity {items[point].pid}\ncamera {items[point].cam}\n\n▲ '
+            'query  ● gallery',
+            va='top',
+            fontsize=7,
+        )
+        ax.set(xlim=(0, W), ylim=(H, 0))
         return fig
+
     def spots(method, colour, point):
-        out, r = [], .055
-        for k,n in enumerate(nets):
-            for i,v in enumerate(at(n, method)): x, y = place(k, v); out.append((((x-r)/W, (y-r)/H, 2*r/W, 2*r/H), f'identity {items[i].pid}, camera {items[i].cam}'))
+        out, r = [], 0.055
+        for k, n in enumerate(nets):
+            for i, v in enumerate(at(n, method)):
+                x, y = place(k, v)
+                out.append(
+                    (
+                        ((x - r) / W, (y - r) / H, 2 * r / W, 2 * r / H),
+                        f'identity {items[i].pid}, camera {items[i].cam}',
+                    )
+                )
         return out
-    return Panel(style()(draw), dict(method=choice('laid flat by', _FLAT), colour=choice('colour', ['identity','camera']), point=slider('point', 0, 0, len(items)-1)),
-                 spots=spots, click=lambda i, **v: dict(point=i%len(items)))
+
+    return Panel(
+        style()(draw),
+        dict(
+            method=choice('laid flat by', _FLAT),
+            colour=choice('colour', ['identity', 'camera']),
+            point=slider('point', 0, 0, len(items) - 1),
+        ),
+        spots=spots,
+        click=lambda i, **v: dict(point=i % len(items)),
+    )

@@ -24,64 +24,93 @@ from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_lab.ipynb #d6ca2ab6
 def augmented(
-    x,        # (H, W, 3) bytes
-    mirror:float, shift:int, brightness:float, contrast:float, saturation:float, erase:float, # as `augment`'s flip, pad, jitter and erase
-    seed:int, # of the random numbers
-    n:int=11, # how often
+    x,  # (H, W, 3) bytes
+    mirror: float,
+    shift: int,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    erase: float,  # as `augment`'s flip, pad, jitter and erase
+    seed: int,  # of the random numbers
+    n: int = 11,  # how often
 ):
     "A picture as it is, and as training would see it."
-    x = torch.as_tensor(x)[None].expand(n+1, -1, -1, -1)
+    x = torch.as_tensor(x)[None].expand(n + 1, -1, -1, -1)
     gen = torch.Generator().manual_seed(seed)
     y = denormalise(augment(x, gen, mirror, shift, erase, (brightness, contrast, saturation)))
-    y[0] = x[0].permute(2,0,1)/255
-    return show_images(y, titles=['as it is', *['']*n], cols=(n+1)//(1 if x.shape[1] > x.shape[2] else 2))
+    y[0] = x[0].permute(2, 0, 1) / 255
+    return show_images(y, titles=['as it is', *[''] * n], cols=(n + 1) // (1 if x.shape[1] > x.shape[2] else 2))
 
 # %% ../../nbs/widgets/40_lab.ipynb #29b112fe
 def augment_lab(
-    x, # (H, W, 3) bytes, a picture
+    x,  # (H, W, 3) bytes, a picture
 ) -> Panel:
     "A slider for each change that training makes to a picture (§4.1). Raises `InputError` for anything but a picture in bytes."
     x = torch.as_tensor(x)
-    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[2] != 3: raise InputError(f'found {tuple(x.shape)} of {x.dtype}, expected one picture (H, W, 3) in bytes: give for example render(item.path)')
-    share = lambda name, value: slider(name, value, 0., 1.)
-    return Panel(partial(augmented, x), dict(mirror=share('mirror', .5), shift=slider('shift', len(x)//25, 0, len(x)//4), brightness=share('brightness', 0.), contrast=share('contrast', 0.),
-                                             saturation=share('saturation', 0.), erase=share('erase', .5), seed=slider('seed', 0, 0, 20)))
+    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[2] != 3:
+        raise InputError(
+            f'found {tuple(x.shape)} of {x.dtype}, expected one picture (H, W, 3) in bytes: give for example '
+            'render(item.path)'
+        )
+    share = lambda name, value: slider(name, value, 0.0, 1.0)
+    return Panel(
+        partial(augmented, x),
+        dict(
+            mirror=share('mirror', 0.5),
+            shift=slider('shift', len(x) // 25, 0, len(x) // 4),
+            brightness=share('brightness', 0.0),
+            contrast=share('contrast', 0.0),
+            saturation=share('saturation', 0.0),
+            erase=share('erase', 0.5),
+            seed=slider('seed', 0, 0, 20),
+        ),
+    )
 
 # %% ../../nbs/widgets/40_lab.ipynb #9822c465
 def alpha_player(
-    hs, # (E, 12, 4) alpha after each epoch, or name of a search -> such
+    hs,  # (E, 12, 4) alpha after each epoch, or name of a search -> such
 ) -> Panel:
     "Play a search: shares, certainty, and the network that leads, epoch by epoch (Eq. 1). Raises `InputError` for another shape."
     hs = hs if isinstance(hs, dict) else {'': hs}
-    moment(hs); plt.close() # says what is wrong, before there is a panel
+    moment(hs)
+    plt.close()  # says what is wrong, before there is a panel
     n = max(map(len, hs.values()))
-    epoch, play = slider('epoch', n, 1, n), w.Play(value=n, min=1, max=n, interval=600, show_repeat=False, description='play')
+    epoch, play = (
+        slider('epoch', n, 1, n),
+        w.Play(value=n, min=1, max=n, interval=600, show_repeat=False, description='play'),
+    )
     w.jslink((play, 'value'), (epoch, 'value'))
     nets = [('network of ' + k if k else 'its network', k or ' ') for k in hs]
-    def draw(epoch, net): return moment({k or ' ': h for k,h in hs.items()}, epoch-1, net)
+
+    def draw(epoch, net):
+        return moment({k or ' ': h for k, h in hs.items()}, epoch - 1, net)
+
     return Panel(draw, dict(epoch=epoch, net=choice('below', [*nets, ('nothing', '')])), more=[play])
 
 # %% ../../nbs/widgets/40_lab.ipynb #9edcc195
 def cost(
-    word:str, # twelve letters
-    channels=(64,256,384,512), # of stem and stages
-    size=(256,128), # (H, W) of the input
-) -> tuple[int,int]: # parameters, multiply-accumulates of one image
+    word: str,  # twelve letters
+    channels=(64, 256, 384, 512),  # of stem and stages
+    size=(256, 128),  # (H, W) of the input
+) -> tuple[int, int]:  # parameters, multiply-accumulates of one image
     "What the backbone of a word costs. Raises `InputError` for a word that isn't one."
-    with torch.device('meta'): net = derived(word, channels)
+    with torch.device('meta'):
+        net = derived(word, channels)
     return n_params(net), macs(net, size)
 
 # %% ../../nbs/widgets/40_lab.ipynb #276eae34
 def slot_costs(
-    channels=(64,256,384,512), # of stem and stages
-    size=(256,128), # (H, W) of the input
-) -> tuple: # (2,) parameters and MACs of the network of all N, (12, 4, 2) what each letter adds to them
+    channels=(64, 256, 384, 512),  # of stem and stages
+    size=(256, 128),  # (H, W) of the input
+) -> tuple:  # (2,) parameters and MACs of the network of all N, (12, 4, 2) what each letter adds to them
     "What the interactions cost in each slot."
     return _slot_costs(channels, size, *OPS.items())
 
+
 @lru_cache(8)
-def _slot_costs(channels, size, *ops): # `ops` are part of the question: another interaction is counted anew
-    with torch.device('meta'): net, plain = supernet(channels=channels), derived('N'*12, channels)
+def _slot_costs(channels, size, *ops):  # `ops` are part of the question: another interaction is counted anew
+    with torch.device('meta'):
+        net, plain = supernet(channels=channels), derived('N' * 12, channels)
     params = [[n_params(m.ops[k]) for k in OPS] for m in net.modules() if isinstance(m, Mixed)]
     out = np.stack([np.array(params), slot_macs(net, size).numpy().astype(np.int64)], -1)
     bare = np.array((n_params(plain), macs(plain, size)))
@@ -89,10 +118,10 @@ def _slot_costs(channels, size, *ops): # `ops` are part of the question: another
 
 # %% ../../nbs/widgets/40_lab.ipynb #56babd13
 def word_cost(
-    word:str, # twelve letters
-    channels=(64,256,384,512), # of stem and stages
-    size=(256,128), # (H, W) of the input
-) -> tuple[int,int]: # parameters, multiply-accumulates of one image
+    word: str,  # twelve letters
+    channels=(64, 256, 384, 512),  # of stem and stages
+    size=(256, 128),  # (H, W) of the input
+) -> tuple[int, int]:  # parameters, multiply-accumulates of one image
     "The same as `cost`, by addition."
     bare, extra = slot_costs(channels, size)
     return tuple((bare + extra[range(12), [list(OPS).index(o) for o in check_genotype(word)]].sum(0)).tolist())
@@ -100,46 +129,99 @@ def word_cost(
 # %% ../../nbs/widgets/40_lab.ipynb #730ea1e6
 @torch.no_grad()
 def response(
-    word:str,      # twelve letters
-    x,             # (1, 3, H, W) normalised picture
-    supernet=None, # an `MSINet` of mixed choices; None: an untrained one
-    channels=(8,32,48,64), # of stem and stages, without a supernet
-) -> list: # six maps (h, w), each from 0 to 1
+    word: str,  # twelve letters
+    x,  # (1, 3, H, W) normalised picture
+    supernet=None,  # an `MSINet` of mixed choices; None: an untrained one
+    channels=(8, 32, 48, 64),  # of stem and stages, without a supernet
+) -> list:  # six maps (h, w), each from 0 to 1
     "Energy after each cell for a picture."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if supernet is None: supernet = MSINet([Mixed]*12, channels) # one for all words: only their interactions differ
+        if supernet is None:
+            supernet = MSINet([Mixed] * 12, channels)  # one for all words: only their interactions differ
         net = derived(word, (supernet.stem.conv.conv.out_channels, *supernet.channels), len(supernet.cells[0].large1))
     net.load_state_dict(subnet_state_dict(supernet, word))
-    with Hooks(net.cells, lambda i, m, inp, y: activation(y)[0]) as h: net.eval()(x)
+    with Hooks(net.cells, lambda i, m, inp, y: activation(y)[0]) as h:
+        net.eval()(x)
     return [h.out[i] for i in range(6)]
 
 # %% ../../nbs/widgets/40_lab.ipynb #3ddfdcdb
 def interaction_lab(
-    items,         # pictures to choose from, (H, W, 3) bytes each
-    supernet=None, # the searched `MSINet` whose weights may answer; None: untrained weights alone
-    word=TABLE1,   # to begin with
+    items,  # pictures to choose from, (H, W, 3) bytes each
+    supernet=None,  # the searched `MSINet` whose weights may answer; None: untrained weights alone
+    word=TABLE1,  # to begin with
 ) -> Panel:
     "Choose the twelve letters; see parameters, MACs, the drawn network and what it answers (§3.2). A click on a slot changes its letter."
-    H, xs = 1.55, [.5 + .94*i + .28*(i//2) for i in range(6)] # where `draw_genotype` has its cells
-    t = tiling(1, 7, np.divide(*np.shape(items[0])[:2]), most=1.5, left=.1, right=.5)
-    W, tall = COL2, H + .55 + t.size[1]
-    weights = ['untrained'] if supernet is None else ['searched','untrained']
-    answers = lru_cache(64)(lambda word, i, kind: response(word, normalise(torch.tensor(np.array(items[i])).permute(2,0,1)[None]), supernet if kind == 'searched' else None))
+    H, xs = 1.55, [0.5 + 0.94 * i + 0.28 * (i // 2) for i in range(6)]  # where `draw_genotype` has its cells
+    t = tiling(1, 7, np.divide(*np.shape(items[0])[:2]), most=1.5, left=0.1, right=0.5)
+    W, tall = COL2, H + 0.55 + t.size[1]
+    weights = ['untrained'] if supernet is None else ['searched', 'untrained']
+    answers = lru_cache(64)(
+        lambda word, i, kind: response(
+            word,
+            normalise(torch.tensor(np.array(items[i])).permute(2, 0, 1)[None]),
+            supernet if kind == 'searched' else None,
+        )
+    )
+
     def draw(word, picture, weights):
         word = check_genotype(word)
-        fig = tiles([[rgb(items[picture]), *answers(word, picture, weights)]], t, texts={(0,0): 'picture'} | {(0,i): f'cell {i}' for i in range(1,7)}, vmin=0, vmax=1, label='energy / largest')
+        fig = tiles(
+            [[rgb(items[picture]), *answers(word, picture, weights)]],
+            t,
+            texts={(0, 0): 'picture'} | {(0, i): f'cell {i}' for i in range(1, 7)},
+            vmin=0,
+            vmax=1,
+            label='energy / largest',
+        )
         fig.set_size_inches(W, tall)
-        fig.axes[0].set_position((0, 0, t.size[0]/W, t.size[1]/tall))
-        draw_genotype(word, ax=fig.add_axes((0, 1-H/tall, 1, H/tall)))
+        fig.axes[0].set_position((0, 0, t.size[0] / W, t.size[1] / tall))
+        draw_genotype(word, ax=fig.add_axes((0, 1 - H / tall, 1, H / tall)))
         (p, m), (p1, m1) = word_cost(word), word_cost(TABLE1)
-        fig.text(.5, (t.size[1]+.3)/tall, f'{p/1e6:.3f} M parameters, {m/1e9:.3f} G multiply-accumulates at 256×128  (Table 1: {p1/1e6:.3f} M, {m1/1e9:.3f} G)', ha='center', va='center', fontsize=9, weight='bold')
-        fig.text(.5, (t.size[1]+.12)/tall, f'{sum(a == b for a,b in zip(word, TABLE1))} of 12 letters are those of Table 1; counted without the neck', ha='center', va='center', fontsize=7)
+        fig.text(
+            0.5,
+            (t.size[1] + 0.3) / tall,
+            f'{p / 1e6:.3f} M parameters, {m / 1e9:.3f} G multiply-accumulates at 256×128  (Table 1: {p1 / 1e6:.3f} '
+            f'M, {m1 / 1e9:.3f} G)',
+            ha='center',
+            va='center',
+            fontsize=9,
+            weight='bold',
+        )
+        fig.text(
+            0.5,
+            (t.size[1] + 0.12) / tall,
+            f'{sum(a == b for a, b in zip(word, TABLE1))} of 12 letters are those of Table 1; counted without the neck',
+            ha='center',
+            va='center',
+            fontsize=7,
+        )
         return fig
-    def spots(**v): return [(((xs[i//2]+.32+.34*(i%2)-.15)/W, (H-.86-.42)/tall, .3/W, .84/tall), f'slot {i+1}: next letter') for i in range(12)]
+
+    def spots(**v):
+        return [
+            (
+                ((xs[i // 2] + 0.32 + 0.34 * (i % 2) - 0.15) / W, (H - 0.86 - 0.42) / tall, 0.3 / W, 0.84 / tall),
+                f'slot {i + 1}: next letter',
+            )
+            for i in range(12)
+        ]
+
     def turn(i, word, **v):
-        word, after = check_genotype(word), dict(zip(OPS, [*OPS][1:] + [*OPS][:1])) # letter -> the next one
-        return dict(word=word[:i] + after[word[i]] + word[i+1:])
-    text = w.Text(word, description='letters', continuous_update=False, layout=dict(width='250px'), style=dict(description_width='80px'))
-    panel = Panel(style()(draw), dict(word=text, picture=slider('picture', 0, 0, len(items)-1), weights=choice('weights', weights)), spots=spots, click=turn)
+        word, after = check_genotype(word), dict(zip(OPS, [*OPS][1:] + [*OPS][:1]))  # letter -> the next one
+        return dict(word=word[:i] + after[word[i]] + word[i + 1 :])
+
+    text = w.Text(
+        word,
+        description='letters',
+        continuous_update=False,
+        layout=dict(width='250px'),
+        style=dict(description_width='80px'),
+    )
+    panel = Panel(
+        style()(draw),
+        dict(word=text, picture=slider('picture', 0, 0, len(items) - 1), weights=choice('weights', weights)),
+        spots=spots,
+        click=turn,
+    )
     return panel

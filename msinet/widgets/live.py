@@ -25,164 +25,265 @@ from ..figures.run import read_run
 from .controls import Panel
 
 # %% ../../nbs/widgets/40_live.ipynb #a29b9f36
-class _Left(Exception): "A search was left before its end."
+class _Left(Exception):
+    "A search was left before its end."
 
 # %% ../../nbs/widgets/40_live.ipynb #11264769
 class _Reins(Callback):
     "Hold a search from another thread: after each iteration it goes on, waits, or leaves with a checkpoint."
-    order = 110 # after the checkpoint
+
+    order = 110  # after the checkpoint
+
     def __init__(self, tell):
-        self.tell, self.word = tell, threading.Condition() # tell is called after each iteration, in the search's thread
-        self.allowed, self.leave, self.waiting = 0, False, False
-        self.t, self.h, self.losses, self.at = [], [], dict(train=[], val=[]), (0,0,0)
+        self.tell, self.word = (
+            tell,
+            threading.Condition(),
+        )  # tell is called after each iteration, in the search's thread
+        self.allowed = 0
+        self.leave = False
+        self.waiting = False
+        self.t = []
+        self.h = []
+        self.losses = dict(train=[], val=[])
+        self.at = (0, 0, 0)
 
-    def allow(self,
-        n,           # iterations it may do from now on
-        leave=False, # or shall it go?
+    def allow(
+        self,
+        n,  # iterations it may do from now on
+        leave=False,  # or shall it go?
     ):
-        with self.word: self.allowed, self.leave = n, leave; self.word.notify_all()
+        with self.word:
+            self.allowed, self.leave = n, leave
+            self.word.notify_all()
 
-    def before_fit(self, learn): # what was done before a resume
+    def before_fit(self, learn):  # what was done before a resume
         rows = next((c.rows for c in learn.cbs if isinstance(c, AlphaHistory)), [])
-        self.t, self.h = list(range(1, len(rows)+1)), list(rows)
+        self.t, self.h = list(range(1, len(rows) + 1)), list(rows)
         self.losses = {k: [r[k] for r in learn.history] for k in self.losses}
 
-    def before_epoch(self, learn): self.done, self.of = learn.dl.state_dict()['done'], len(learn.dl) # a resumed epoch has begun
+    def before_epoch(self, learn):
+        self.done, self.of = learn.dl.state_dict()['done'], len(learn.dl)  # a resumed epoch has begun
 
     def after_batch(self, learn):
         self.done += 1
-        self.t.append(learn.epoch + self.done/self.of); self.h.append(alphas(learn.net))
-        for k,v in self.losses.items(): v.append(float(learn.out[k]))
-        self.at = learn.epoch+1, self.done, self.of
-        if self.done < self.of: self.ask(learn)
+        self.t.append(learn.epoch + self.done / self.of)
+        self.h.append(alphas(learn.net))
+        for k, v in self.losses.items():
+            v.append(float(learn.out[k]))
+        self.at = learn.epoch + 1, self.done, self.of
+        if self.done < self.of:
+            self.ask(learn)
 
     def after_epoch(self, learn):
-        if learn.epoch < learn.epochs: self.ask(learn)
+        if learn.epoch < learn.epochs:
+            self.ask(learn)
 
     def ask(self, learn):
         self.allowed -= 1
-        self.tell()
+        self.notify()
         with self.word:
             self.waiting = self.allowed <= 0 and not self.leave
-            if self.waiting: self.tell()
+            if self.waiting:
+                self.notify()
             self.word.wait_for(lambda: self.allowed > 0 or self.leave)
             self.waiting = False
-            if not self.leave: return
+            if not self.leave:
+                return
         next(c for c in learn.cbs if isinstance(c, Checkpoint)).after_epoch(learn)
         raise _Left
 
 # %% ../../nbs/widgets/40_live.ipynb #52704173
 class LiveSearch:
     "A search that runs beside the notebook. `found` has what it found, `error` what stopped it."
-    def __init__(self,
-        cfg:SearchConfig, # `out` must name the run's folder
-        data=None,        # instead of what `cfg.data` names
-        tell=lambda: None, # called when there is news, in the search's thread
+
+    def __init__(
+        self,
+        cfg: SearchConfig,  # `out` must name the run's folder
+        data=None,  # instead of what `cfg.data` names
+        tell=lambda: None,  # called when there is news, in the search's thread
     ):
-        if not cfg.out: raise InputError("the search has no folder, expected out='runs/my-search': it goes on there after a stop")
-        self.cfg, self.data, self.tell, self.thread = replace(cfg, resume=True), data, tell, None
-        self.reins, self.found, self.error, self.left = _Reins(self.tell), None, None, False
+        if not cfg.out:
+            raise InputError("the search has no folder, expected out='runs/my-search': it goes on there after a stop")
+        self.cfg = replace(cfg, resume=True)
+        self.data = data
+        self.tell = tell
+        self.thread = None
+        self.reins = _Reins(self.tell)
+        self.found = None
+        self.error = None
+        self.left = False
 
     @property
     def state(self) -> str:
         alive = self.thread is not None and self.thread.is_alive()
-        if alive: return 'paused' if self.reins.waiting else 'running'
+        if alive:
+            return 'paused' if self.reins.waiting else 'running'
         return 'failed' if self.error else 'finished' if self.found else 'stopped' if self.left else 'not started'
 
-    def go(self,
-        n=float('inf'), # iterations, then it waits
+    def go(
+        self,
+        n=float('inf'),  # iterations, then it waits
     ):
         "Start, or go on."
-        if self.thread is not None and self.thread.is_alive(): return self.reins.allow(n)
+        if self.thread is not None and self.thread.is_alive():
+            return self.reins.allow(n)
         name = f'search {self.cfg.out}'
-        if any(t.name == name for t in threading.enumerate()): raise InputError(f'{self.cfg.out} is being searched already, expected one search per folder: stop the other one, or give another folder')
-        self.reins, self.error, self.left = _Reins(self.tell), None, False
+        if any(t.name == name for t in threading.enumerate()):
+            raise InputError(
+                f'{self.cfg.out} is being searched already, expected one search per folder: stop the other one, or '
+                'give another folder'
+            )
+        self.reins = _Reins(self.tell)
+        self.error = None
+        self.left = False
         self.reins.allow(n)
         self.thread = threading.Thread(target=self.work, name=name, daemon=True)
         self.thread.start()
 
     def work(self):
-        try: self.found = search(self.cfg, self.data, cbs=[self.reins])
-        except _Left: self.left = True
-        except Exception as e: self.error = e # shown by whoever looks
-        finally: self.thread = None; self.tell()
+        try:
+            self.found = search(self.cfg, self.data, cbs=[self.reins])
+        except _Left:
+            self.left = True
+        except Exception as e:
+            self.error = e  # shown by whoever looks
+        finally:
+            self.thread = None
+            self.notify()
 
-    def pause(self): self.reins.allow(0)
+    def pause(self):
+        self.reins.allow(0)
+
     def stop(self, wait=False):
         thread = self.thread
         self.reins.allow(0, leave=True)
-        if wait and thread: thread.join()
-    def join(self): # until it waits or has ended
-        while self.state == 'running': threading.Event().wait(.01)
+        if wait and thread:
+            thread.join()
+
+    def join(self):  # until it waits or has ended
+        while self.state == 'running':
+            threading.Event().wait(0.01)
 
 # %% ../../nbs/widgets/40_live.ipynb #b61dae9f
 class _Soon:
     "Call `f` in the thread that made this, soon and not too often, whoever asks."
-    def __init__(self,
-        f,       # called without arguments
-        pause=.4, # seconds
+
+    def __init__(
+        self,
+        f,  # called without arguments
+        pause=0.4,  # seconds
     ):
-        self.f, self.pause, self.asked = f, pause, False
-        try: self.loop = asyncio.get_running_loop()
-        except RuntimeError: self.loop = None
+        self.f = f
+        self.pause = pause
+        self.asked = False
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.loop = None
 
     def __call__(self):
-        if self.asked or self.loop is None or self.loop.is_closed(): return
+        if self.asked or self.loop is None or self.loop.is_closed():
+            return
         self.asked = True
         self.loop.call_soon_threadsafe(self.loop.call_later, self.pause, self.now)
 
-    def now(self): self.asked = False; self.f()
+    def now(self):
+        self.asked = False
+        self.f()
 
 # %% ../../nbs/widgets/40_live.ipynb #3b6a579b
 class _Pulse:
     "Asks the page whether it is still there while `busy` says that it matters; calls `gone` when it isn't."
-    def __init__(self,
-        busy, gone,  # called without arguments
-        every=10.,   # seconds
+
+    def __init__(
+        self,
+        busy,
+        gone,  # called without arguments
+        every=10.0,  # seconds
         patience=6,  # questions without an answer
     ):
-        self.busy, self.gone, self.every, self.patience, self.silent, self.answered, self.beating = busy, gone, every, patience, 0, False, False
+        self.busy = busy
+        self.gone = gone
+        self.every = every
+        self.patience = patience
+        self.silent = 0
+        self.answered = False
+        self.beating = False
         self.player = w.Play(min=0, max=10**9, interval=10**8, layout=dict(display='none'))
         self.player.observe(self.heard, 'value')
 
-    def heard(self, change): self.silent, self.answered = 0, True
+    def heard(self, change):
+        self.silent, self.answered = 0, True
+
     def start(self):
-        try: loop = asyncio.get_running_loop()
-        except RuntimeError: return
-        if not self.beating: self.beating = True; self.beat(loop)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if not self.beating:
+            self.beating = True
+            self.beat(loop)
 
     def beat(self, loop):
         self.beating = self.busy()
-        if not self.beating: return
-        if self.answered and self.silent >= self.patience: self.beating = False; return self.gone()
+        if not self.beating:
+            return
+        if self.answered and self.silent >= self.patience:
+            self.beating = False
+            return self.gone()
         self.silent += 1
-        self.player.playing = False; self.player.playing = True
+        self.player.playing = False
+        self.player.playing = True
         loop.call_later(self.every, self.beat, loop)
 
 # %% ../../nbs/widgets/40_live.ipynb #fe8e48bc
 def live_search(
-    cfg:SearchConfig, # what to search; `out` must name the run's folder, where a stopped search goes on
-    data=None,        # instead of what `cfg.data` names
-) -> Panel: # its `.search` is the `LiveSearch`
+    cfg: SearchConfig,  # what to search; `out` must name the run's folder, where a stopped search goes on
+    data=None,  # instead of what `cfg.data` names
+) -> Panel:  # its `.search` is the `LiveSearch`
     "Start, pause, step, stop: a search with α and losses as they move (§3.1). Closing the panel stops it."
-    buttons = {k: w.Button(description=t, icon=i, layout=dict(width='110px')) for k,t,i in (('go','start','play'), ('pause','pause','pause'), ('step','step','step-forward'), ('stop','stop','stop'))}
+    buttons = {
+        k: w.Button(description=t, icon=i, layout=dict(width='110px'))
+        for k, t, i in (
+            ('go', 'start', 'play'),
+            ('pause', 'pause', 'pause'),
+            ('step', 'step', 'step-forward'),
+            ('stop', 'stop', 'stop'),
+        )
+    }
     bar, said = w.IntProgress(min=0, max=cfg.epochs, layout=dict(width='180px')), w.Label()
-    def news(): # in the kernel's thread
+
+    def news():  # in the kernel's thread
         state, r = run.state, run.reins
         e, i, of = r.at
-        bar.value, bar.max = (cfg.epochs*of if state == 'finished' else max(0, e-1)*of+i), max(1, cfg.epochs*of)
+        bar.value, bar.max = (
+            (cfg.epochs * of if state == 'finished' else max(0, e - 1) * of + i),
+            max(1, cfg.epochs * of),
+        )
         said.value = state + (f', epoch {e} of {cfg.epochs}, iteration {i} of {of}' if e else '')
         buttons['go'].description = 'start' if state == 'not started' else 'go on'
-        on = dict(go=state in ('not started','paused','stopped','failed'), pause=state == 'running', step=state in ('not started','paused','stopped'), stop=state in ('running','paused'))
-        for k,b in buttons.items(): b.disabled = not on[k]
+        on = dict(
+            go=state in ('not started', 'paused', 'stopped', 'failed'),
+            pause=state == 'running',
+            step=state in ('not started', 'paused', 'stopped'),
+            stop=state in ('running', 'paused'),
+        )
+        for k, b in buttons.items():
+            b.disabled = not on[k]
         panel.redraw()
-        if run.error is not None: panel.attempt(lambda: raise_(run.error))
-    def raise_(e): raise e
+        if run.error is not None:
+            panel.attempt(lambda: raise_(run.error))
+
+    def raise_(e):
+        raise e
+
     run = LiveSearch(cfg, data, _Soon(news))
-    pulse = _Pulse(lambda: run.state in ('running','paused'), run.stop)
+    pulse = _Pulse(lambda: run.state in ('running', 'paused'), run.stop)
     panel = Panel(lambda: _live_figure(run, cfg), {}, more=[*buttons.values(), bar, said, pulse.player])
-    panel.search, panel.news, panel.pulse = run, news, pulse
-    for k,act in dict(go=run.go, pause=run.pause, step=lambda: run.go(1), stop=run.stop).items():
+    panel.search = run
+    panel.news = news
+    panel.pulse = pulse
+    for k, act in dict(go=run.go, pause=run.pause, step=lambda: run.go(1), stop=run.stop).items():
         buttons[k].on_click(lambda _, act=act: (panel.attempt(act), pulse.start(), panel.error or news()))
     panel.observe(lambda c: c.new is None and run.stop(), 'comm')
     news()
@@ -190,16 +291,24 @@ def live_search(
 
 # %% ../../nbs/widgets/40_live.ipynb #3418a27c
 def _live_figure(
-    run:LiveSearch,
-    cfg:SearchConfig, # of it
+    run: LiveSearch,
+    cfg: SearchConfig,  # of it
 ):
     "What is known of a running search: all slots now, the losses so far."
     r, losses = run.reins, None
-    n = len(r.h) # it may grow while this draws
-    if n: h, t = torch.stack(r.h[:n]).numpy(), np.array(r.t[:n])
+    n = len(r.h)  # it may grow while this draws
+    if n:
+        h, t = torch.stack(r.h[:n]).numpy(), np.array(r.t[:n])
     else:
-        before = read_run(cfg.out)['alphas'] if (run_folder(cfg.out, 'search', True)/'config.json').exists() else None
-        h = before if before is not None and len(before) else np.zeros((1,12,len(OP_COLORS)))
-        t = np.arange(1, len(h)+1) if h.any() else np.zeros(1)
-    if n > 1: losses = {k: np.array(v[:n]) for k,v in r.losses.items()}
-    return moment({'': h}, ts={'': t}, end=max(cfg.epochs, 1), losses=losses and {dict(train='training twin', val='validation twin')[k]: v for k,v in losses.items() if len(v) == n})
+        before = read_run(cfg.out)['alphas'] if (run_folder(cfg.out, 'search', True) / 'config.json').exists() else None
+        h = before if before is not None and len(before) else np.zeros((1, 12, len(OP_COLORS)))
+        t = np.arange(1, len(h) + 1) if h.any() else np.zeros(1)
+    if n > 1:
+        losses = {k: np.array(v[:n]) for k, v in r.losses.items()}
+    return moment(
+        {'': h},
+        ts={'': t},
+        end=max(cfg.epochs, 1),
+        losses=losses
+        and {dict(train='training twin', val='validation twin')[k]: v for k, v in losses.items() if len(v) == n},
+    )
