@@ -23,7 +23,7 @@ from .retrieval.evaluate import evaluate
 from .engine.devices import rank_and_world_size
 from .engine.checkpoint import read_run_json
 from .engine.lock import Signals
-from .training.search import Preset, retrieval_metrics, search, SEARCH, SearchConfig
+from .training.search import Preset, retrieval_metrics, SEARCH, search, SearchConfig
 from .training.pretrain import pretrain, PretrainConfig
 from .training.train import open_net, TRAIN, train, TrainConfig
 from .unsup.train import other_domain, uda, UNSUP, UnsupConfig, usl

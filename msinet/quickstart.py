@@ -15,8 +15,8 @@ from .rendering.world import get_data
 from .data.loaders import n_identities, PKSampler
 from .engine.learner import short_milestones
 from .engine.checkpoint import run_folder
-from .training.search import Preset, search, SEARCH, SearchConfig, SearchResult, split_from_config
-from .training.train import train, TRAIN, TrainConfig, TrainResult
+from .training.search import Preset, SEARCH, search, SearchConfig, SearchResult, split_from_config
+from .training.train import TRAIN, train, TrainConfig, TrainResult
 from .figures.report import report
 
 # %% ../nbs/32_quickstart.ipynb #e518c6dc

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..core import InputError, one_line
 from .folder import folder
-from .items import check_on_disk, image_files, is_hidden_file, Item, read_list, read_names, ReIDData, Source
+from .items import check_on_disk, image_files, is_hidden_file, Item, read_list, read_names, ReIDData
+from .items import Source
 
 # %% ../../nbs/data/02_layouts.ipynb #aebc1aa3
 def _levels(

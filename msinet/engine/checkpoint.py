@@ -24,7 +24,8 @@ from torch import nn
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
-from ..core import environment, InputError, rng_state, set_rng_state, warn_on_write_error, write_atomic, write_json
+from ..core import environment, InputError, rng_state, set_rng_state, warn_on_write_error, write_atomic
+from ..core import write_json
 from .learner import Callback, Learner
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #ea7be350

@@ -25,15 +25,8 @@ except ImportError:
 from ..core import InputError, n_params
 from .devices import broadcast_from_main, rank_and_world_size
 from .learner import Callback, Learner, Log, Progress
-from msinet.engine.checkpoint import (
-    check_same,
-    Checkpoint,
-    checkpoint_paths,
-    load_checkpoint,
-    run_folder,
-    to_bytes,
-    write_run_metadata,
-)
+from .checkpoint import check_same, Checkpoint, checkpoint_paths, load_checkpoint, run_folder, to_bytes
+from .checkpoint import write_run_metadata
 
 # %% ../../nbs/engine/21_lock.ipynb #173d01b4
 def process_start_time(

@@ -29,24 +29,9 @@ from torch.nn import functional as F
 
 from ..core import Hooks, InputError, set_seed
 from .panels import map_table, share_maps
-from msinet.vis import (
-    activation,
-    cmc_plot,
-    COL1,
-    COL2,
-    curve,
-    denormalise,
-    draw_genotype,
-    feature_rows,
-    gap,
-    overlay,
-    plot_alphas,
-    save_figure,
-    strip_size,
-    style,
-)
+from ..vis import activation, cmc_plot, COL1, COL2, curve, denormalise, draw_genotype, feature_rows, gap, overlay
+from ..vis import plot_alphas, save_figure, strip_size, strips, style
 from ..data.items import ReIDData
-from ..rendering.scenery import strip_lights
 from ..rendering.world import get_data
 from ..data.loaders import load_image, test_loader
 from ..retrieval.evaluate import embed, evaluate, nearest
@@ -58,7 +43,7 @@ from ..engine.learner import read_log
 from ..engine.checkpoint import read_run_json
 from ..training.search import SearchConfig
 from ..training.pretrain import PretrainConfig
-from ..training.train import load_initial_weights, network, open_net, Pixels, train, TRAIN, TrainConfig
+from ..training.train import load_initial_weights, network, open_net, Pixels, TRAIN, train, TrainConfig
 from .clusters import cluster_curves
 from ..unsup.train import UnsupConfig
 
@@ -129,7 +114,7 @@ def run_data_spec(
 def _code_mark() -> str:
     "Changes whenever the library's code does."
     h = hashlib.sha256()
-    for f in sorted(Path(__file__).parent.glob('*.py')) if '__file__' in globals() else ():
+    for f in sorted(Path(__file__).parents[1].rglob('*.py')) if '__file__' in globals() else ():
         h.update(f.read_bytes())
     return h.hexdigest()[:8]
 
@@ -216,7 +201,7 @@ def strip_rows(
     which: list,  # indices of queries
     titles: list,  # one text per query
     k: int = 15,  # how many are retrieved
-) -> list[tuple]:  # one per query, as `strip_lights` takes them
+) -> list[tuple]:  # one per query, as `strips` takes them
     "What some queries find, by the protocol of the data set."
     q_some = Embeddings(q.f[which], q.pid[which], None if q.cam is None else q.cam[which])
     idx, dist, right = nearest(q_some, g, k, data.same_cam_ok)
@@ -255,7 +240,7 @@ def strips_of(
     q, g = embeddings(net, data, about['size'])
     ap = rank(*q, *g, same_cam_ok=data.same_cam_ok).ap
     which = spread(ap, n)
-    return strip_lights(strip_rows(data, q, g, which, [f'AP {100 * ap[i]:.0f}' for i in which]))
+    return strips(strip_rows(data, q, g, which, [f'AP {100 * ap[i]:.0f}' for i in which]))
 
 # %% ../../nbs/figures/30_run.ipynb #daa4e97c
 def nearest_negatives(
@@ -514,7 +499,7 @@ def overview(
     fig = plt.figure(figsize=(COL2, 2.1 + below), layout='constrained')
     top, low = fig.subfigures(2, 1, height_ratios=(2.1, below))
     draw_genotype(word, alpha, ax=top.add_axes([0, 0, 1, 1]))
-    strip_lights(rows, low)
+    strips(rows, low)
     return fig
 
 # %% ../../nbs/figures/30_run.ipynb #7818239d
@@ -579,7 +564,7 @@ def _network_figures(
             f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. '
             'Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
             'Numbers are distances.',
-            strip_lights(strip_rows(data, *vectors['trained'], which, [f'AP {100 * ap[i]:.0f}' for i in which])),
+            strips(strip_rows(data, *vectors['trained'], which, [f'AP {100 * ap[i]:.0f}' for i in which])),
         ),
         RunFigure(
             'cmc',

@@ -23,17 +23,8 @@ from ..data.items import ReIDData, relabel
 from ..rendering.world import get_data
 from ..data.loaders import n_identities, PKSampler
 from ..ops import OPS
-from msinet.space import (
-    check_genotype,
-    frozen_stats,
-    FUSES,
-    genotype,
-    Mixed,
-    quarter_in,
-    quarter_out,
-    set_genotype,
-    supernet,
-)
+from ..space import check_genotype, frozen_stats, FUSES, genotype, Mixed, quarter_in, quarter_out, set_genotype
+from ..space import supernet
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory
 from ..engine.learner import short_milestones

@@ -29,7 +29,8 @@ from ..core import InputError
 from ..data.items import Item, ReIDData
 from ..data.layouts import join_sets, load_one, market1501, split_spec
 from .persons import choose, Pose
-from .scene import Camera, camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES, sunlight
+from .scene import Camera, camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES
+from .scene import sunlight
 from .tracer import shoot, View
 
 # %% ../../nbs/rendering/03_world.ipynb #8f52f51c

@@ -28,34 +28,12 @@ from ..retrieval.evaluate import device_of, evaluate_loaders
 from ..retrieval.protocols import protocol_of
 from ..retrieval.ranking import Ranking
 from ..ops import to_float32
-from msinet.space import (
-    alphas,
-    expected_cost,
-    frozen_stats,
-    FUSES,
-    genotype,
-    letters,
-    lookup,
-    Mixed,
-    quarter_in,
-    quarter_out,
-    slot_macs,
-    supernet,
-)
+from ..space import alphas, expected_cost, frozen_stats, FUSES, genotype, letters, lookup, Mixed, quarter_in
+from ..space import quarter_out, slot_macs, supernet
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory, released_split, twin_split
-from msinet.engine.devices import (
-    accelerator,
-    broadcast_from_main,
-    check_batch_split,
-    gather,
-    gather_fn,
-    rank_and_world_size,
-    scaler,
-    share_grads,
-    split_batch,
-    sync_bn,
-)
+from ..engine.devices import accelerator, broadcast_from_main, check_batch_split, gather, gather_fn
+from ..engine.devices import rank_and_world_size, scaler, share_grads, split_batch, sync_bn
 from ..engine.learner import Callback, Guard, Learner, lr_at, OPTIMISERS, Schedule, short_milestones, use_fused
 from ..engine.checkpoint import run_folder, save_weights
 from ..engine.health import Health, probe

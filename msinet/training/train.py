@@ -28,31 +28,14 @@ from ..align import ALIGN
 from ..sam import SAM
 from ..backbones import build_baseline, check_backbone, FCNeck
 from ..weights import from_osnet, from_timm
-from msinet.engine.devices import (
-    accelerator,
-    broadcast_from_main,
-    check_batch_split,
-    gather,
-    gather_fn,
-    scaler,
-    share_grads,
-    split_batch,
-)
+from ..engine.devices import accelerator, broadcast_from_main, check_batch_split, gather, gather_fn, scaler
+from ..engine.devices import share_grads, split_batch
 from ..engine.learner import Evaluate, Guard, Learner, lr_at, OPTIMISERS, Schedule, short_milestones
 from ..engine.checkpoint import from_official, load, load_weights, run_folder, save_weights
 from ..engine.health import Health, probe
 from ..engine.lock import final_write, locked_run_folder, run_callbacks, Signals, start_or_resume
-from msinet.training.search import (
-    apply_runtime_options,
-    laptop,
-    LAPTOP_SYNTH,
-    loader,
-    Preset,
-    retrieval_metrics,
-    smoke,
-    test_loaders,
-    trainable_params,
-)
+from .search import apply_runtime_options, laptop, LAPTOP_SYNTH, loader, Preset, retrieval_metrics
+from .search import smoke, test_loaders, trainable_params
 
 # %% ../../nbs/training/23_train.ipynb #ec773a04
 class TrainStep:

@@ -33,30 +33,14 @@ from ..engine.learner import Callback, Evaluate, Learner, lr_at, OPTIMISERS, Sch
 from ..engine.checkpoint import run_folder, save_weights
 from ..engine.health import Health, probe
 from ..engine.lock import final_write, locked_run_folder, run_callbacks, Signals, start_or_resume
-from msinet.training.search import (
-    InfiniteLoader,
-    laptop,
-    LAPTOP_SYNTH,
-    Preset,
-    retrieval_metrics,
-    save_array,
-    smoke,
-    test_loaders,
-    trainable_params,
-)
+from ..training.search import InfiniteLoader, laptop, LAPTOP_SYNTH, Preset, retrieval_metrics, save_array, smoke
+from ..training.search import test_loaders, trainable_params
 from ..training.train import load_initial_weights, network, Pixels, TrainResult
 from .clusters import Clusters, find_clusters, outliers_as_classes, purity, rand_index
 from .domains import by_domain, of_domain, Plan
 from .idm import Bridge, BridgeLoss, stem_of
-from msinet.unsup.memories import (
-    ClusterMemory,
-    embedding,
-    hardest_scores,
-    HybridMemory,
-    InstanceMemory,
-    mean_scores,
-    Teacher,
-)
+from .memories import ClusterMemory, embedding, hardest_scores, HybridMemory, InstanceMemory, mean_scores
+from .memories import Teacher
 from .samplers import camera_draw, ClusterSampler, group_draw, pk_draw
 
 # %% ../../nbs/unsup/24_train.ipynb #7e716108

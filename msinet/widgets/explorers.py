@@ -26,16 +26,8 @@ from ..sam import activation_vectors, correlation
 from ..engine.checkpoint import load
 from ..figures.cam import cam
 from ..training.train import build, open_net, TrainConfig
-from msinet.figures.run import (
-    embeddings,
-    load_images,
-    pca_2d,
-    read_config,
-    sample_identities,
-    scatter_ids,
-    spread,
-    tsne_2d,
-)
+from ..figures.run import embeddings, load_images, pca_2d, read_config, sample_identities, scatter_ids, spread
+from ..figures.run import tsne_2d
 from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_explorers.ipynb #1c8c3565
