@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CDNET', 'BACKBONES', 'NECKS', 'ScaleBlock', 'ScaleNet', 'osnet', 'FCNeck', 'cdnet', 'timm_tools', 'resnet50',
-           'on_grid', 'ViT', 'vit', 'check_backbone', 'build_baseline']
+           'on_grid', 'ViT', 'vit', 'check_backbone', 'build_baseline', 'network']
 
 # %% ../nbs/16_backbones.ipynb #7f9d56e2
 from collections import OrderedDict
@@ -280,3 +280,22 @@ def build_baseline(
         **{k: v for k, v in dict(size=size, channels=channels, pretrained=pretrained).items() if k in takes}
     )
     return ReIDNet(backbone, NECKS[name](backbone.channels, n_ids))
+
+# %% ../nbs/16_backbones.ipynb #c3397129
+def network(
+    backbone: str,  # msinet, or the name of a compared network
+    genotype: str,
+    channels,
+    rho: int,  # as for `derived`; OSNet and CDNet have channels, too
+    size,  # (H, W) of the images in pixels; a ViT is built for it
+    n_ids: int,  # training identities; 0 for no classifiers
+    fuse=torch.add,  # of MSINet: how branches become one
+    pretrained: bool = False,  # fetch timm's ImageNet weights
+) -> ReIDNet:
+    "A network with the neck it is published with. Raises `InputError` for a genotype or a name that isn't one, and for weights that timm doesn't have."
+    if backbone != 'msinet' or pretrained:
+        return build_baseline(
+            backbone, size, n_ids, channels or (64, 256, 384, 512), pretrained
+        )  # old files don't say their channels
+    b = derived(genotype, channels, rho, fuse)
+    return ReIDNet(b, FBLNeck(b.channels, n_ids))

@@ -17,18 +17,20 @@ from typing import Annotated, Literal, Union, get_args
 import tyro
 
 from .core import def_device, InputError, one_line
-from .rendering.world import get_data
 from .data.check import CheckConfig, run_check
-from .retrieval.evaluate import evaluate
+from .data.sets import get_data
+from .retrieval.evaluate import evaluate, retrieval_metrics
 from .engine.devices import rank_and_world_size
-from .engine.checkpoint import read_run_json
 from .engine.lock import Signals
-from .training.search import Preset, retrieval_metrics, SEARCH, search, SearchConfig
+from .engine.loop import Preset
+from .engine.run import read_config, read_run_config, run_data_spec
+from .weights import open_net
+from .training.search import SEARCH, search, SearchConfig
 from .training.pretrain import pretrain, PretrainConfig
-from .training.train import open_net, TRAIN, train, TrainConfig
+from .training.train import TRAIN, train, TrainConfig
 from .unsup.train import other_domain, uda, UNSUP, UnsupConfig, usl
 from .figures.report import report
-from .figures.run import read_config, run_data_spec, save_figures
+from .figures.run import save_figures
 from .deploy.export import ExportConfig, run_export
 from .deploy.gallery import QueryConfig, run_query, run_verify, VerifyConfig
 from .quickstart import demo, DemoConfig, winners
@@ -102,7 +104,7 @@ def resumed_config(
 ):  # its configuration, or None
     "What the run was started with that `--out` names and `--resume` takes up."
     kind, run = {'search': SearchConfig, 'train': TrainConfig}.get(args[0] if args else ''), _option(args, '--out')
-    if not kind or '--resume' not in args or _option(args, '--preset') or not read_run_json(run, 'config').get(args[0]):
+    if not kind or '--resume' not in args or _option(args, '--preset') or not read_run_config(run).get(args[0]):
         return None
     try:
         return replace(read_config(run, kind), resume=True)
@@ -119,7 +121,7 @@ def _preset_of(
     "What `--preset` says. Raises `InputError` for a name that isn't one."
     name = _option(args, '--preset')
     if not name and args[:1] == ['demo'] and '--resume' in args:
-        name = (read_run_json(_option(args, '--out'), 'config').get('search') or {}).get('preset')
+        name = (read_run_config(_option(args, '--out')).get('search') or {}).get('preset')
     name = name or 'laptop'
     if name not in _PRESETS:
         raise InputError(

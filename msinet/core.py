@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['one_line', 'InputError', 'set_seed', 'rng_state', 'set_rng_state', 'def_device', 'threads', 'Hooks', 'n_params',
-           'macs', 'torch_flags', 'environment', 'write_atomic', 'write_json', 'warn_on_write_error', 'check_inside',
-           'ensure_torchvision']
+           'macs', 'torch_flags', 'environment', 'write_atomic', 'write_json', 'save_array', 'warn_on_write_error',
+           'check_inside', 'ensure_torchvision']
 
 # %% ../nbs/00_core.ipynb #351d2630
+import io
 import importlib.util
 import json
 import os
@@ -248,6 +249,16 @@ def write_json(
 ):
     "Write JSON whole, readable and in the order given."
     write_atomic(path, (json.dumps(obj, indent=1, default=str) + '\n').encode())
+
+# %% ../nbs/00_core.ipynb #d151f322
+def save_array(
+    path,  # ends in .npy
+    a: np.ndarray,
+):
+    "Write an array whole."
+    b = io.BytesIO()
+    np.save(b, a)
+    write_atomic(path, b.getvalue())
 
 # %% ../nbs/00_core.ipynb #b78c7a8b
 @contextmanager

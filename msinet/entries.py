@@ -11,12 +11,11 @@ from pathlib import Path
 
 from .core import InputError
 from .data.items import ReIDData
-from .engine.checkpoint import read_run_json
+from .engine.run import read_config, read_run_config
 from .training.search import search, SearchConfig
 from .training.pretrain import pretrain, PretrainConfig
 from .training.train import train, TrainConfig
 from .unsup.train import uda, UnsupConfig, usl
-from .figures.run import read_config
 
 # %% ../nbs/32_entries.ipynb #78b47bbd
 ENTRIES = dict(
@@ -36,7 +35,7 @@ def resume(
 ):  # a `SearchResult`, a `TrainResult`, or the path of weights
     "Go on with what was begun in a folder, to its end. Raises `InputError` when there is nothing."
     run = Path(run)
-    kind = next((k for k in ENTRIES if read_run_json(run, 'config').get(k)), None)
+    kind = next((k for k in ENTRIES if read_run_config(run).get(k)), None)
     if kind is None:
         raise InputError(
             f'{run} holds no search and no training that was begun, expected the folder of one: check the path'

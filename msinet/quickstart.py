@@ -11,11 +11,12 @@ from pathlib import Path
 
 from .core import write_json
 from .data.items import ReIDData, relabel
-from .rendering.world import get_data
 from .data.loaders import n_identities, PKSampler
+from .data.sets import get_data
 from .engine.learner import short_milestones
-from .engine.checkpoint import run_folder
-from .training.search import Preset, SEARCH, search, SearchConfig, SearchResult, split_from_config
+from .engine.loop import Preset
+from .engine.run import run_folder
+from .training.search import SEARCH, search, SearchConfig, SearchResult, split_twins
 from .training.train import TRAIN, train, TrainConfig, TrainResult
 from .figures.report import report
 
@@ -101,7 +102,9 @@ def _check_batches(
     t: TrainConfig,
 ):
     "Raises `InputError` when batches of the search or of the training can't be drawn from a set."
-    for items, cfg in [(tw, s) for tw in split_from_config(data.train, s)] + [(data.train, t)]:
+    for items, cfg in [(twin, s) for twin in split_twins(data.train, s.overlap, s.seed, s.released_split)] + [
+        (data.train, t)
+    ]:
         PKSampler(relabel(items)[0], n_identities(cfg.batch, cfg.K), cfg.K)
 
 # %% ../nbs/32_quickstart.ipynb #a3928e1b

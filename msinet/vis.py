@@ -597,7 +597,7 @@ def _tall(
 
 # %% ../nbs/01_vis.ipynb #d42566dd
 def strip_size(
-    rows: list,  # tuples as `strip_lights` takes them
+    rows: list,  # tuples as `strip` takes them
     tall=None,  # height of a picture's place; what suits these pictures unless given
 ) -> tuple[float, float, list]:  # height of a place, width and heights of the strips, in widths of a place
     "How large strips below each other are. A title stands beside its strip, upright, or above a low one."

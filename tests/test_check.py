@@ -10,7 +10,7 @@ from PIL import Image
 
 from msinet.data.check import CheckConfig, check_data, describe_check, draw_check, run_check, write_exclusions
 from msinet.core import InputError
-from msinet.data.layouts import load_data
+from msinet.data.layouts import get_data
 
 RNG = np.random.default_rng(0)
 
@@ -145,9 +145,9 @@ def test_list_among_the_data_is_refused(market):
 def test_list_of_another_copy_is_told(market, tmp_path):
     (tmp_path / "bad.txt").write_text("# a comment\nquery/elsewhere.jpg\ttruncated\n")
     with pytest.warns(UserWarning, match="none of the 1 pictures"):
-        load_data(f"M={market}::exclude={tmp_path / 'bad.txt'}")
+        get_data(f"M={market}::exclude={tmp_path / 'bad.txt'}")
     with pytest.raises(InputError, match="not a file"):
-        load_data(f"M={market}::exclude={tmp_path / 'lost.txt'}")
+        get_data(f"M={market}::exclude={tmp_path / 'lost.txt'}")
 
 
 def test_every_way_of_cutting_is_found(market):

@@ -28,7 +28,7 @@ from msinet.data.loaders import (
 from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
 from msinet.data.check import CheckConfig, run_check
 from msinet.core import InputError
-from msinet.data.layouts import DATASETS, join_sets, load_data, market1501, msmt17, vehicleid, veri776
+from msinet.data.layouts import DATASETS, join_sets, get_data, market1501, msmt17, vehicleid, veri776
 from msinet.data.items import Item, ReIDData, data_fingerprint, relabel, summary
 from msinet.data.folder import folder
 
@@ -169,7 +169,7 @@ def test_joined(market, tmp_path):
         ],
     )
     M, VR = market1501(market), veri776(tmp_path / "VeRi")
-    d = load_data(f"M={market}+VR={tmp_path / 'VeRi'}")
+    d = get_data(f"M={market}+VR={tmp_path / 'VeRi'}")
     assert (
         d == join_sets(M, VR)
         and d.name == "M+VR"
@@ -177,7 +177,7 @@ def test_joined(market, tmp_path):
         and d.train[:3] == M.train
     )
     assert who(d.train[3:]) == [(9, 8), (11, 27)], "behind Market's largest identity 7 and camera 6"
-    three = load_data(f"VR={tmp_path / 'VeRi'}+M={market}+M={market}")
+    three = get_data(f"VR={tmp_path / 'VeRi'}+M={market}+M={market}")
     pids = [
         {i.pid for i in part}
         for part in (three.train[:2], three.train[2:5], three.train[5:], three.query + three.gallery)
@@ -198,11 +198,11 @@ def test_choices(tmp_path):
         (tmp_path / "VehicleID" / "train_test_split" / f"{name}.txt").write_text(
             "".join(f"{k:07d} {p}\n" for k, p in rows)
         )
-    assert who(load_data(f"VID={tmp_path}::2400").gallery) == [(5, None)] and who(
-        load_data(f"VID={tmp_path}").gallery
+    assert who(get_data(f"VID={tmp_path}::2400").gallery) == [(5, None)] and who(
+        get_data(f"VID={tmp_path}").gallery
     ) == [(6, None)]
     with pytest.raises(InputError, match="expected ::2400 after the path"):
-        load_data(f"VID={tmp_path}::big")
+        get_data(f"VID={tmp_path}::big")
 
 
 def test_veri(tmp_path):
@@ -265,7 +265,7 @@ def test_folder_pattern(tmp_path):
     draw(tmp_path / "pics", ["ape_cam1_b.jpg"])
     d = folder(tmp_path, CAM, test=["ape_cam1.jpg", "ape_cam1_b.jpg", "ape_cam2.jpg"])
     assert who(d.query) == [(0, 1), (0, 2)] and who(d.gallery) == [(0, 1)]
-    assert load_data(f"folder={tmp_path}::{CAM}").train == folder(tmp_path, CAM).train
+    assert get_data(f"folder={tmp_path}::{CAM}").train == folder(tmp_path, CAM).train
 
 
 def test_folder_camera_below(tmp_path):
@@ -298,7 +298,7 @@ def test_folder_by_table(tmp_path):
         and who(d.query) == [(0, 0), (3, 0), (3, 1)]
         and who(d.gallery) == [(0, 1), (3, 0), (1, 0)]
     )
-    assert load_data(f"folder={f}") == folder(tmp_path, table=f) == d and not d.same_cam_ok
+    assert get_data(f"folder={f}") == folder(tmp_path, table=f) == d and not d.same_cam_ok
     d = folder(
         table(tmp_path, "path,pid\n" + "".join(f"{k}.jpg,{10 * (k // 2)}\n" for k in range(8))), train_share=0.5, seed=1
     )
@@ -363,7 +363,7 @@ def lines(tmp_path):
 def test_messages(tmp_path):
     for spec, said in lines(tmp_path).items():
         with pytest.raises(InputError, match=said) as e:
-            load_data(spec)
+            get_data(spec)
         assert "\n" not in str(e.value) and isinstance(e.value, ValueError)
 
 
@@ -479,7 +479,7 @@ def test_odd_names_go_all_the_way(odd, tmp_path):
         "9 files listed"
     )
     assert folder(odd, CAM).train == d.train and [
-        len(load_data(f"folder={odd}::{CAM}::exclude={tmp_path / 'bad.txt'}").train),
+        len(get_data(f"folder={odd}::{CAM}::exclude={tmp_path / 'bad.txt'}").train),
         len(d.query),
     ] == [6, 15]
     with pytest.raises(InputError) as e:
@@ -536,7 +536,7 @@ def test_names_that_are_too_long(tmp_path):
         f"folder={tmp_path}::(?P<pid>.)::exclude={{}}",
     ):
         with pytest.raises(InputError):
-            load_data(spec.format("/" + "x" * 300))
+            get_data(spec.format("/" + "x" * 300))
     with pytest.raises(InputError, match="not a file"):
         folder(tmp_path, r"(?P<pid>.)", train="x" * 300)
 

@@ -20,8 +20,9 @@ from ..space import derived, frozen_stats, Mixed, supernet, TABLE1
 from ..necks import BNNeck, FBLNeck, ReIDNet
 from ..tcm import Memory
 from ..sam import alignment, SAM
+from ..backbones import network
 from ..training.search import grad_only
-from ..training.train import network, TrainStep
+from ..training.train import TrainStep
 from ..deploy.export import fold, session, to_onnx
 from .measure import ratio
 from .retrieval import peak_memory

@@ -27,7 +27,7 @@ from tyro.conf import Positional
 from ..core import InputError, one_line
 from ..vis import COL2, NETS, QUERY, style, WRONG
 from .items import files_below, is_hidden_file, LeftOut, read_image, ReIDData, SUFFIXES, summary
-from .layouts import load_data, split_spec
+from .sets import get_data, split_spec
 
 # %% ../../nbs/data/04_check.ipynb #0539fe82
 _STOP = ('missing', 'empty', 'unreadable', 'truncated', 'two identities', 'in train and test')
@@ -239,14 +239,14 @@ def _per_camera(
 
 # %% ../../nbs/data/04_check.ipynb #f8a04d0c
 def check_data(
-    data,  # a set, or what `load_data` takes for one: 'M=path'
+    data,  # a set, or what `get_data` takes for one: 'M=path'
     progress: bool = False,  # show a bar
 ) -> Check:
     "Look at every picture of a set once. Raises `InputError` when it can't be read as a set at all."
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         if isinstance(data, str):
-            data = load_data(data)
+            data = get_data(data)
     told = [w.message for w in told]
     faults = [Fault(p, m.why) for m in told if isinstance(m, LeftOut) for p in m.paths]
     paths = sorted(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_image', 'load_resized', 'decode', 'PixelCache', 'PixelStream', 'n_identities', 'pk_chunks', 'pk_batches',
-           'PKSampler', 'TrainLoader', 'train_loader', 'test_loader']
+           'PKSampler', 'TrainLoader', 'train_loader', 'test_loader', 'load_images', 'InfiniteLoader']
 
 # %% ../../nbs/data/04_loaders.ipynb #299369e0
 import hashlib
@@ -514,3 +514,40 @@ def test_loader(
 
 
 test_loader.__test__ = False  # its name must not make it a test
+
+# %% ../../nbs/data/04_loaders.ipynb #9cb30b9c
+def load_images(
+    items,  # of `Item`
+    size,  # (H, W)
+) -> Tensor:  # (B, 3, H, W) normalised
+    "A few images as the network sees them."
+    return next(iter(test_loader(items, size, bs=len(items))))
+
+# %% ../../nbs/data/04_loaders.ipynb #5222476f
+class InfiniteLoader:
+    "Batches of a loader without end, epoch after epoch. Where it stands is state."
+
+    def __init__(
+        self,
+        dl: TrainLoader,  # moves to its next epoch by itself
+    ):
+        if not len(dl):
+            raise InputError(
+                'no batch can be drawn from the validation twin: too few images of each identity for K, make K or the '
+                'batch smaller'
+            )
+        self.dl, self.it = dl, iter(dl)
+
+    def __next__(self):
+        batch = next(self.it, None)
+        if batch is None:
+            self.it = iter(self.dl)
+            batch = next(self.it)
+        return batch
+
+    def state_dict(self):
+        return self.dl.state_dict()
+
+    def load_state_dict(self, s):
+        self.dl.load_state_dict(s)
+        self.it = iter(self.dl)

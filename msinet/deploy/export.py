@@ -19,7 +19,7 @@ from ..core import InputError, write_atomic
 from ..ops import ChannelGate, CrossAttention
 from ..space import Cell, FUSES, MSINet
 from ..necks import BNNeck, FBLNeck, ReIDNet
-from ..training.train import open_net
+from ..weights import open_net
 
 # %% ../../nbs/deploy/31_export.ipynb #db038295
 @torch.no_grad()

@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from ..core import def_device, InputError, write_json
 from ..vis import COL1, QUERY, RIGHT, save_figure, show_images, style, WRONG
 from ..data.items import image_files, Item
-from ..rendering.world import get_data
 from ..data.augment import normalise
 from ..data.loaders import load_image, load_resized, test_loader
+from ..data.sets import get_data
 from ..retrieval.evaluate import device_of, embed, first_k
 from ..retrieval.places import Embeddings, filtered_scores, valid_vectors
-from ..training.train import open_net
-from ..figures.run import run_data_spec
+from ..engine.run import run_data_spec
+from ..weights import open_net
 
 # %% ../../nbs/deploy/31_gallery.ipynb #f0820abc
 def weights_hash(

@@ -13,8 +13,9 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from ..core import InputError, n_params, one_line, write_atomic, write_json
 from ..space import FUSES, lookup, TABLE1
 from ..necks import ReIDNet
-from ..engine.checkpoint import load_weights, read_run_json, save_weights
-from ..training.train import build_with_weights, network, open_net
+from ..backbones import network
+from ..engine.run import read_run_config, read_run_json
+from ..weights import build_with_weights, load_weights, open_net, save_weights
 
 # %% ../../nbs/deploy/31_hub.ipynb #3450e5ce
 _WEIGHTS = 'model.safetensors'
@@ -131,7 +132,7 @@ def to_hub(
         for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn')
         if about.get(k) is not None
     } | dict(n_ids=n_ids)
-    run_said = read_run_json(home, 'config')
+    run_said = read_run_config(home)
     c = next((run_said[k] for k in ('train', 'usl', 'uda') if run_said.get(k)), {})
     plain = lambda spec: (
         spec.partition('=')[0] + ('=…' if '=/' in spec or '=~' in spec else spec[len(spec.partition('=')[0]) :])

@@ -104,7 +104,7 @@ def _answer_values(
 # %% ../../nbs/docs/53_lesson.ipynb #735c9c68
 def _first_difference(
     found,
-    wanted,  # of `_answer_values`
+    wanted,  # of `outcome`
     on,  # as there
 ) -> str:  # empty when they are the same
     "The first example at which they differ, or the difference of two answers."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_precision', 'accelerator', 'rank_and_world_size', 'require_single_process', 'broadcast_from_main', 'gather',
-           'share_grads', 'check_batch_split', 'split_batch', 'pooled_stats', 'SyncBN', 'sync_bn', 'scaler',
+           'share_grads', 'check_batch_split', 'split_batch', 'pooled_stats', 'SyncBN', 'share_bn_statistics', 'scaler',
            'gather_fn', 'answer', 'spawn', 'launch']
 
 # %% ../../nbs/engine/20_devices.ipynb #1140ca2e
@@ -191,7 +191,7 @@ class SyncBN(nn.BatchNorm2d):
             self.num_batches_tracked += 1
 
 # %% ../../nbs/engine/20_devices.ipynb #9a8419bc
-def sync_bn(
+def share_bn_statistics(
     net: nn.Module,  # changed in place; names, parameters and buffers stay
 ):
     "Let every batch normalisation see all processes' parts. Nothing changes on a single process."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'Callback', 'Learner', 'mean_row', 'lr_at', 'Schedule', 'short_milestones', 'use_fused', 'sgd', 'adamw',
-           'adam', 'Log', 'read_log', 'Progress', 'NotFinite', 'last_batch_paths', 'Guard', 'Evaluate']
+           'adam', 'trainable_params', 'Step', 'Log', 'read_log', 'Progress', 'NotFinite', 'last_batch_paths', 'Guard',
+           'Evaluate']
 
 # %% ../../nbs/engine/20_learner.ipynb #1c3ed0a1
 import json
@@ -17,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core import InputError, warn_on_write_error, write_atomic
+from .devices import scaler
 
 # %% ../../nbs/engine/20_learner.ipynb #39d33604
 class Callback:
@@ -166,6 +168,34 @@ def adam(params, lr: float, wd: float):
 
 
 OPTIMISERS = dict(sgd=sgd, adamw=adamw, adam=adam)
+
+# %% ../../nbs/engine/20_learner.ipynb #a176ac71
+def trainable_params(
+    opt,  # an optimiser
+) -> list:  # its parameters
+    "What an optimiser trains."
+    return [p for g in opt.param_groups for p in g['params'] if p.requires_grad]
+
+# %% ../../nbs/engine/20_learner.ipynb #7f79c7d9
+class Step:
+    "What search, training and clustering have in common: `step(batch) -> dict of scalars`, and a state made of its parts."
+
+    parts = ()  # names of the attributes that have a state
+    acc = None  # of `accelerator`
+
+    def stateful(self) -> dict:  # name -> what has a state
+        "The parts that there are, and the loss scale in half precision."
+        there = {k: getattr(self, k) for k in self.parts}
+        return {k: v for k, v in there.items() if v is not None} | (scaler(self.acc) if self.acc else {})
+
+    def state_dict(self) -> dict:
+        "The state of each part, by its name."
+        return {k: v.state_dict() for k, v in self.stateful().items()}
+
+    def load_state_dict(self, s: dict):
+        "Bring all parts back to what `state_dict` gave."
+        for k, v in self.stateful().items():
+            v.load_state_dict(s[k])
 
 # %% ../../nbs/engine/20_learner.ipynb #0e271fd6
 class Log(Callback):

@@ -13,9 +13,10 @@ from pathlib import Path
 from ..core import one_line, write_atomic
 from ..vis import data_uri, OP_COLORS, QUERY
 from ..data.items import ReIDData
-from ..rendering.world import get_data
+from ..data.sets import get_data
 from ..engine.health import health_figure, health_warnings
-from .run import read_run, run_data_spec, run_figures
+from ..engine.run import read_run, run_data_spec
+from .run import run_figures
 
 # %% ../../nbs/figures/30_report.ipynb #54db13e9
 _STYLE_SHEET = """

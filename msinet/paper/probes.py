@@ -20,16 +20,17 @@ from torch import nn
 from ..core import InputError
 from ..data.folder import query_gallery
 from ..data.items import ReIDData, relabel
-from ..rendering.world import get_data
 from ..data.loaders import n_identities, PKSampler
+from ..data.sets import get_data
 from ..ops import OPS
 from ..space import check_genotype, frozen_stats, FUSES, genotype, Mixed, quarter_in, quarter_out, set_genotype
 from ..space import supernet
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory
 from ..engine.learner import short_milestones
-from ..engine.checkpoint import load_weights, run_folder
-from ..training.search import SearchConfig, split_from_config
+from ..engine.run import run_folder
+from ..weights import load_weights
+from ..training.search import SearchConfig, split_twins
 from ..training.train import train, TrainConfig
 
 # %% ../../nbs/paper/25_probes.ipynb #35f7e1ce
@@ -173,7 +174,11 @@ def search_passes(
     data: ReIDData,
 ) -> int:  # batches sent forward and backward, of ω and of α
     "What a search costs."
-    return cfg.epochs * batches_per_epoch(split_from_config(data.train, cfg)[0], cfg) * (5 if cfg.unrolled else 2)
+    return (
+        cfg.epochs
+        * batches_per_epoch(split_twins(data.train, cfg.overlap, cfg.seed, cfg.released_split)[0], cfg)
+        * (5 if cfg.unrolled else 2)
+    )
 
 # %% ../../nbs/paper/25_probes.ipynb #3a84f98b
 def held_out(

@@ -16,8 +16,9 @@ import pandas as pd
 
 from ..core import InputError
 from ..engine.learner import short_milestones
+from ..weights import TIMM
 from ..training.search import SEARCH, SearchConfig
-from ..training.train import TIMM, TRAIN, TrainConfig
+from ..training.train import TRAIN, TrainConfig
 from ..unsup.train import METHODS, UNSUP
 from .probes import random_genotypes
 from .published import published

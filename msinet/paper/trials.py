@@ -21,12 +21,15 @@ import torch
 from ..core import environment, InputError, macs, n_params, set_seed, threads, write_atomic, write_json
 from ..data.items import data_fingerprint
 from ..data.layouts import PUBLISHED
-from ..rendering.world import get_data, synth, synth_options
-from ..retrieval.evaluate import evaluate
+from ..rendering.world import synth
+from ..data.sets import get_data, synth_options
+from ..retrieval.evaluate import evaluate, retrieval_metrics
 from ..space import supernet
+from ..backbones import network
 from ..engine.learner import OPTIMISERS, read_log
-from ..training.search import retrieval_metrics, search
-from ..training.train import build, network, open_net, train, TrainConfig, TrainStep
+from ..weights import open_net
+from ..training.search import search
+from ..training.train import build, train, TrainConfig, TrainStep
 from ..unsup.train import resolve_defaults, uda, usl
 from .evidence import background_drift, object_gains
 from .runs import changed, COLUMNS, key_of, Run

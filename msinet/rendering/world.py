@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['LEVELS', 'DRAWING', 'Dials', 'World', 'Shot', 'parse_path', 'identity', 'site', 'visit', 'stage', 'snap', 'synth',
            'is_rendered', 'render', 'beside', 'mask', 'lookalikes', 'distractors', 'save_shot', 'draw_into', 'record',
-           'write_layout', 'synth_options', 'drawn', 'get_data']
+           'write_layout']
 
 # %% ../../nbs/rendering/03_world.ipynb #aca04f80
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 from collections import defaultdict
-from dataclasses import astuple, dataclass, replace
-from functools import lru_cache, reduce
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ from tqdm.auto import tqdm
 
 from ..core import InputError
 from ..data.items import Item, ReIDData
-from ..data.layouts import join_sets, load_one, market1501, split_spec
 from .persons import choose, Pose
 from .scene import Camera, camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES
 from .scene import sunlight
@@ -56,7 +54,7 @@ LEVELS = dict(
 class World:
     "All that the pictures of one rendered set have in common. Raises `InputError` for what cannot be drawn."
 
-    kind: str  # a key of `ENTRIES`
+    kind: str  # a key of `KINDS`
     domain: str  # a key of `DOMAINS`
     seed: int  # another seed, other people and other cameras
     height: int  # of the pictures, pixels
@@ -298,7 +296,7 @@ def _cams_of(
 
 # %% ../../nbs/rendering/03_world.ipynb #0e81d42b
 def synth(
-    kind: str = 'person',  # person or vehicle: a key of `ENTRIES`
+    kind: str = 'person',  # person or vehicle: a key of `KINDS`
     domain: str = 'A',  # A: outdoors and bright; B: indoors or at night
     n_ids: int = 64,  # identities to train on
     n_test: int = None,  # identities to test on; None: as many
@@ -600,55 +598,3 @@ def write_layout(
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
     return target
-
-# %% ../../nbs/rendering/03_world.ipynb #ca6f2eea
-def synth_options(
-    spec: str,  # 'synth' or 'synth:n_ids=16,level=medium'
-) -> dict:  # arguments of `synth`
-    "What a word asks of `synth`. Raises `InputError` for an option that isn't one."
-    known = {k: p.default for k, p in inspect.signature(synth).parameters.items() if k != 'height'}
-    out = {}
-    for part in filter(None, spec.partition(':')[2].split(',')):
-        k, eq, v = (t.strip() for t in part.partition('='))
-        if k not in known or not eq:
-            raise InputError(
-                f'{part!r} is no option of synth, expected one of {", ".join(known)}: write it like '
-                'synth:n_ids=16,level=medium'
-            )
-        if not isinstance(known[k], str) and not v.isdigit():
-            raise InputError(f'{k} is {v!r}, expected a whole number: write it like synth:{k}=16')
-        out[k] = v if isinstance(known[k], str) else int(v)
-    return out
-
-# %% ../../nbs/rendering/03_world.ipynb #74246275
-def drawn(
-    spec: str,  # as for `synth_options`
-    size: tuple[int, int],  # (H, W) in pixels; pictures are drawn as high
-    progress: bool = False,  # show a bar while drawing
-) -> ReIDData:
-    "A rendered set from the folder that MSINET_CACHE names, or from ~/.cache/msinet; drawn when it isn't there. Errors as `synth`."
-    want = dict(synth_options(spec), height=size[0])
-    key = hashlib.sha256(f'{DRAWING} {sorted(want.items())}'.encode()).hexdigest()[:10]
-    root = Path(os.environ.get('MSINET_CACHE') or Path.home() / '.cache' / 'msinet') / f'synth-{key}'
-    write_layout(synth(**want), root, 'M', progress=progress)
-    return replace(market1501(root), name=spec)
-
-# %% ../../nbs/rendering/03_world.ipynb #a4bc0b64
-def get_data(
-    spec: str = 'synth',  # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path, or several with + between them
-    size: tuple[int, int] = (64, 32),  # (H, W) in pixels that are wanted
-    progress: bool = False,  # show a bar while drawing
-) -> ReIDData:
-    "Any set by its name; of several, all are trained on and the first is tested. Errors as the loaders and `last_batch_paths`."
-
-    def one(name):
-        if name.partition(':')[0] == 'synth':
-            return drawn(name, size, progress)
-        if '=' not in name:
-            raise InputError(
-                f'{name!r} is not a data set, expected synth, or a short name with a path: write it like '
-                'synth:n_ids=16 or M=/path'
-            )
-        return load_one(name)
-
-    return reduce(join_sets, map(one, split_spec(spec)))

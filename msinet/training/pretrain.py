@@ -6,26 +6,25 @@
 __all__ = ['Classifier', 'ClassStep', 'cosine_at', 'PretrainConfig', 'top_k', 'pretrain']
 
 # %% ../../nbs/training/23_pretrain.ipynb #b7769408
+from functools import partial
 import math
-from dataclasses import dataclass, asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core import InputError, set_seed, threads, write_json
+from ..core import InputError, set_seed
 from ..data.augment import MEAN, STD
 from ..retrieval.evaluate import device_of
 from ..ops import to_float32
 from ..space import check_genotype, TABLE1
-from ..backbones import check_backbone, timm_tools
-from ..engine.devices import accelerator, require_single_process, scaler
-from ..engine.learner import Callback, Evaluate, Guard, Learner, Schedule, sgd
-from ..engine.checkpoint import run_folder, save_weights
-from ..engine.lock import final_write, locked_run_folder, run_callbacks, Signals, start_or_resume
-from .train import network
+from ..backbones import check_backbone, network, timm_tools
+from ..engine.devices import accelerator, require_single_process
+from ..engine.learner import Callback, Evaluate, Guard, Schedule, sgd, Step
+from ..engine.loop import RunContext
 
 # %% ../../nbs/training/23_pretrain.ipynb #259e146f
 class Classifier(nn.Module):
@@ -46,8 +45,10 @@ class Classifier(nn.Module):
         return self.classifier(to_float32(self.backbone(x)[-1]).mean((2, 3)))
 
 # %% ../../nbs/training/23_pretrain.ipynb #d4f80d07
-class ClassStep:
+class ClassStep(Step):
     "One step of classification: cross-entropy with smoothed labels."
+
+    parts = 'net', 'opt'
 
     def __init__(
         self,
@@ -71,16 +72,6 @@ class ClassStep:
         self.opt.step()
         return dict(loss=loss.detach(), acc=(scores.argmax(1) == y).float().mean())
 
-    def stateful(self) -> dict:
-        return dict(net=self.net, opt=self.opt, **scaler(self.acc))
-
-    def state_dict(self) -> dict:
-        return {k: v.state_dict() for k, v in self.stateful().items()}
-
-    def load_state_dict(self, s: dict):
-        for k, v in self.stateful().items():
-            v.load_state_dict(s[k])
-
 # %% ../../nbs/training/23_pretrain.ipynb #28bfc803
 def cosine_at(
     epoch: int,  # 0 is the first
@@ -94,21 +85,17 @@ def cosine_at(
     return base / 2 * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup)))
 
 # %% ../../nbs/training/23_pretrain.ipynb #7fb3698f
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     "Pre-train a backbone to classify a folder of classes, such as ImageNet. The recipe is ours: the paper gives none."
 
+    kinds: ClassVar = ('pretrain',)
     data: str  # folder with train/CLASS/picture and val/CLASS/picture
     out: str = ''  # the run's folder; empty takes the next free runs/pretrain-N
     resume: bool = False  # go on with the run in `out`, or start one where none is
     backbone: str = 'msinet'  # or resnet50, osnet, cdnet, deit_s, deit_b, vit_b
     genotype: str = TABLE1  # of MSINet: twelve letters of N E G A
-    channels: tuple[int, int, int, int] = (
-        64,
-        256,
-        384,
-        512,
-    )  # of the stem and the three stages, where the backbone has them
+    channels: tuple[int, int, int, int] = (64, 256, 384, 512)  # of the stem and the three stages, where it has them
     rho: int = 3  # scale ratio of the two branches
     size: tuple[int, int] = (224, 224)  # height and width in pixels
     scale: tuple[float, float] = (0.08, 1.0)  # share of a picture that a random crop takes, least and most
@@ -126,33 +113,35 @@ class PretrainConfig:
 
 # %% ../../nbs/training/23_pretrain.ipynb #78c6cf25
 def _class_loader(
-    cfg: PretrainConfig,
-    part: str,  # train or val
-    classes: dict,  # name -> number; None takes the folders in order
+    root: Path,  # a folder for each class
+    train: bool,  # random crops in a random order
+    size,  # (H, W) in pixels
+    batch: int,  # images in a batch
+    scale=(0.08, 1.0),  # share of an image that a random crop takes, least and most
+    workers: int = 0,  # processes that read images
+    classes: dict = None,  # name -> number; None takes the folders in order
 ):  # batches of (x, y); `.dataset`
     "Pictures of a folder of classes, by timm. Raises `InputError` where there are none."
-    root = Path(cfg.data) / part
     if not any(root.glob('*/*')):
         raise InputError(
             f'{root} holds no classes, expected a folder per class with pictures in it: give the folder above '
             'train and val'
         )
     data = timm_tools().data
-    train = part == 'train'
     files = data.ImageDataset(str(root), class_map=classes)
-    if train and len(files) < cfg.batch:
-        raise InputError(f'{root} holds {len(files)} pictures, fewer than a batch of {cfg.batch}: make --batch smaller')
+    if train and len(files) < batch:
+        raise InputError(f'{root} holds {len(files)} pictures, fewer than a batch of {batch}: make --batch smaller')
     return data.create_loader(
         files,
-        (3, *cfg.size),
-        cfg.batch,
+        (3, *size),
+        batch,
         is_training=train,
-        scale=cfg.scale,
+        scale=scale,
         hflip=0.5 * train,
         color_jitter=0.4,
         mean=tuple(MEAN),
         std=tuple(STD),
-        num_workers=cfg.workers,
+        num_workers=workers,
         use_prefetcher=False,
         persistent_workers=False,
         crop_pct=0.875,
@@ -191,45 +180,36 @@ def top_k(
 def pretrain(
     cfg: PretrainConfig,
     progress: bool = False,  # show bars
-    cbs=(),  # more callbacks
+    cbs=(),  # more callbacks for the `Learner`
 ) -> Path:  # backbone.safetensors in the run's folder
-    "Teach a backbone to classify, and keep the backbone. Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is no number."
+    """Teach a backbone to classify, and keep the backbone.
+
+    Raises `InputError` before anything is written, `Stopped` when it was told to stop, `NotFinite` at a loss that is
+    no number.
+    """
     require_single_process('the loader of a folder of classes does not share its batches')
     check_genotype(cfg.genotype)
     check_backbone(cfg.backbone)
-    run_folder(cfg.out, 'pretrain', cfg.resume)  # a folder that is taken is told before pictures are looked for
-    acc = accelerator(cfg.device, cfg.precision)
-    dl = _class_loader(cfg, 'train', None)
-    classes = dl.dataset.reader.class_to_idx
-    val = _class_loader(cfg, 'val', classes)
-    marks = dict(data=f'{len(dl.dataset)}+{len(val.dataset)} pictures of {len(classes)} classes')
-    with threads(cfg.threads), Signals() as signals:
+    with RunContext(cfg, 'pretrain', progress) as run:
+        root, read = Path(cfg.data), partial(_class_loader, size=cfg.size, batch=cfg.batch, workers=cfg.workers)
+        loader = read(root / 'train', True, scale=cfg.scale)
+        classes = loader.dataset.reader.class_to_idx
+        val = read(root / 'val', False, classes=classes)
+        run.marks['data'] = f'{len(loader.dataset)}+{len(val.dataset)} images of {len(classes)} classes'
         set_seed(cfg.seed)
         backbone = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0).backbone
-        net = Classifier(backbone, len(classes)).to(acc.device)
-        opt = acc.prepare_optimizer(sgd(net.parameters(), cfg.lr, cfg.wd))
-        with locked_run_folder(cfg.out, 'pretrain', cfg.resume) as run:
-            cbs = [
-                *cbs,
-                _Fresh(cfg.seed),
-                Guard(),
-                Schedule(opt, lambda e: cosine_at(e, cfg.lr, cfg.epochs, cfg.warmup)),
-                Evaluate(lambda: top_k(net, val, acc.device), 1),
-                *run_callbacks(run, 'pretrain', signals, lambda row: row.get('top1'), progress, inside=False),
-            ]  # workers that read ahead can't be taken up inside an epoch
-            learn = Learner(net, ClassStep(net, opt, cfg.eps, acc), dl, cbs)
-            start_or_resume(learn, run, 'pretrain', asdict(replace(cfg, out=str(run))), marks, cfg.resume, acc.device)
-            learn.fit(cfg.epochs)
-            about = dict(
-                kind='pretrained',
-                backbone=cfg.backbone,
-                genotype=cfg.genotype,
-                channels=cfg.channels,
-                rho=cfg.rho,
-                size=cfg.size,
-                classes=len(classes),
-            )
-            with final_write(run):
-                write_json(run / 'metrics.json', top_k(net, val, acc.device))
-                save_weights(nn.ModuleDict(dict(backbone=backbone)), file := run / 'backbone.safetensors', about)
-    return file
+        net = Classifier(backbone, len(classes)).to(run.acc.device)
+        opt = run.acc.prepare_optimizer(sgd(net.parameters(), cfg.lr, cfg.wd))
+        rate = partial(cosine_at, base=cfg.lr, epochs=cfg.epochs, warmup=cfg.warmup)
+        measure = lambda: top_k(net, val, run.acc.device)
+        folder = run.take_folder()
+        callbacks = [*cbs, _Fresh(cfg.seed), Guard(), Schedule(opt, rate), Evaluate(measure, 1)]
+        # workers that read ahead can't be taken up inside an epoch
+        step = ClassStep(net, opt, cfg.eps, run.acc)
+        run.fit(net, step, loader, callbacks, lambda row: row.get('top1'), inside=False)
+        run.write('metrics', measure())
+        kept = {k: getattr(cfg, k) for k in ('backbone', 'genotype', 'channels', 'rho', 'size')}
+        run.save(
+            nn.ModuleDict(dict(backbone=backbone)), 'backbone', dict(kind='pretrained', **kept, classes=len(classes))
+        )
+    return folder / 'backbone.safetensors'

@@ -17,17 +17,18 @@ from torch.nn import functional as F
 from ..core import Hooks, InputError
 from ..figures.tiles import tiles, tiling
 from ..vis import activation, denormalise, NETS, overlay, QUERY, rgb, RIGHT, strongest, style, WRONG
-from ..data.loaders import load_image
+from ..data.loaders import load_image, load_images
 from ..retrieval.evaluate import nearest
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank
 from ..losses import unit
 from ..sam import activation_vectors, correlation
 from ..engine.checkpoint import load
+from ..engine.run import read_config
+from ..weights import open_net
 from ..figures.cam import cam
-from ..training.train import build, open_net, TrainConfig
-from ..figures.run import embeddings, load_images, pca_2d, read_config, sample_identities, scatter_ids, spread
-from ..figures.run import tsne_2d
+from ..training.train import build, TrainConfig
+from ..figures.run import embeddings, pca_2d, sample_identities, scatter_ids, spread, tsne_2d
 from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_explorers.ipynb #1c8c3565

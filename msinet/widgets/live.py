@@ -19,9 +19,9 @@ from ..figures.slots import moment
 from ..vis import OP_COLORS
 from ..space import alphas
 from ..engine.learner import Callback
-from ..engine.checkpoint import Checkpoint, run_folder
+from ..engine.checkpoint import Checkpoint
+from ..engine.run import read_run, run_folder
 from ..training.search import AlphaHistory, search, SearchConfig
-from ..figures.run import read_run
 from .controls import Panel
 
 # %% ../../nbs/widgets/40_live.ipynb #a29b9f36
