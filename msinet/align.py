@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .core import InputError
+from .errors import InputError
 from .losses import unit
 from .sam import disagreement, SAM
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn, Tensor
 from einops import rearrange, reduce
 
-from .core import ensure_torchvision, InputError
+from .core import ensure_torchvision
+from .errors import InputError
 from .data.augment import MEAN, STD
 from .ops import ChannelGate
 from .space import conv_bn, derived, down, init_weights, light_conv, MSINet

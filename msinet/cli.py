@@ -16,24 +16,26 @@ from typing import Annotated, Literal, Union, get_args
 
 import tyro
 
-from .core import def_device, InputError, one_line
+from .core import def_device
+from .errors import InputError, one_line
+from .config import DemoConfig, other_domain, Preset, PretrainConfig, SEARCH, SearchConfig, TRAIN, TrainConfig
+from .config import UNSUP, UnsupConfig
 from .data.check import CheckConfig, run_check
 from .data.sets import get_data
 from .retrieval.evaluate import evaluate, retrieval_metrics
 from .engine.devices import rank_and_world_size
 from .engine.lock import Signals
-from .engine.loop import Preset
 from .engine.run import read_config, read_run_config, run_data_spec
 from .weights import open_net
-from .training.search import SEARCH, search, SearchConfig
-from .training.pretrain import pretrain, PretrainConfig
-from .training.train import TRAIN, train, TrainConfig
-from .unsup.train import other_domain, uda, UNSUP, UnsupConfig, usl
+from .training.search import search
+from .training.pretrain import pretrain
+from .training.train import train
+from .unsup.train import uda, usl
 from .figures.report import report
 from .figures.run import save_figures
 from .deploy.export import ExportConfig, run_export
 from .deploy.gallery import QueryConfig, run_query, run_verify, VerifyConfig
-from .quickstart import demo, DemoConfig, winners
+from .quickstart import demo, winners
 from .paper.experiments import figure_command, FigureConfig, run_command, RunConfig, table_command, TableConfig
 from .bench.all import bench, BENCHES, write_bench
 

@@ -9,13 +9,14 @@ __all__ = ['ENTRIES', 'resume']
 from dataclasses import replace
 from pathlib import Path
 
-from .core import InputError
+from .errors import InputError
+from .config import PretrainConfig, SearchConfig, TrainConfig, UnsupConfig
 from .data.items import ReIDData
 from .engine.run import read_config, read_run_config
-from .training.search import search, SearchConfig
-from .training.pretrain import pretrain, PretrainConfig
-from .training.train import train, TrainConfig
-from .unsup.train import uda, UnsupConfig, usl
+from .training.search import search
+from .training.pretrain import pretrain
+from .training.train import train
+from .unsup.train import uda, usl
 
 # %% ../nbs/32_entries.ipynb #78b47bbd
 ENTRIES = dict(

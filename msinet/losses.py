@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import InputError
+from .errors import InputError
 
 # %% ../nbs/13_losses.ipynb #aca3597d
 def check_labels(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-from .core import InputError
+from .errors import InputError
 from .ops import no_autocast, to_float32
 from .space import init_weights
 from .losses import unit

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .core import InputError
+from .errors import InputError
 from .losses import check_labels, unit
 
 # %% ../nbs/14_tcm.ipynb #586abcbb

@@ -28,7 +28,7 @@ from matplotlib.patches import FancyBboxPatch, Patch, Polygon, Rectangle
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from .core import InputError
+from .errors import InputError
 
 # %% ../nbs/01_vis.ipynb #a7707369
 COL1, COL2 = 3.25, 6.875  # inches: width of one column and of the full page

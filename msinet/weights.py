@@ -16,7 +16,8 @@ import re
 
 import torch
 
-from .core import InputError, write_atomic
+from .core import write_atomic
+from .errors import InputError
 from .space import FUSES
 from .necks import BNNeck, ReIDNet
 from .backbones import FCNeck, network, on_grid, ViT

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ..core import environment, InputError, threads, write_json
+from ..core import environment, threads, write_json
+from ..errors import InputError
 from ..vis import NETS, QUERY
 from .measure import bench_data, ratio
 from .method import bench_infer, bench_memory, bench_networks, bench_sam, bench_search, bench_train

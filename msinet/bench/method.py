@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import InputError, set_seed
-from ..space import derived, frozen_stats, Mixed, supernet, TABLE1
+from ..core import set_seed
+from ..errors import InputError
+from ..config import TABLE1
+from ..space import derived, frozen_stats, Mixed, supernet
 from ..necks import BNNeck, FBLNeck, ReIDNet
 from ..tcm import Memory
 from ..sam import alignment, SAM

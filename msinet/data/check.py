@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from tyro.conf import Positional
 
-from ..core import InputError, one_line
+from ..errors import InputError, one_line
 from ..vis import COL2, NETS, QUERY, style, WRONG
 from .items import files_below, is_hidden_file, LeftOut, read_image, ReIDData, SUFFIXES, summary
 from .sets import get_data, split_spec

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import check_inside, InputError
+from ..core import check_inside
+from ..errors import InputError
 from .items import check_on_disk, image_files, Item, read_names, ReIDData, Source
 
 # %% ../../nbs/data/02_folder.ipynb #f73013ec

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from ..core import check_inside, InputError, one_line
+from ..core import check_inside
+from ..errors import InputError, one_line
 
 # %% ../../nbs/data/02_items.ipynb #dd026740
 class Item(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, one_line
+from ..errors import InputError, one_line
 from .items import check_on_disk, image_files, is_hidden_file, Item, read_list, read_names, ReIDData
 from .items import Source
 

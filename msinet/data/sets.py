@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
-from ..core import InputError
+from ..errors import InputError
 from .folder import folder
 from .items import ReIDData
 from .layouts import exclude_listed, join_sets, market1501, msmt17, vehicleid, veri776

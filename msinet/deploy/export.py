@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-from ..core import InputError, write_atomic
+from ..core import write_atomic
+from ..errors import InputError
 from ..ops import ChannelGate, CrossAttention
 from ..space import Cell, FUSES, MSINet
 from ..necks import BNNeck, FBLNeck, ReIDNet

@@ -27,7 +27,8 @@ from scipy import special
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from ..core import def_device, InputError, write_json
+from ..core import def_device, write_json
+from ..errors import InputError
 from ..vis import COL1, QUERY, RIGHT, save_figure, show_images, style, WRONG
 from ..data.items import image_files, Item
 from ..data.augment import normalise

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 
-from ..core import InputError, n_params, one_line, write_atomic, write_json
-from ..space import FUSES, lookup, TABLE1
+from ..core import n_params, write_atomic, write_json
+from ..errors import InputError, one_line
+from ..config import TABLE1
+from ..space import FUSES, lookup
 from ..necks import ReIDNet
 from ..backbones import network
 from ..engine.run import read_run_config, read_run_json

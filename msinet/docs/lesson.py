@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 
 # %% ../../nbs/docs/53_lesson.ipynb #9b661a97
 class CheckResult(NamedTuple):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import InputError, rng_state, set_rng_state, warn_on_write_error, write_atomic
+from ..core import rng_state, set_rng_state, warn_on_write_error, write_atomic
+from ..errors import InputError
 from .learner import Callback, Learner
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #ea7be350

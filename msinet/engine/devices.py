@@ -22,7 +22,8 @@ from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env, patch_environment
 
-from ..core import def_device, InputError
+from ..core import def_device
+from ..errors import InputError
 from ..ops import to_float32
 
 # %% ../../nbs/engine/20_devices.ipynb #a5fe4c75

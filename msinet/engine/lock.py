@@ -21,7 +21,7 @@ try:
 except ImportError:
     fcntl = None
 
-from ..core import InputError
+from ..errors import InputError
 from .devices import rank_and_world_size
 from .learner import Callback
 from .checkpoint import Checkpoint

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import environment, InputError, write_json
+from ..core import environment, write_json
+from ..errors import InputError
 from .devices import broadcast_from_main
 from .learner import read_log
 from .lock import Lock, unwritable

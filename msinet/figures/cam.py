@@ -11,7 +11,8 @@ import torch
 from torch import nn, Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
-from ..core import ensure_torchvision, InputError
+from ..core import ensure_torchvision
+from ..errors import InputError
 from ..necks import ReIDNet
 
 # %% ../../nbs/figures/23_cam.ipynb #d6f2f73a

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from ..vis import COL1, COL2, HEAT, NETS, OP_COLORS, op_letters, OP_NAMES, rgb, style
 
 # %% ../../nbs/figures/01_panels.ipynb #554204fd

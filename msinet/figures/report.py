@@ -10,7 +10,8 @@ import html
 import json
 from pathlib import Path
 
-from ..core import one_line, write_atomic
+from ..core import write_atomic
+from ..errors import one_line
 from ..vis import data_uri, OP_COLORS, QUERY
 from ..data.items import ReIDData
 from ..data.sets import get_data

@@ -27,6 +27,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from ..core import Hooks, set_seed
+from ..config import TRAIN, TrainConfig, UnsupConfig
 from .panels import map_table, share_maps
 from ..vis import activation, cmc_plot, COL1, COL2, curve, denormalise, draw_genotype, feature_rows, gap, overlay
 from ..vis import plot_alphas, save_figure, strip_size, strips, style
@@ -41,9 +42,8 @@ from ..necks import ReIDNet
 from ..backbones import network
 from ..engine.run import alpha_course, read_config, read_run, run_data_spec
 from ..weights import load_initial_weights, open_net
-from ..training.train import TRAIN, train, TrainConfig
+from ..training.train import train
 from .clusters import cluster_curves
-from ..unsup.train import UnsupConfig
 
 # %% ../../nbs/figures/30_run.ipynb #a2370359
 def _code_mark() -> str:

@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from ..core import InputError
+from ..errors import InputError
 from .panels import doubt, lead, settled
 from ..vis import COL2, draw_genotype, HEAT, ink_on, LINES, NETS, OP_COLORS, op_letters, OP_LINES, QUERY, style
 

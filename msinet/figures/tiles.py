@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from ..vis import COL2, HEAT, style
 
 # %% ../../nbs/figures/01_tiles.ipynb #7e063dd0

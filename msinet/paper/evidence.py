@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scipy import special
 from torch import Tensor, nn
 
-from ..core import InputError
+from ..errors import InputError
 from ..rendering.scene import degrade, develop, keyed
 from ..rendering.world import mask, parse_path, site, stage, visit
 from ..data.augment import normalise

@@ -19,7 +19,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 import tyro
 
-from ..core import def_device, InputError
+from ..core import def_device
+from ..errors import InputError
 from ..vis import COL1, COL2, QUERY, RIGHT, save_figure, style, WRONG
 from .evidence import mean_ci
 from .published import published

@@ -17,21 +17,21 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import InputError
+from ..errors import InputError
+from ..config import n_identities, SearchConfig, short_milestones, TrainConfig
 from ..data.folder import query_gallery
 from ..data.items import ReIDData, relabel
-from ..data.loaders import n_identities, PKSampler
+from ..data.loaders import PKSampler
 from ..data.sets import get_data
 from ..ops import OPS
 from ..space import check_genotype, frozen_stats, FUSES, genotype, Mixed, quarter_in, quarter_out, set_genotype
 from ..space import supernet
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory
-from ..engine.learner import short_milestones
 from ..engine.run import run_folder
 from ..weights import load_weights
-from ..training.search import SearchConfig, split_twins
-from ..training.train import train, TrainConfig
+from ..training.search import split_twins
+from ..training.train import train
 
 # %% ../../nbs/paper/25_probes.ipynb #35f7e1ce
 def random_genotypes(

@@ -10,7 +10,7 @@ from io import StringIO
 
 import pandas as pd
 
-from ..core import InputError
+from ..errors import InputError
 
 # %% ../../nbs/paper/50_published.ipynb #6ccfabed
 TABLES = {

@@ -14,12 +14,10 @@ from itertools import product
 
 import pandas as pd
 
-from ..core import InputError
-from ..engine.learner import short_milestones
+from ..errors import InputError
+from ..config import SEARCH, SearchConfig, short_milestones, TRAIN, TrainConfig, UNSUP
 from ..weights import TIMM
-from ..training.search import SEARCH, SearchConfig
-from ..training.train import TRAIN, TrainConfig
-from ..unsup.train import METHODS, UNSUP
+from ..unsup.train import METHODS
 from .probes import random_genotypes
 from .published import published
 

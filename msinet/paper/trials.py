@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import environment, InputError, macs, n_params, set_seed, threads, write_atomic, write_json
+from ..core import environment, macs, n_params, set_seed, threads, write_atomic, write_json
+from ..errors import InputError
+from ..config import TrainConfig
 from ..data.items import data_fingerprint
 from ..data.layouts import PUBLISHED
 from ..rendering.world import synth
@@ -29,7 +31,7 @@ from ..backbones import network
 from ..engine.learner import OPTIMISERS, read_log
 from ..weights import open_net
 from ..training.search import search
-from ..training.train import build, train, TrainConfig, TrainStep
+from ..training.train import build, train, TrainStep
 from ..unsup.train import resolve_defaults, uda, usl
 from .evidence import background_drift, object_gains
 from .runs import changed, COLUMNS, key_of, Run

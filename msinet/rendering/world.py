@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..core import InputError
+from ..errors import InputError
 from ..data.items import Item, ReIDData
 from .persons import choose, Pose
-from .scene import Camera, camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES
+from .scene import camera, Camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES
 from .scene import sunlight
 from .tracer import shoot, View
 

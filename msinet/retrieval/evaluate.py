@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from typing import NamedTuple
 
-from ..core import InputError
+from ..errors import InputError
 from ..data.items import ReIDData
 from ..data.loaders import test_loader
 from .places import Embeddings, filtered_scores, valid_vectors

@@ -9,7 +9,7 @@ __all__ = ['by_distance', 'reciprocal_sets', 'expand_sets', 'neighbour_weights',
 import torch
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 
 # %% ../../nbs/retrieval/06_neighbours.ipynb #92a77554
 def by_distance(

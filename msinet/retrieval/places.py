@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 
 # %% ../../nbs/retrieval/05_places.ipynb #9cdeb52c
 class Embeddings(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from .places import chunk_places, Embeddings, filtered_scores, Pairs
 from .ranking import concat_rankings, rank, Ranking
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from .places import chunk_places, Embeddings, filtered_scores
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #d74e7c3b

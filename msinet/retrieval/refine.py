@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from typing import NamedTuple
 
-from ..core import InputError
+from ..errors import InputError
 from .places import valid_vectors
 
 # %% ../../nbs/retrieval/06_refine.ipynb #94363dd7

@@ -13,7 +13,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from .evaluate import first_k
 from .places import sq_dist, valid_vectors
 

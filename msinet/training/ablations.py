@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from ..losses import check_labels
 
 # %% ../../nbs/training/22_ablations.ipynb #d9a37732

@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 from torch import nn, Tensor
 
-from ..core import InputError
+from ..errors import InputError
 
 # %% ../../nbs/unsup/24_domains.ipynb #9824b015
 class Plan:

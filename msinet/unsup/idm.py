@@ -9,7 +9,7 @@ __all__ = ['IDM', 'stem_of', 'Bridge', 'feature_bridge', 'prediction_bridge', 'd
 import torch
 from torch import nn, Tensor
 
-from ..core import InputError
+from ..errors import InputError
 from ..necks import ReIDNet
 from .domains import Plan
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import Hooks, InputError
+from ..core import Hooks
+from ..errors import InputError
+from ..config import TrainConfig
 from ..figures.tiles import tiles, tiling
 from ..vis import activation, denormalise, NETS, overlay, QUERY, rgb, RIGHT, strongest, style, WRONG
 from ..data.loaders import load_image, load_images
@@ -27,7 +29,7 @@ from ..engine.checkpoint import load
 from ..engine.run import read_config
 from ..weights import open_net
 from ..figures.cam import cam
-from ..training.train import build, TrainConfig
+from ..training.train import build
 from ..figures.run import embeddings, pca_2d, sample_identities, scatter_ids, spread, tsne_2d
 from .controls import choice, Panel, slider
 

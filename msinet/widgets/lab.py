@@ -13,13 +13,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from ..core import Hooks, InputError, macs, n_params
+from ..core import Hooks, macs, n_params
+from ..errors import InputError
+from ..config import TABLE1
 from ..figures.slots import moment
 from ..figures.tiles import tiles, tiling
 from ..vis import activation, COL2, denormalise, draw_genotype, rgb, show_images, style
 from ..data.augment import augment, normalise
 from ..ops import OPS
-from ..space import check_genotype, derived, Mixed, MSINet, slot_macs, subnet_state_dict, supernet, TABLE1
+from ..space import check_genotype, derived, Mixed, MSINet, slot_macs, subnet_state_dict, supernet
 from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_lab.ipynb #d6ca2ab6

@@ -14,14 +14,15 @@ import ipywidgets as w
 import numpy as np
 import torch
 
-from ..core import InputError
+from ..errors import InputError
+from ..config import SearchConfig
 from ..figures.slots import moment
 from ..vis import OP_COLORS
 from ..space import alphas
 from ..engine.learner import Callback
 from ..engine.checkpoint import Checkpoint
 from ..engine.run import read_run, run_folder
-from ..training.search import AlphaHistory, search, SearchConfig
+from ..training.search import AlphaHistory, search
 from .controls import Panel
 
 # %% ../../nbs/widgets/40_live.ipynb #a29b9f36
