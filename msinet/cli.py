@@ -216,7 +216,7 @@ def _run_clustered(cfg: UnsupConfig):
     r = done.history[-1]
     print(_metrics_text(done.metrics))
     print(
-        f"clusters  {r['clusters']}, {r['outliers']:.0%} of the pictures in none; against the true identities ARI "
+        f"clusters  {r['clusters']}, {r['outliers']:.0%} of the images in none; against the true identities ARI "
         f"{r['ari']:.2f}, purity {r['purity']:.2f}\n{_closing(done.run, report(done.run))}"
     )
 

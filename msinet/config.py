@@ -15,12 +15,12 @@ from .errors import InputError
 
 # %% ../nbs/01_config.ipynb #a051040a
 def n_identities(
-    batch_size: int,  # pictures in a batch
-    K: int,  # pictures of each identity
+    batch_size: int,  # images in a batch
+    K: int,  # images of each identity
 ) -> int:  # P, identities in a batch
     "P = batch size / K. Raises `InputError` when K does not divide the batch size."
     if K < 1:
-        raise InputError(f'K is {K}; expected at least one picture of each identity')
+        raise InputError(f'K is {K}; expected at least one image of each identity')
     if batch_size < K or batch_size % K:
         raise InputError(
             f'a batch of {batch_size} does not divide by K = {K}; expected a multiple of it: take '
@@ -291,14 +291,14 @@ class PretrainConfig:
     channels: tuple[int, int, int, int] = (64, 256, 384, 512)  # of the stem and the three stages, where it has them
     rho: int = 3  # scale ratio of the two branches
     size: tuple[int, int] = (224, 224)  # height and width in pixels
-    scale: tuple[float, float] = (0.08, 1.0)  # share of a picture that a random crop takes, least and most
+    scale: tuple[float, float] = (0.08, 1.0)  # share of an image that a random crop takes, least and most
     epochs: int = 120  # of the whole folder
-    batch: int = 256  # pictures in a batch
+    batch: int = 256  # images in a batch
     lr: float = 0.1  # highest rate of SGD
     wd: float = 4e-5  # weight decay
     warmup: int = 5  # epochs in which the rate climbs
     eps: float = 0.1  # label smoothing
-    workers: int = 4  # processes that read pictures; 0 reads in this one
+    workers: int = 4  # processes that read images; 0 reads in this one
     seed: int = 0  # of initial weights, order and crops
     device: str = ''  # cpu, cuda, mps; empty takes the best
     precision: Literal['no', 'bf16', 'fp16'] = 'no'  # of the network's forward pass

@@ -45,7 +45,7 @@ class DemoResult:
     found: SearchResult  # the search's result
     trained: TrainResult  # the training's result
     run: Path  # the run's folder
-    report: Path  # the page with the pictures
+    report: Path  # the page with the images
 
 # %% ../nbs/32_quickstart.ipynb #7f782d32
 def demo(

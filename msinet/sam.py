@@ -54,10 +54,10 @@ class MaxCorrelation(torch.autograd.Function):
         flat, first = (
             x.reshape(-1, C),
             N * torch.arange(B, device=x.device)[:, None],
-        )  # each picture's first position in `flat`
+        )  # each image's first position in `flat`
         by_asker = lambda t: t.transpose(1, 2).reshape(B * N, B)
         to_asker = F.embedding_bag(by_asker(won + first), flat, mode='sum', per_sample_weights=by_asker(grad))
-        m, asker = won.transpose(0, 1).reshape(B, B * N).sort(1)  # in each picture: who won, and who had asked
+        m, asker = won.transpose(0, 1).reshape(B, B * N).sort(1)  # in each image: who won, and who had asked
         start = torch.searchsorted(m, torch.arange(N, dtype=m.dtype, device=x.device).repeat(B, 1)) + B * first
         w = grad.transpose(0, 1).reshape(B, B * N).gather(1, asker)
         to_won = F.embedding_bag(asker.flatten(), flat, start.flatten(), mode='sum', per_sample_weights=w.flatten())
@@ -76,7 +76,7 @@ def activation_vectors(
 
 # %% ../nbs/15_sam.ipynb #097ed196
 class PAM(nn.Module):
-    "Position activation module, §3.3: where a picture should be looked at."
+    "Position activation module, §3.3: where an image should be looked at."
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ def assign_identities(
     shared,  # lists of items, one per identity, to be cut in half
     own_val,  # lists of items, one per identity, for the validation twin alone
 ) -> tuple[list, list]:  # items of the training twin, items of the validation twin
-    "Put whole and halved identities into the twins; an odd picture goes to validation. Raises `InputError` below two identities in either."
+    "Put whole and halved identities into the twins; an odd image goes to validation. Raises `InputError` below two identities in either."
     train = [*own_train, *(t[: len(t) // 2] for t in shared if len(t) > 1)]
     val = [*own_val, *(t[len(t) // 2 :] for t in shared)]
     if min(len(train), len(val)) < 2:
@@ -46,21 +46,21 @@ def assign_identities(
 def twin_split(
     items,  # of `data.Item`, a training set
     overlap: float = 0.4,  # identities in both twins / all identities
-    seed: int = 0,  # which identities are shared, and which of their pictures go where
+    seed: int = 0,  # which identities are shared, and which of their images go where
 ) -> tuple[list, list]:  # items of the training twin, items of the validation twin
     "Cut a training set into twins that share some identities, §3.1. Raises `InputError` if that can't be done."
     if not 0 <= overlap <= 1:
         raise InputError(f'found overlap {overlap}, expected 0 to 1: it is a share of the identities')
     groups, rng = list(by_identity(items).values()), random.Random(seed)
     rng.shuffle(groups)
-    groups.sort(key=lambda g: len(g) < 2)  # those with a single picture can't be in both: they come last
+    groups.sort(key=lambda g: len(g) < 2)  # those with a single image can't be in both: they come last
     n = round(overlap * len(groups))
     k = n + (len(groups) - n + 1) // 2
     shared = [rng.sample(g, len(g)) for g in groups[:n]]
     if n and len(shared[-1]) < 2:
         many = sum(len(g) > 1 for g in groups)
         raise InputError(
-            f'overlap {overlap} needs {n} identities with two or more pictures, found {many}: use a smaller overlap'
+            f'overlap {overlap} needs {n} identities with two or more images, found {many}: use a smaller overlap'
         )
     return assign_identities(groups[n:k], shared, groups[k:])
 
@@ -76,7 +76,7 @@ def released_split(
 # %% ../nbs/14_tcm.ipynb #8f5a6342
 def rounds(
     y: Tensor,  # (B,) labels
-    K: int = 0,  # pictures per identity of a batch in groups, each identity once: nothing is read from `y` then; 0 takes any labels
+    K: int = 0,  # images per identity of a batch in groups, each identity once: nothing is read from `y` then; 0 takes any labels
 ) -> list[Tensor]:  # places in the batch; round k holds each label's k-th occurrence, the commonest label first
     "Cut a batch into rounds in which no label comes twice."
     if K:
@@ -92,7 +92,7 @@ def rounds(
 # %% ../nbs/14_tcm.ipynb #65693970
 def check_groups(
     y: Tensor,  # (B,) labels
-    K: int,  # pictures per identity, 0 where nothing is promised
+    K: int,  # images per identity, 0 where nothing is promised
 ):
     "Raise `InputError` where labels aren't in groups of K, each identity once. Labels on a GPU are only counted: see `check_labels`."
     if not K:

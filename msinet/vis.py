@@ -114,7 +114,7 @@ def op_letters() -> str:
 
 # %% ../nbs/01_vis.ipynb #583fb7dc
 def _array(x) -> np.ndarray:
-    "A tensor from any device, an array, a picture of Pillow's or a nested list, as an array."
+    "A tensor from any device, an array, an image of Pillow's or a nested list, as an array."
     if not isinstance(x, Tensor):
         return np.asarray(x)
     x = x.detach().cpu()
@@ -146,13 +146,13 @@ def _some(what, x):
 def rgb(
     x,  # bytes (…, H, W, 3) or floats in [0, 1] (…, 3, H, W); the colour axis is found by its length, 3
 ) -> np.ndarray:  # (…, H, W, 3) floats in [0, 1]
-    "Pictures as matplotlib draws them. Raises `InputError` when there are no three colours or values leave [0, 1]."
+    "Images as matplotlib draws them. Raises `InputError` when there are no three colours or values leave [0, 1]."
     a = _array(x)
     first = a.ndim > 2 and a.shape[-3] == 3
     last = a.ndim > 2 and a.shape[-1] == 3
     byte = a.dtype == np.uint8
     if not (first or last) or not a.size:
-        raise InputError(f"picture has shape {a.shape}, expected (…, H, W, 3) or (…, 3, H, W): give three colours")
+        raise InputError(f"image has shape {a.shape}, expected (…, H, W, 3) or (…, 3, H, W): give three colours")
     if first and not (byte and last):
         a = np.moveaxis(a, -3, -1)
     a = a / 255 if byte else a.astype(float)
@@ -165,7 +165,7 @@ def rgb(
 
 # %% ../nbs/01_vis.ipynb #2b922255
 def denormalise(
-    x: Tensor,  # (…, 3, H, W) pictures as the network sees them
+    x: Tensor,  # (…, 3, H, W) images as the network sees them
     mean=(0.485, 0.456, 0.406),  # what was taken off each colour
     std=(0.229, 0.224, 0.225),  # what each colour was divided by
 ) -> Tensor:  # (…, 3, H, W) in [0, 1]
@@ -182,9 +182,9 @@ def _picture(
     im,  # what `imshow` takes
     color=None,  # frame; None: no frame
     title='',  # text above
-    cmap=None,  # colours of a picture with one channel
+    cmap=None,  # colours of an image with one channel
 ):
-    "One picture without ticks, with or without a frame."
+    "One image without ticks, with or without a frame."
     ax.imshow(im, cmap=cmap)
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=7)
@@ -194,18 +194,18 @@ def _picture(
 # %% ../nbs/01_vis.ipynb #b5b97257
 @style()
 def show_images(
-    x,  # B pictures: bytes (B, H, W, 3), floats in [0, 1] (B, 3, H, W), or a list of either, of any sizes
+    x,  # B images: bytes (B, H, W, 3), floats in [0, 1] (B, 3, H, W), or a list of either, of any sizes
     titles=None,  # B texts
-    cols=None,  # pictures per row; at most 8 unless told
+    cols=None,  # images per row; at most 8 unless told
     colors=None,  # B frame colours, None for no frame
-    width=COL2,  # inches; a few pictures take less
+    width=COL2,  # inches; a few images take less
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:
-    "Pictures in rows. Raises `InputError` for anything that isn't a picture and for lists of unequal length."
-    ims = [rgb(im) for im in _some('pictures', x)]
+    "Images in rows. Raises `InputError` for anything that isn't an image and for lists of unequal length."
+    ims = [rgb(im) for im in _some('images', x)]
     for what, l in dict(titles=titles, colors=colors).items():
         if l is not None and len(l) != len(ims):
-            raise InputError(f"there are {len(l)} {what}, expected {len(ims)}: give one for each picture, or None")
+            raise InputError(f"there are {len(l)} {what}, expected {len(ims)}: give one for each image, or None")
     cols = cols or min(len(ims), 8)
     shapes = [im.shape[0] / im.shape[1] for im in ims]
     tall, alike = max(shapes), max(shapes) == min(shapes)
@@ -236,15 +236,15 @@ def activation(
 
 # %% ../nbs/01_vis.ipynb #5d42f10b
 def overlay(
-    img,  # one picture or B of them, any form that `rgb` takes
+    img,  # one image or B of them, any form that `rgb` takes
     heat,  # (h, w) or (B, h, w) in [0, 1], of any size
-    alpha=0.5,  # share of the heat map: 0 is the picture, 1 the heat map
+    alpha=0.5,  # share of the heat map: 0 is the image, 1 the heat map
 ) -> np.ndarray:  # (…, H, W, 3) floats in [0, 1]
-    "A heat map stretched (bilinear) over its picture. Raises `InputError` when they don't go together."
+    "A heat map stretched (bilinear) over its image. Raises `InputError` when they don't go together."
     im = rgb(img)
-    t = torch.as_tensor(_shaped('heat', heat, tuple('Bhw')[4 - im.ndim :], 'give one map per picture')).float()
+    t = torch.as_tensor(_shaped('heat', heat, tuple('Bhw')[4 - im.ndim :], 'give one map per image')).float()
     if im.shape[:-3] != t.shape[:-2]:
-        raise InputError(f"there are {len(t)} heat maps, expected {len(im)}: give one for each picture")
+        raise InputError(f"there are {len(t)} heat maps, expected {len(im)}: give one for each image")
     t = F.interpolate(t.reshape(-1, 1, *t.shape[-2:]), im.shape[-3:-1], mode='bilinear').reshape(im.shape[:-1])
     return (1 - alpha) * im + alpha * plt.get_cmap(HEAT)(t.clamp(0, 1).numpy())[..., :3]
 
@@ -550,11 +550,11 @@ def feature_grid(
 def feature_rows(
     maps: list,  # one (C, H, W) per cell, of any sizes
     titles: list,  # one text per cell
-    img=None,  # the picture they come from, any form that `rgb` takes
+    img=None,  # the image they come from, any form that `rgb` takes
     n: int = None,  # channels per row; None: 8, or 13 when the maps are tall
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:
-    "The strongest channels of several cells, a row each, beside the picture (Fig. 4). Raises `InputError` for other shapes."
+    "The strongest channels of several cells, a row each, beside the image (Fig. 4). Raises `InputError` for other shapes."
     if len(maps) != len(titles):
         raise InputError(f"there are {len(titles)} titles, expected {len(maps)}: give one for each cell")
     tall = np.divide(*_some('cells', maps)[0].shape[-2:])
@@ -580,7 +580,7 @@ def _framed(
     color: str,  # frame
     text: str,  # below
 ):
-    "A picture with a thick frame, as large as its place allows, and a text below."
+    "An image with a thick frame, as large as its place allows, and a text below."
     tall = im.shape[0] / im.shape[1]
     w = min(1, h / tall)
     x0 = x + (1 - w) / 2
@@ -590,15 +590,15 @@ def _framed(
 
 # %% ../nbs/01_vis.ipynb #82e203ab
 def _tall(
-    pictures,  # any form that `rgb` takes
+    images,  # any form that `rgb` takes
 ) -> float:  # height of the places for them, in widths
-    "Places that suit the middle one of these pictures; there, the others are smaller."
-    return float(np.clip(np.median([np.divide(*rgb(p).shape[:2]) for p in pictures]), 0.5, 2.5))
+    "Places that suit the middle one of these images; there, the others are smaller."
+    return float(np.clip(np.median([np.divide(*rgb(p).shape[:2]) for p in images]), 0.5, 2.5))
 
 # %% ../nbs/01_vis.ipynb #d42566dd
 def strip_size(
     rows: list,  # tuples as `strip` takes them
-    tall=None,  # height of a picture's place; what suits these pictures unless given
+    tall=None,  # height of an image's place; what suits these images unless given
 ) -> tuple[float, float, list]:  # height of a place, width and heights of the strips, in widths of a place
     "How large strips below each other are. A title stands beside its strip, upright, or above a low one."
     h, titles = tall or _tall([p for q, ims, *_ in rows for p in (q, *ims)]), [''.join(row[4:]) for row in rows]
@@ -612,18 +612,18 @@ def strip_size(
 # %% ../nbs/01_vis.ipynb #0d74d6bb
 @style()
 def strip(
-    query,  # one picture, any form that `rgb` takes
-    images,  # K retrieved pictures, nearest first
+    query,  # one image, any form that `rgb` takes
+    images,  # K retrieved images, nearest first
     distances,  # (K,) distance of each from the query
     right,  # (K,) whether each shows the query's identity
     title='',  # text beside it, such as the network's name
     ax=None,  # where
-    tall=None,  # height of a picture's place, in widths; what suits these pictures unless given
+    tall=None,  # height of an image's place, in widths; what suits these images unless given
 ) -> Axes:
     "A query and what it retrieves, nearest first (Fig. 6). Raises `InputError` when the lengths differ."
-    k = len(_some('pictures', images))
+    k = len(_some('images', images))
     d, ok = (
-        _shaped(s, v, (k,), f'give one for each of the {k} pictures')
+        _shaped(s, v, (k,), f'give one for each of the {k} images')
         for s, v in dict(distances=distances, right=right).items()
     )
     h, W, (H,) = strip_size([(query, images, d, ok, title)], tall)

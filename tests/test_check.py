@@ -57,7 +57,7 @@ FAULTS = {  # kind -> (how to make it, is it a stop)
     "no positive": (lambda r: noise(r / "query" / "0008_c1s1_000000_01.jpg"), False),
     "shared identity": (lambda r: noise(r / "bounding_box_train" / "0006_c1s1_000000_01.jpg"), False),
     "odd name": (lambda r: noise(r / "query" / "holiday.jpg"), False),
-    "not a picture": (lambda r: (r / "query" / "Thumbs.db").write_bytes(b"x"), False),
+    "not an image": (lambda r: (r / "query" / "Thumbs.db").write_bytes(b"x"), False),
 }
 
 
@@ -144,7 +144,7 @@ def test_list_among_the_data_is_refused(market):
 
 def test_list_of_another_copy_is_told(market, tmp_path):
     (tmp_path / "bad.txt").write_text("# a comment\nquery/elsewhere.jpg\ttruncated\n")
-    with pytest.warns(UserWarning, match="none of the 1 pictures"):
+    with pytest.warns(UserWarning, match="none of the 1 images"):
         get_data(f"M={market}::exclude={tmp_path / 'bad.txt'}")
     with pytest.raises(InputError, match="not a file"):
         get_data(f"M={market}::exclude={tmp_path / 'lost.txt'}")
@@ -170,7 +170,7 @@ def test_joined_sets_picture_and_words(market, tmp_path):
 
 @pytest.mark.parametrize("K", [2, 8])
 def test_picture_of_a_uniform_set(tmp_path, K):
-    "Every identity has two pictures and nothing is wrong: bars and line are in view, and ticks are whole numbers."
+    "Every identity has two images and nothing is wrong: bars and line are in view, and ticks are whole numbers."
     for p in range(6):
         for c in (1, 2):
             noise(tmp_path / "own" / f"{p}_cam{c}.jpg")

@@ -101,7 +101,7 @@ def test_msmt(tmp_path, version):
     )
     assert who(msmt17(root, val=False).train) == [(0, 1), (1, 15)]
     (root / folders[0] / name(0, 2)).unlink()
-    with pytest.warns(UserWarning, match="1 of 3 pictures"):
+    with pytest.warns(UserWarning, match="1 of 3 images"):
         assert len(msmt17(root).train) == 2
     (root / "list_query.txt").unlink()
     with pytest.raises(InputError, match="has no list_query.txt"):
@@ -149,9 +149,7 @@ def test_msmt_renamed_as_market(tmp_path, market):
 
 @pytest.mark.filterwarnings("default:.*as published")
 def test_counts_are_told_and_never_fatal(market):
-    with pytest.warns(
-        UserWarning, match="train has 3 pictures instead of 12,936, query has 1 pictures instead of 3,368"
-    ):
+    with pytest.warns(UserWarning, match="train has 3 images instead of 12,936, query has 1 images instead of 3,368"):
         d = market1501(market)
     assert d.source.published["gallery"] == (751, 15913) and d.source.root == str(market) and d == market1501(market)
     (market / "synth.json").write_text("{}")
@@ -308,7 +306,7 @@ def test_folder_by_table(tmp_path):
         and len(d.train) == 4
         and len(d.query) == len(d.gallery) == 2
     )
-    with pytest.warns(UserWarning, match="1 of 3 pictures listed in the table are missing"):
+    with pytest.warns(UserWarning, match="1 of 3 images listed in the table are missing"):
         folder(table(tmp_path, "path,pid\n0.jpg,1\n1.jpg,1\nlost.jpg,2\n"), train_share=0)
 
 
@@ -319,7 +317,7 @@ def test_tables_that_lie(tmp_path):
         "path,pid,split\n0.jpg,1,val\n": "the split 'val'",
         "path,pid\n0.jpg,\n": "says no pid in line 2",
         "path,pid\n0.jpg,1\n0.jpg,2\n": "names 0.jpg twice",
-        "path,pid\nx.jpg,1\n": "none of the 1 pictures",
+        "path,pid\nx.jpg,1\n": "none of the 1 images",
         "": "not a table",
         "path,pid,cam\n0.jpg,1,2\n1.jpg,1,\n": "says no cam in line 3",
     }.items():
@@ -348,7 +346,7 @@ def lines(tmp_path):
         f"VR={t}": "image_train",
         f"VID={t}": "train_test_split",
         f"M={t}/two": "2 folders that look like Market-1501: a, b",
-        f"folder={t}/empty": "no pictures",
+        f"folder={t}/empty": "no images",
         f"folder={t}/nowhere": "not a folder",
         f"folder={t}/flat::{CAM}": "fits none of 5 names, such as IMG_0.jpg, IMG_1.jpg, IMG_2.jpg:",
         f"folder={t}/flat": "fits none of 5 names",
@@ -369,9 +367,9 @@ def test_messages(tmp_path):
 
 def test_lists_that_lie(tmp_path):
     draw(tmp_path, [f"{n}_cam{c}.jpg" for n in "abc" for c in (1, 2)])
-    with pytest.raises(InputError, match="1 of 2 listed pictures.*z.jpg"):
+    with pytest.raises(InputError, match="1 of 2 listed images.*z.jpg"):
         folder(tmp_path, CAM, train=["a_cam1.jpg", "z.jpg"])
-    with pytest.raises(InputError, match="2 pictures are both in train and in test"):
+    with pytest.raises(InputError, match="2 images are both in train and in test"):
         folder(tmp_path, CAM, train=["a_cam1.jpg", "a_cam2.jpg"], test=["a_cam1.jpg", "a_cam2.jpg"])
     with pytest.raises(InputError, match="is not a file"):
         folder(tmp_path, CAM, test="nolist.txt")
@@ -518,13 +516,13 @@ def test_a_run_on_odd_names(odd, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 31 and all(
         line.isprintable() for line in lines
-    )  # 29 of 30 pictures, for the asking one is no answer, and two files
+    )  # 29 of 30 images, for the asking one is no answer, and two files
     assert "folder=…" in (to_hub(run, tmp_path / "hub") / "README.md").read_text(encoding="utf-8")
 
 
 def test_names_that_are_too_long(tmp_path):
     draw(tmp_path, ["a.jpg", "b.jpg"])
-    with pytest.warns(UserWarning, match="1 of 3 pictures listed in the table are missing"):
+    with pytest.warns(UserWarning, match="1 of 3 images listed in the table are missing"):
         folder(table(tmp_path, f"path,pid\na.jpg,1\nb.jpg,1\n{'x' * 300}.jpg,2\n"), train_share=0)
     for spec in (
         "M={}",
@@ -585,9 +583,9 @@ def test_cache_follows_files(items, tmp_path):
 
 def test_broken_pictures(items, tmp_path):
     whole = open(items[5].path, "rb").read()
-    for wrong in (whole[: len(whole) // 2], b"", b"not a picture"):
+    for wrong in (whole[: len(whole) // 2], b"", b"not an image"):
         open(items[5].path, "wb").write(wrong)
-        with pytest.raises(InputError, match="05.jpg is not a readable picture") as e:
+        with pytest.raises(InputError, match="05.jpg is not a readable image") as e:
             PixelCache(items, (8, 8), tmp_path / "c")
         assert "\n" not in str(e.value) and not list((tmp_path / "c").iterdir())
     with pytest.raises(InputError, match="nowhere.jpg"):
@@ -595,7 +593,7 @@ def test_broken_pictures(items, tmp_path):
 
 
 def many(tmp_path, n=2000):
-    "n names of one tiny picture."
+    "n names of one tiny image."
     Image.new("RGB", (4, 8), (200, 100, 50)).save(tmp_path / "x.png")
     for k in range(n):
         os.link(tmp_path / "x.png", tmp_path / f"{k:05d}.png")
@@ -607,7 +605,7 @@ def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
     items = many(tmp_path)
     os.unlink(items[5].path)
     for attempt in range(2):  # built, then opened
-        with pytest.warns(UserWarning, match="left out: .*00005.png is not a readable picture") as told:
+        with pytest.warns(UserWarning, match="left out: .*00005.png is not a readable image") as told:
             dl = train_loader(items, (8, 4), P=4, K=4, dir=where and tmp_path / where)
         assert (
             len(told) == 1 and list(dl.pixels.bad) == [5] and (dl.pixels[[5]] == 0).all() and (dl.pixels[[6]] > 0).all()
@@ -622,7 +620,7 @@ def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
     for k in range(3):
         open(items[k].path.replace(".png", ".tmp"), "wb").close()
         os.replace(items[k].path.replace(".png", ".tmp"), items[k].path)
-    with pytest.raises(InputError, match="3 of the first pictures read, 2 of 2000 may be"):
+    with pytest.raises(InputError, match="3 of the first images read, 2 of 2000 may be"):
         train_loader(items, (8, 4), P=4, K=4, dir=where and tmp_path / where)
 
 
@@ -634,7 +632,7 @@ def test_a_picture_that_can_be_read_again(tmp_path, monkeypatch):
 
     def flaky(path):
         if path.endswith("00007.png"):
-            raise InputError("00007.png is not a readable picture (network)")
+            raise InputError("00007.png is not a readable image (network)")
         return real(path)
 
     monkeypatch.setattr(b, "read_picture", flaky)
@@ -937,7 +935,7 @@ def reference(T, size, *more):
 
 
 def test_float_path_is_the_reference(items, transforms):
-    "What no dice decide is equal to torchvision on Pillow pictures, picture by picture."
+    "What no dice decide is equal to torchvision on Pillow images, image by image."
     T, size = transforms, (32, 16)
     pics = [Image.open(i.path).convert("RGB") for i in items]
     each = lambda *more: torch.stack([reference(T, size, *more)(p) for p in pics])

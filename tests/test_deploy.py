@@ -1,4 +1,4 @@
-"A gallery is made once, kept, asked, changed and refused to strangers; two pictures are judged by pairs of known identity."
+"A gallery is made once, kept, asked, changed and refused to strangers; two images are judged by pairs of known identity."
 
 import json
 import shutil
@@ -179,7 +179,7 @@ def test_commands(run, pics, tmp_path):
     }
     with pytest.raises(InputError, match="is no regular expression"):
         run_query(QueryConfig(gallery=str(tmp_path / "g"), image="x", exclude="("))
-    with pytest.raises(InputError, match="of 0 pictures"):
+    with pytest.raises(InputError, match="of 0 images"):
         run_query(QueryConfig(gallery=str(tmp_path / "g"), image=str(pics / "3.png"), exclude="."))
     again = run_query(
         QueryConfig(gallery=str(tmp_path / "g"), image=str(pics / "3.png"), k=4, out=str(tmp_path / "o" / "x"))

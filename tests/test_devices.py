@@ -40,7 +40,7 @@ Y = torch.arange(P).repeat_interleave(K)
 
 
 def batches(n, seed, dtype=torch.float64, device="cpu"):
-    "This process's pictures, everybody's labels."
+    "This process's images, everybody's labels."
     gen = torch.Generator().manual_seed(seed)
     (r, w), m = rank_and_world_size(), P * K
     for _ in range(n):

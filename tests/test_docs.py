@@ -79,12 +79,12 @@ def test_a_pictures_words_reach_the_page(to_html):
         (md("[x](https://example.org/kit/none.html)"), "no such page"),
         (md("[x](http://)"), "not a web address"),
         (md("[x](htp://a.org)"), "neither a page nor"),
-        (md("![x](none.png)"), "no such picture"),
+        (md("![x](none.png)"), "no such image"),
         (md("<img alt='x'>"), "without a source"),
-        (md("![](data:,)"), "1 of its pictures without words"),
+        (md("![](data:,)"), "1 of its images without words"),
         (
             [code("draw()", PICTURE, PICTURE)],
-            "2 of its pictures without words for those who can't see them, the first under “a”",
+            "2 of its images without words for those who can't see them, the first under “a”",
         ),
         (md("as @eq-far says"), "equation eq-far"),
         (md(r"as \eqref{far} says"), "equation far"),
@@ -164,7 +164,7 @@ def test_globs_and_anchors_are_quartos():
     assert dc.matches("paper/*.ipynb", "paper/fig1.ipynb") and not dc.matches("paper/*.ipynb", "fig1.ipynb")
     assert (
         dc.slug("The mixed choice (Eq. 1)") == "the-mixed-choice-eq.-1"
-        and dc.slug("1. Pictures") == "pictures"
+        and dc.slug("1. Images") == "images"
         and dc.slug("???") == "section"
     )
 

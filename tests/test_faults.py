@@ -532,11 +532,11 @@ def test_a_lock_that_is_there(name, tmp_path):
             Lock(tmp_path)
 
 
-# --- pictures and numbers ---------------------------------------------------------------------------------------------------------------
+# --- images and numbers ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     rng = np.random.default_rng(0)
     for pid in range(6):
         (tmp_path / "own" / f"{pid}").mkdir(parents=True)
@@ -548,9 +548,9 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch):
-    "Decoded before, it isn't missed. Decoded when drawn, the run stops and names it; with the picture back it goes on to the same end."
-    cfg = replace(CONFIGS["train"], data=f"folder={pictures}", batch=4, cache=cached, epochs=2, eval_every=0)
+def test_a_picture_goes_away_in_an_epoch(cached, images, tmp_path, monkeypatch):
+    "Decoded before, it isn't missed. Decoded when drawn, the run stops and names it; with the image back it goes on to the same end."
+    cfg = replace(CONFIGS["train"], data=f"folder={images}", batch=4, cache=cached, epochs=2, eval_every=0)
     want = train(replace(cfg, out=str(tmp_path / "whole")))
     keep = tmp_path / "kept"
     plain, seen = TrainStep.__call__, [0]
@@ -558,7 +558,7 @@ def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch
     def step(self, batch):
         seen[0] += 1
         if seen[0] == 2:
-            shutil.move(pictures, keep)
+            shutil.move(images, keep)
         return plain(self, batch)
 
     with monkeypatch.context() as m:
@@ -568,7 +568,7 @@ def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch
         else:
             with pytest.raises(InputError, match=r"own/\d/\d.png"):
                 train(replace(cfg, out=str(tmp_path / "run")))
-    shutil.move(keep, pictures)
+    shutil.move(keep, images)
     got = train(replace(cfg, out=str(tmp_path / "run"), resume=True))
     assert got.metrics == want.metrics and all(
         torch.equal(a, b) for a, b in zip(want.net.state_dict().values(), got.net.state_dict().values())
@@ -577,12 +577,12 @@ def test_a_picture_goes_away_in_an_epoch(cached, pictures, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", NAMED)
-def test_no_number_any_more(kind, where, whole, pictures, tmp_path, monkeypatch):
+def test_no_number_any_more(kind, where, whole, images, tmp_path, monkeypatch):
     "Stopped at that step, with the batch's file names; the last good state is kept, and the run goes on from it to the same end."
     cfg = (
-        replace(CONFIGS[kind], data=f"folder={pictures}", batch=4, overlap=1.0)
+        replace(CONFIGS[kind], data=f"folder={images}", batch=4, overlap=1.0)
         if kind == "search"
-        else replace(CONFIGS[kind], data=f"folder={pictures}", batch=4)
+        else replace(CONFIGS[kind], data=f"folder={images}", batch=4)
     )
     want = GO[kind](replace(cfg, out=str(tmp_path / "whole")))
     step = SearchStep if kind == "search" else TrainStep
@@ -640,10 +640,10 @@ def pretrain_job(out, data, answer, only, at, sig, resume):
     Path(answer).write_text(json.dumps(said))
 
 
-def test_a_pretraining_is_broken_off(pictures, tmp_path):
+def test_a_pretraining_is_broken_off(images, tmp_path):
     "Killed, or told to stop: it goes on from the last epoch that was over, to the same weights."
     for part in ("train", "val"):
-        shutil.copytree(pictures, tmp_path / "classes" / part)
+        shutil.copytree(images, tmp_path / "classes" / part)
 
     def go(name, only="", at=0, sig=signal.SIGKILL, resume=False):
         answer = tmp_path / f"{name}.answer"
@@ -752,7 +752,7 @@ def test_the_readme_counts_what_is_tried():
         "damaged": kinds * (len(DAMAGES) + FLIPS + 6 + 2) + 1,
         "half-made": 5,
         "two runs": 2 + len(LOCKS),
-        "pictures and numbers": 2 + 2 * len(NAMED),
+        "images and numbers": 2 + 2 * len(NAMED),
     }
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reliability")[1].split("\n## ")[0]
     rows = {

@@ -120,7 +120,7 @@ def open_and_run(lab, page, name):
 
 @pytest.fixture
 def shot(page, tmp_path):
-    "Called with a name, leaves a picture of the page; MSINET_SHOTS names a folder to keep them."
+    "Called with a name, leaves an image of the page; MSINET_SHOTS names a folder to keep them."
 
     def take(name):
         path = Path(os.environ.get("MSINET_SHOTS", tmp_path)) / f"{name}.png"
@@ -138,17 +138,17 @@ def test_first_page_runs(lab, page, shot):
 
 
 def move(page, name, key="End"):
-    "Move the slider of that name by the keyboard, wait until the panel's picture has changed, and say how long that took."
+    "Move the slider of that name by the keyboard, wait until the panel's image has changed, and say how long that took."
     row = page.locator(".jp-Notebook .widget-inline-hbox", has=page.get_by_text(name, exact=True)).first
     panel = page.locator(".jp-Notebook .widget-vbox", has=page.get_by_text(name, exact=True)).first
-    picture, before = panel.locator("img").first, panel.locator("img").first.get_attribute("src")
+    image, before = panel.locator("img").first, panel.locator("img").first.get_attribute("src")
     handle = row.locator(".noUi-handle")
     handle.scroll_into_view_if_needed()
     handle.focus()
     start = time.perf_counter()
     page.keyboard.press(key)
     page.wait_for_function(
-        "([e, before]) => e.getAttribute('src') !== before && e.complete", arg=[picture.element_handle(), before]
+        "([e, before]) => e.getAttribute('src') !== before && e.complete", arg=[image.element_handle(), before]
     )
     return time.perf_counter() - start
 
@@ -173,7 +173,7 @@ PANELS = [
     "augment_lab",
 ]
 SLIDERS = dict(
-    interaction_lab="picture",
+    interaction_lab="image",
     alpha_player="epoch",
     cell_browser="cell",
     activation_lens="query",
@@ -197,7 +197,7 @@ class TourPanel:
         self.image = self.panel.locator("img").first
 
     def timed(self, act):
-        "Seconds from an act until the picture is another one."
+        "Seconds from an act until the image is another one."
         before, start = self.image.get_attribute("src"), time.perf_counter()
         act()
         self.page.wait_for_function(CHANGED, arg=[self.image.element_handle(), before])
@@ -218,7 +218,7 @@ class TourPanel:
     def spot(self, i):
         grid = self.panel.locator(".widget-gridbox .widget-gridbox")
         place, over, under = grid.locator("button").nth(i), grid.bounding_box(), self.image.bounding_box()
-        assert all(abs(over[k] - under[k]) < 1.5 for k in over), f"buttons lie on {over}, the picture on {under}"
+        assert all(abs(over[k] - under[k]) < 1.5 for k in over), f"buttons lie on {over}, the image on {under}"
         place.scroll_into_view_if_needed()
         return self.timed(lambda: place.click())
 
@@ -240,7 +240,7 @@ def test_tour_answers_to_sliders_and_clicks(tour):
     seconds = {name: TourPanel(tour, name).slide(label) for name, label in SLIDERS.items()}
     clicks = {name: TourPanel(tour, name).spot(i) for name, i in CLICKS.items()}
     print(
-        "seconds to the new picture:",
+        "seconds to the new image:",
         {k: round(v, 2) for k, v in seconds.items()},
         "clicks:",
         {k: round(v, 2) for k, v in clicks.items()},

@@ -36,9 +36,9 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    "Six identities, three cameras, one picture each; another folder without any picture."
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    "Six identities, three cameras, one image each; another folder without any image."
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for pid in range(6):
         (root / "own" / f"{pid:03d}").mkdir(parents=True)
@@ -53,8 +53,8 @@ def pictures(tmp_path_factory):
 MISTAKES = {
     "unknown data set": ("demo --preset smoke --data X={0}", "X", "M, MS, VR, VID, folder"),
     "missing folder": ("demo --preset smoke --data M={0}/nowhere", "nowhere", "expected"),
-    "folder without pictures": ("demo --preset smoke --data folder={0}/empty", "empty", "expected"),
-    "market folder without pictures": ("search --preset smoke --data M={0}/empty", "empty", "expected"),
+    "folder without images": ("demo --preset smoke --data folder={0}/empty", "empty", "expected"),
+    "market folder without images": ("search --preset smoke --data M={0}/empty", "empty", "expected"),
     "genotype too short": ("train --preset smoke --genotype GGEGAGGNGAE", "11 letters", "expected 12"),
     "genotype with a wrong letter": ("train --preset smoke --genotype GGEGAGGNGAEX", "'X'", "N E G A"),
     "batch not divisible by K": ("demo --preset smoke --batch 9 --K 2", "9", "expected a multiple"),
@@ -67,10 +67,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(name, pictures, tmp_path, capsys):
+def test_a_mistake_is_one_line_and_leaves_nothing(name, images, tmp_path, capsys):
     words, found, expected = MISTAKES[name]
     with pytest.raises(SystemExit) as e:
-        main([*words.format(pictures).split(), "--out", str(tmp_path / "run")])
+        main([*words.format(images).split(), "--out", str(tmp_path / "run")])
     line = capsys.readouterr().err.strip()
     assert e.value.code == 2
     assert "\n" not in line and line.startswith("msinet: ")
@@ -94,10 +94,10 @@ def test_a_run_is_not_written_over(tmp_path):
         search(replace(SMOKE, out=str(tmp_path / "run"), epochs=1))
 
 
-def test_demo_from_own_pictures(pictures, tmp_path, capsys):
+def test_demo_from_own_pictures(images, tmp_path, capsys):
     "Folders of an identity each, no cameras: search, train, evaluate, report, from the shell's words."
     run = tmp_path / "run"
-    own = f"folder={pictures}/own"
+    own = f"folder={images}/own"
     main(f"demo --preset smoke --data {own} --batch 4 --K 2 --epochs-search 1 --epochs-train 1 --out {run}".split())
     said = capsys.readouterr().out
     r = read_run(run)

@@ -199,7 +199,7 @@ def test_single_shot_protocol():
     assert (r.n <= 1).all() and np.array_equal(r.n, np.tile(whole.n > 0, 6))
     wrong = [(len(set(g.pid.tolist())) - 1)] * 40
     assert all(r.of(k)[0] <= wrong[k % 40] for k in range(240) if r.n[k]) and r.cmc(1) <= whole.cmc(1) + 0.05
-    one = Embeddings(f[:30], pid[:30], cam[:30] + 9)  # one picture of each identity: nothing to draw
+    one = Embeddings(f[:30], pid[:30], cam[:30] + 9)  # one image of each identity: nothing to draw
     assert listed(single_shot(q, one, n=1)) == listed(full_gallery(q, one))
 
 

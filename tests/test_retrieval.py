@@ -185,7 +185,7 @@ def test_embed(items):
     assert e.pid.tolist() == [i.pid for i in items] and e.cam.tolist() == [i.cam for i in items]
     assert net.training and net.a.training and not net.b.training and net.a.num_batches_tracked == 0
     assert embed(net, in_order([i._replace(cam=None) for i in items], (8, 4))).cam is None
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         embed(net, in_order([], (8, 4)))
 
 
@@ -254,7 +254,7 @@ def test_rerank_is_the_definition(k1, k2, lam):
 def test_rerank_edges():
     same = torch.ones(3, 4), torch.ones(20, 4)
     assert rerank(*same).isfinite().all()
-    assert rerank(torch.randn(2, 4), torch.randn(3, 4)).shape == (2, 3), "fewer pictures than k1"
+    assert rerank(torch.randn(2, 4), torch.randn(3, 4)).shape == (2, 3), "fewer images than k1"
     with pytest.raises(InputError, match="k1 is 0"):
         rerank(*same, k1=0)
     with pytest.raises(InputError, match="NaN in row 1 of the gallery"):

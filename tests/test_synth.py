@@ -46,14 +46,14 @@ def small(**kw):
     return synth(**{**SMALL, **kw})
 
 
-def pictures(data):
+def images(data):
     return data.train + data.query + data.gallery
 
 
 # ---------------------------------------------------------------- the same for everybody
 @pytest.mark.parametrize('kind', KINDS)
 def test_order_of_drawing_does_not_matter(kind):
-    paths = [i.path for i in pictures(small(kind=kind))][::3]
+    paths = [i.path for i in images(small(kind=kind))][::3]
     forward = {p: crc(render(p)) for p in paths}
     for cache in (site, identity):
         cache.cache_clear()
@@ -62,7 +62,7 @@ def test_order_of_drawing_does_not_matter(kind):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_another_process_draws_the_same(kind):
-    paths = [i.path for i in pictures(small(kind=kind))][::9]
+    paths = [i.path for i in images(small(kind=kind))][::9]
     code = f"import zlib; from msinet.synth import render; print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])"
     out = subprocess.run(
         [sys.executable, '-c', code],
@@ -128,10 +128,10 @@ def test_a_set_is_a_reid_set():
     assert (len(data.train), len(data.query), len(data.gallery)) == (5 * 4 * 3, 4 * 4, 4 * 4)
     train, test = {i.pid for i in data.train}, {i.pid for i in data.query}
     assert min(train) == 1 and not train & test and test == {i.pid for i in data.gallery}
-    assert {i.cam for i in pictures(data)} <= set(range(1, 7)) and len({i.path for i in pictures(data)}) == len(
-        pictures(data)
+    assert {i.cam for i in images(data)} <= set(range(1, 7)) and len({i.path for i in images(data)}) == len(
+        images(data)
     )
-    for i in pictures(data):
+    for i in images(data):
         shot = parse_path(i.path)
         assert is_rendered(i.path) and (shot.number, shot.cam, shot.path) == (i.pid, i.cam, i.path)
     for q in data.query:
@@ -139,7 +139,7 @@ def test_a_set_is_a_reid_set():
 
 
 def test_pictures_and_masks():
-    for i in pictures(small(height=48))[::7]:
+    for i in images(small(height=48))[::7]:
         x, m = render(i.path), mask(i)
         assert x.shape == (48, 24, 3) and x.dtype == np.uint8 and x.std() > 5
         assert m.shape == (48, 24) and m.dtype == np.float32 and 0 <= m.min() and m.max() <= 1 and 0.05 < m.mean() < 0.6
@@ -162,7 +162,7 @@ def test_lookalikes_share_what_is_large():
     data = synth(n_ids=8, level=Dials(group=4, n_fine=2))
     group = lookalikes(data)
     sizes = np.unique(list(group.values()), return_counts=True)[1]
-    assert set(group) == {i.pid for i in pictures(data)} and (sizes == 4).all()
+    assert set(group) == {i.pid for i in images(data)} and (sizes == 4).all()
     people = {p: identity(parse_path(data.train[0].path).world, 'train', p) for p in (1, 3, 9)}
     assert people[1] != people[3] and people[1].top.colour == people[3].top.colour
     assert (people[1].top.freq, people[1].build) != (people[9].top.freq, people[9].build)
@@ -172,7 +172,7 @@ def test_vehicles_are_square_seen_whole_and_from_where_the_domain_says():
     for d, low, high in (('A', 14, 26), ('B', 20, 36)):
         cams = [camera(0, 'vehicle', d, c) for c in range(8)]
         assert all(low <= np.rad2deg(c.elevation) <= high for c in cams)
-        for i in pictures(small(kind='vehicle', domain=d, height=48))[::5]:
+        for i in images(small(kind='vehicle', domain=d, height=48))[::5]:
             x, m = render(i.path), mask(i)
             assert x.shape == (48, 48, 3) and m.shape == (48, 48) and m.mean() > 0.08
     for shot in (parse_path(i.path) for i in small(kind='vehicle', domain='B', level=Dials(camera_strength=0.0)).train):
@@ -251,8 +251,8 @@ def test_market_layout_comes_back(tmp_path):
         key = lambda i: (i.pid, i.cam)
         assert sorted(map(key, getattr(data, name))) == sorted(key(i) for i in getattr(back, name) if i.pid)
     assert len(list(there.rglob('-1_c*.jpg'))) == 6 and sum(i.pid == 0 for i in back.gallery) == 6
-    files = {(i.pid, i.cam, int(Path(i.path).name.split('_')[2])): i for i in pictures(back)}
-    for i in pictures(data):
+    files = {(i.pid, i.cam, int(Path(i.path).name.split('_')[2])): i for i in images(back)}
+    for i in images(data):
         disk = files[i.pid, i.cam, parse_path(i.path).frame]
         assert np.abs(render(disk.path).astype(int) - render(i.path)).mean() < 4
         np.testing.assert_allclose(mask(disk), mask(i), atol=0.51 / 255)
@@ -279,7 +279,7 @@ def test_other_layouts_come_back(layout, kind, tmp_path):
         assert len(back.query) + len(back.gallery) == len(data.query) + len(data.gallery)
     if layout != 'VID':
         assert sorted(i.cam for i in back.query) == sorted(i.cam for i in data.query)
-    assert all(mask(i).shape == ((32, 16) if kind == 'person' else (32, 32)) for i in pictures(back))
+    assert all(mask(i).shape == ((32, 16) if kind == 'person' else (32, 32)) for i in images(back))
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -299,7 +299,7 @@ def test_a_set_is_written_once_and_whole(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='another set'):
         write_layout(small(n_ids=2, n_test=2, seed=5), tmp_path)
     next(there.rglob('0001*.jpg')).unlink()
-    with pytest.raises(InputError, match='lacks 1 pictures'):
+    with pytest.raises(InputError, match='lacks 1 images'):
         write_layout(data, tmp_path)
     with pytest.raises(ZeroDivisionError):
         write_layout(data, tmp_path / 'new', procs=1)

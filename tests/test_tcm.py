@@ -68,7 +68,7 @@ def test_seed_decides_identities_and_halves_and_nothing_else_does():
 def test_halves_are_not_in_file_order():
     items = [
         Item(f'{i}_{k:02}', i, k // 10) for i in range(20) for k in range(20)
-    ]  # ten pictures of camera 0, then ten of 1
+    ]  # ten images of camera 0, then ten of 1
     share = np.mean([t.cam == 0 for t in twin_split(items, 1)[0]])
     assert 0.35 < share < 0.65
     assert all(t.cam == 0 for t in released_split(items)[0] if 4 <= t.pid < 12)
@@ -87,7 +87,7 @@ def test_single_pictures_are_never_shared():
     for seed in range(5):
         train, val = twin_split(items, 0.5, seed)
         assert len(ids(train) & ids(val)) == 10 and max(ids(train) & ids(val)) < 1000
-    with pytest.raises(InputError, match='two or more pictures, found 10'):
+    with pytest.raises(InputError, match='two or more images, found 10'):
         twin_split(items, 0.55)
 
 
@@ -116,9 +116,7 @@ def test_released_split_golden():
 def test_released_split_small():
     with pytest.raises(InputError):
         released_split(make(4))
-    train, val = released_split(
-        [Item(str(i), i) for i in range(10)]
-    )  # one picture each: the shared ones can't be halved
+    train, val = released_split([Item(str(i), i) for i in range(10)])  # one image each: the shared ones can't be halved
     assert ids(train) == {0, 1} and ids(val) == set(range(2, 10))
 
 
@@ -227,7 +225,7 @@ def test_zeros_give_no_nan():
     m.update(f, torch.tensor([0, 0, 1, 2]))
     assert (m.c == 0).all()
     m.fill(torch.tensor([[1.0, 0, 0], [-1, 0, 0]]), torch.tensor([1, 1]))
-    assert (m.c == 0).all()  # opposite pictures cancel
+    assert (m.c == 0).all()  # opposite images cancel
     m.update(torch.tensor([[0.0, 3, 4]]), torch.tensor([1]))
     assert_close(m.c[1], torch.tensor([0, 0.6, 0.8]))
     m.update(torch.zeros(1, 3), torch.tensor([1]))

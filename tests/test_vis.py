@@ -1,4 +1,4 @@
-"What the pictures promise: same bytes twice, fonts inside, colours with one meaning, mistakes named in one line."
+"What the images promise: same bytes twice, fonts inside, colours with one meaning, mistakes named in one line."
 
 import base64
 
@@ -28,7 +28,7 @@ def alpha(epochs=20):
     return torch.arange(1, epochs + 1)[:, None, None] * 0.05 * push
 
 
-def pictures(k):
+def images(k):
     return [np.full((8, 4, 3), 10 * i, np.uint8) for i in range(k)]
 
 
@@ -78,12 +78,12 @@ def test_genotype_letters_in_order():
 
 def test_strip_frames_and_distances():
     right, d = [True, False, True], [0.1, 0.25, 0.4]
-    ax = vis.strip(pictures(1)[0], pictures(3), torch.tensor(d), torch.tensor(right))
+    ax = vis.strip(images(1)[0], images(3), torch.tensor(d), torch.tensor(right))
     want = [vis.QUERY] + [vis.RIGHT if r else vis.WRONG for r in right]
     assert [to_rgb(p.get_edgecolor()) for p in ax.patches] == [to_rgb(c) for c in want]
     assert [t.get_text() for t in ax.texts][:4] == ["query", "0.10", "✗0.25", "0.40"]
     assert all(t.get_size() >= 6 for t in ax.texts)
-    assert len(vis.strips([(pictures(1)[0], pictures(3), d, right, n) for n in "ab"]).axes) == 2
+    assert len(vis.strips([(images(1)[0], images(3), d, right, n) for n in "ab"]).axes) == 2
 
 
 def test_titles_of_unlike_pictures_stand_on_one_line():
@@ -119,10 +119,10 @@ def test_activation_and_overlay():
     x[1, :2, 0, 0], x[1, 0, 3, 1] = torch.tensor([3.0, 4.0]), -5.0  # equal energies
     e = vis.activation(x)[1]
     assert e[0, 0] == e[3, 1] == 1 and e.sum() == 2
-    im = pictures(2)[1]
+    im = images(2)[1]
     np.testing.assert_allclose(vis.overlay(im, a[0], alpha=0), im / 255)
-    both = vis.overlay(np.stack(pictures(2)), a, alpha=0.3)
-    np.testing.assert_allclose(both[0], vis.overlay(pictures(2)[0], a[0], alpha=0.3))
+    both = vis.overlay(np.stack(images(2)), a, alpha=0.3)
+    np.testing.assert_allclose(both[0], vis.overlay(images(2)[0], a[0], alpha=0.3))
 
 
 def test_rgb_takes_both_orders_and_types():
@@ -153,7 +153,7 @@ def test_drawing_into_given_axes_and_figures():
     assert axs[0].xaxis.get_major_ticks()[0].label1.get_size() == 7
     whole = plt.figure(layout="constrained")
     left, _ = whole.subfigures(1, 2)
-    assert vis.show_images(pictures(2), fig=left) is left
+    assert vis.show_images(images(2), fig=left) is left
     n = len(plt.get_fignums())
     assert vis.data_uri(left.axes[0]).startswith("data:image/png;base64,iVBOR")
     assert len(plt.get_fignums()) == n - 1

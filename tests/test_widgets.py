@@ -33,16 +33,16 @@ def panel():
 
 
 def test_a_control_changes_the_picture_and_no_figure_is_left(panel):
-    first = panel.picture.value
+    first = panel.image.value
     panel.controls["n"].value = 4
-    assert panel.picture.value != first and not plt.get_fignums()
+    assert panel.image.value != first and not plt.get_fignums()
 
 
 def test_an_error_is_shown_and_goes_away(panel):
     panel.controls["n"].value = 0
-    assert "ZeroDivisionError" in panel.said.value and panel.picture.layout.display == "none"
+    assert "ZeroDivisionError" in panel.said.value and panel.image.layout.display == "none"
     panel.controls["n"].value = 2
-    assert panel.said.value == "" and panel.error is None and panel.picture.layout.display is None
+    assert panel.said.value == "" and panel.error is None and panel.image.layout.display is None
 
 
 def test_an_error_is_text_not_markup():
@@ -56,25 +56,23 @@ def test_an_error_is_text_not_markup():
 def test_a_stored_page_keeps_the_picture_alone(panel):
     bundle = panel._repr_mimebundle_()
     assert (
-        base64.b64decode(bundle["image/png"]) == panel.picture.value
-        and VIEW in bundle
-        and bundle["text/plain"] == "n 2"
+        base64.b64decode(bundle["image/png"]) == panel.image.value and VIEW in bundle and bundle["text/plain"] == "n 2"
     )
     nb = dict(
         cells=[dict(outputs=[dict(data=json.loads(json.dumps(bundle)))]), dict(outputs=[dict(data={VIEW: {}})]), dict()]
     )
     assert tidy(nb) and list(nb["cells"][0]["outputs"][0]["data"]) == ["image/png", "text/plain"]
-    assert nb["cells"][1]["outputs"] == [] and not tidy(nb), "a view without a picture goes, and nothing else changes"
+    assert nb["cells"][1]["outputs"] == [] and not tidy(nb), "a view without an image goes, and nothing else changes"
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 3), (32, 64, 3)])
 def test_augment_lab(shape):
     p = augment_lab(torch.randint(256, shape, dtype=torch.uint8))
     for c in p.controls.values():
-        before = p.picture.value
+        before = p.image.value
         c.value = c.max
-        assert p.error is None and p.picture.value != before, c.description
-    with pytest.raises(InputError, match="one picture"):
+        assert p.error is None and p.image.value != before, c.description
+    with pytest.raises(InputError, match="one image"):
         augment_lab(torch.rand(shape))
 
 

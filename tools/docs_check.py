@@ -24,7 +24,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 OUT = "_docs_check"
 LIMIT = 3_000_000  # bytes of a page that still opens at once on a phone
-NO_WORDS = "No description has been provided for this image"  # what nbconvert writes where a picture has none
+NO_WORDS = "No description has been provided for this image"  # what nbconvert writes where an image has none
 MATHJAX = r"""<script>MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']]}}</script>
 # equations, for whoever reads a page while connected; no check needs it
 <script defer src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"></script>"""
@@ -102,7 +102,7 @@ def plain_markdown(text):
 
 
 class Seen(HTMLParser):
-    "Anchors, links and pictures of a page, each with the heading it stands under; `mute` are those of pictures that no words stand in for."
+    "Anchors, links and images of a page, each with the heading it stands under; `mute` are those of images that no words stand in for."
 
     def __init__(self, html):
         super().__init__()
@@ -250,11 +250,11 @@ def link_fault(href, page, pages, seen, nbs, home=""):
 
 def image_fault(src, page, nbs):
     if not src:
-        return "a picture without a source"
+        return "an image without a source"
     if src.startswith("data:") or urlsplit(src).scheme in ("http", "https"):
         return ""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page.name), unquote(src)))
-    return "" if (nbs / path).is_file() else f"no such picture: {src}"
+    return "" if (nbs / path).is_file() else f"no such image: {src}"
 
 
 def equation_faults(page):
@@ -280,7 +280,7 @@ def faults(pages, rows, nbs, home=""):
         lines += [f"{why}, under {under}" for src, under in seen[p.name].images if (why := image_fault(src, p, nbs))]
         if mute := seen[p.name].mute:
             lines.append(
-                f"{len(mute)} of its pictures without words for those who can't see them, the first under {mute[0]}: "
+                f"{len(mute)} of its images without words for those who can't see them, the first under {mute[0]}: "
                 "#| fig-alt: what is to be seen"
             )
         if len(p.html.encode()) > LIMIT:
@@ -412,7 +412,7 @@ def relinked(html, page, pages, home=""):
 
 
 def write_site(pages, rows, nbs, out, title, home="", bar=()):
-    "Every page, one style sheet, the pictures that pages name."
+    "Every page, one style sheet, the images that pages name."
     from pygments.formatters import HtmlFormatter
 
     shutil.rmtree(out, ignore_errors=True)

@@ -27,7 +27,7 @@ PICTURE = "image/png"
 REL, SAME = (
     1e-3,
     5e-4,
-)  # numbers may differ by a part in a thousand, pictures in so many of their pixels, by a quarter of the scale
+)  # numbers may differ by a part in a thousand, images in so many of their pixels, by a quarter of the scale
 
 
 class Client(NotebookClient):
@@ -49,7 +49,7 @@ def fresh(path):
 
 
 def said(outputs, kind="text/plain"):
-    "The words of a cell's outputs, without addresses in memory and without the words that stand for a picture or a widget."
+    "The words of a cell's outputs, without addresses in memory and without the words that stand for an image or a widget."
     out = []
     for o in outputs:
         data = o.get("data", {})
@@ -60,7 +60,7 @@ def said(outputs, kind="text/plain"):
     return re.sub(r"0x[0-9a-f]+", "0x", "".join(out)).strip()
 
 
-def pictures(outputs):
+def images(outputs):
     return [o["data"][PICTURE] for o in outputs if PICTURE in o.get("data", {})]
 
 
@@ -89,10 +89,10 @@ def changed(old, new):
         a, b = said(old, kind), said(new, kind)
         if not same_words(a, b):
             return f"says {b[:70]!r} instead of {a[:70]!r}" if kind == "text/plain" else "shows another table"
-    a, b = pictures(old), pictures(new)
+    a, b = images(old), images(new)
     if len(a) != len(b):
-        return f"{len(b)} pictures instead of {len(a)}"
-    return "" if all(map(same_picture, a, b)) else "another picture"
+        return f"{len(b)} images instead of {len(a)}"
+    return "" if all(map(same_picture, a, b)) else "another image"
 
 
 def renew(path, look):

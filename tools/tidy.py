@@ -1,6 +1,6 @@
 """What `nbdev_clean` leaves to do.
 
-A stored page has no kernel: of a widget only the picture is kept that it left. nbdev takes the whole of a title's cell for
+A stored page has no kernel: of a widget only the image is kept that it left. nbdev takes the whole of a title's cell for
 front matter, so on the site its other words would be lost: they get a cell of their own. And each notebook opens in Colab: by a link
 under its title, and a cell that installs the kit there. In the class, the cells of the checks are folded, for they hold the answers.
 """
@@ -24,7 +24,7 @@ def address():
 
 
 def tidy(nb):
-    "Drop views of widgets: a stored page shows the picture they left, or nothing. True when something was dropped."
+    "Drop views of widgets: a stored page shows the image they left, or nothing. True when something was dropped."
     before = json.dumps(nb)
     for c in (c for c in nb["cells"] if "outputs" in c):
         c["outputs"] = [o for o in c["outputs"] if VIEW not in o.get("data", {}) or "image/png" in o["data"]]

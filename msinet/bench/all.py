@@ -63,7 +63,7 @@ def bench_rank(
 def bench_pipeline(
     rounds: int = 5,  # see `ratio`
     size: tuple[int, int] = (256, 128),  # (H, W) in pixels
-    n: int = 64,  # pictures in a batch
+    n: int = 64,  # images in a batch
     device='cpu',  # batches are always made by the processor
 ) -> pd.DataFrame:  # as `bench_data`, and the bytes moved by the cut from the cache
     "Ways from files to a batch."

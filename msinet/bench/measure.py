@@ -50,7 +50,7 @@ def ratio(
 def _torchvision_path(
     size: tuple[int, int],  # (H, W) in pixels
 ):
-    "A picture to a float tensor (3, H, W) by torchvision's transforms, or None where it can't be imported."
+    "An image to a float tensor (3, H, W) by torchvision's transforms, or None where it can't be imported."
     try:
         from torchvision import transforms as T
     except (ImportError, RuntimeError):
@@ -69,7 +69,7 @@ def _torchvision_path(
 
 # %% ../../nbs/bench/51_measure.ipynb #ebc99c64
 def pillow_path(
-    im,  # a picture
+    im,  # an image
     size: tuple[int, int],  # (H, W) in pixels
     rng: np.random.Generator,
 ) -> torch.Tensor:  # (3, H, W) float32
@@ -91,7 +91,7 @@ def pillow_path(
 # %% ../../nbs/bench/51_measure.ipynb #131b4425
 def _write_jpegs(
     dir,  # folder to write into
-    n: int = 64,  # pictures, at most 64
+    n: int = 64,  # images, at most 64
 ) -> list:  # of `Item`
     "Rendered persons as JPEG files of 128×64."
     items = []
@@ -103,9 +103,9 @@ def _write_jpegs(
 # %% ../../nbs/bench/51_measure.ipynb #7c469fac
 def bench_data(
     size: tuple[int, int] = (256, 128),  # (H, W) in pixels
-    n: int = 64,  # pictures in a batch, at most 64
+    n: int = 64,  # images in a batch, at most 64
     rounds: int = 9,  # see `ratio`
-) -> pd.DataFrame:  # as `ratio`, and pictures a second
+) -> pd.DataFrame:  # as `ratio`, and images a second
     "Ways from JPEG files to a batch, one thread."
     with tempfile.TemporaryDirectory() as dir, threads(1):
         items = _write_jpegs(dir, n)

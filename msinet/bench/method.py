@@ -79,7 +79,7 @@ def _plain_sam(
 
 # %% ../../nbs/bench/51_method.ipynb #1aa78de0
 def bench_sam(
-    B: int = 64,  # pictures
+    B: int = 64,  # images
     C: int = 512,  # channels
     size: tuple[int, int] = (16, 8),  # (H, W) of the maps
     rounds: int = 5,  # see `ratio`
@@ -110,7 +110,7 @@ def _plain_update(
 # %% ../../nbs/bench/51_method.ipynb #db7ed32b
 def bench_memory(
     P: int = 16,
-    K: int = 4,  # identities, pictures of each
+    K: int = 4,  # identities, images of each
     n: int = 624,
     d: int = 512,  # rows and length of the memory
     rounds: int = 9,  # see `ratio`
@@ -150,12 +150,12 @@ def _plain_mix(
 
 # %% ../../nbs/bench/51_method.ipynb #d4fef928
 def bench_search(
-    B: int = 8,  # pictures
+    B: int = 8,  # images
     size: tuple[int, int] = (256, 128),  # (H, W) in pixels
     channels=(64, 256, 384, 512),  # of the supernet
     rounds: int = 5,  # see `ratio`
     device='cpu',  # where
-) -> pd.DataFrame:  # as `ratio`, pictures a second, and MB kept for the backward pass
+) -> pd.DataFrame:  # as `ratio`, images a second, and MB kept for the backward pass
     "The half-step that moves α: plain, and as `SearchStep` does it."
     x = torch.randn(B, 3, *size, device=device)
     y = torch.arange(B, device=device)
@@ -180,12 +180,12 @@ def bench_search(
 
 # %% ../../nbs/bench/51_method.ipynb #947bccfc
 def bench_train(
-    B: int = 16,  # pictures, four of each identity
+    B: int = 16,  # images, four of each identity
     size: tuple[int, int] = (256, 128),  # (H, W) in pixels
     net: nn.Module = None,  # a `ReIDNet` with classifiers; None takes Table 1's
     rounds: int = 5,  # see `ratio`
     device='cpu',  # where
-) -> pd.DataFrame:  # as `ratio`, pictures a second, and MB at the peak
+) -> pd.DataFrame:  # as `ratio`, images a second, and MB at the peak
     "A training step with plain alignment, with ours, and without."
     net = net or ReIDNet(derived(), FBLNeck((256, 384, 512), 100))
     net, sam, x, y = (
@@ -224,13 +224,13 @@ def _forms_of(
 
 # %% ../../nbs/bench/51_method.ipynb #610dbb7a
 def bench_infer(
-    B=16,  # pictures; a tuple measures one after another
+    B=16,  # images; a tuple measures one after another
     size: tuple[int, int] = (256, 128),  # (H, W) in pixels
     channels=(64, 256, 384, 512),  # of the network
     rounds: int = 5,  # see `ratio`
     net: nn.Module = None,  # a `ReIDNet`; None takes Table 1's with these channels
     device='cpu',  # where
-) -> pd.DataFrame:  # as `ratio`, and pictures a second
+) -> pd.DataFrame:  # as `ratio`, and images a second
     "Embeddings: as trained, and by what is made of it for use."
     net = (net or ReIDNet(derived(channels=channels), FBLNeck(channels[1:]))).to(device).eval()
     many, rows = isinstance(B, tuple), []
@@ -248,8 +248,8 @@ def bench_infer(
 
 # %% ../../nbs/bench/51_method.ipynb #04d56b03
 def bench_networks(
-    B=(1, 16, 64),  # pictures to embed, one group of rows each
-    train_B: int = 16,  # pictures of a training step, four of each identity; 0 leaves it out
+    B=(1, 16, 64),  # images to embed, one group of rows each
+    train_B: int = 16,  # images of a training step, four of each identity; 0 leaves it out
     size: tuple[int, int] = (256, 128),  # (H, W) in pixels
     names=(
         'resnet50',
@@ -262,7 +262,7 @@ def bench_networks(
     ),  # of `BACKBONES`, the one to compare with first
     rounds: int = 5,  # see `ratio`
     device='cpu',  # where
-) -> pd.DataFrame:  # as `ratio`, pictures a second and, of a training step, MB at the peak
+) -> pd.DataFrame:  # as `ratio`, images a second and, of a training step, MB at the peak
     "Every network of the kit: embedding, and a training step."
     nets = {n: network(n, TABLE1, (64, 256, 384, 512), 3, size, 100).to(device) for n in names}
     rows = []

@@ -34,10 +34,10 @@ class Case:
     "A set's size, and how many of its queries are measured."
 
     Q: int  # queries of the set
-    G: int  # gallery pictures
+    G: int  # gallery images
     ids: int  # identities
     noise: float  # of the features; 2.2 gives a realistic mAP
-    same_cam_ok: bool = False  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False  # do images by the query's own camera count?
     some: int | None = None  # queries that are measured; None: all
 
 # %% ../../nbs/bench/51_retrieval.ipynb #251b5fc6
@@ -95,7 +95,7 @@ def loop_ap(
     g_f,
     g_pid,
     g_cam,  # as for `rank`
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
     one=1.0,  # what is added to a place; the integer 1 is faster
 ) -> np.ndarray:  # AP of each query that has a match
     "Average precision the plain way: sort everything, then one query at a time."
@@ -277,8 +277,8 @@ def _dense_labels(
 # %% ../../nbs/bench/51_retrieval.ipynb #1f1e2b4c
 def bench_clusters(
     rounds: int = 3,  # see `ratio`
-    sizes=(1500,),  # pictures, where both forms are measured
-    large: int = 0,  # pictures for the sparse form alone, once; 32,621 is MSMT17's training set; 0 leaves it out
+    sizes=(1500,),  # images, where both forms are measured
+    large: int = 0,  # images for the sparse form alone, once; 32,621 is MSMT17's training set; 0 leaves it out
     device='cpu',  # clusters are always made on the processor
 ) -> pd.DataFrame:  # as `ratio`, with MB; two rows per size
     "Labels from features: sparse distances against matrices."

@@ -28,7 +28,7 @@ def _rand_on(
     gen: torch.Generator,  # on the CPU
     *shape: int,  # of the numbers for `x`
     part=(0, 1),  # which part of the batch `x` is, of how many
-    dim: int = 0,  # where `shape` counts pictures
+    dim: int = 0,  # where `shape` counts images
 ) -> Tensor:  # uniform in [0, 1)
     "Random numbers that are the same on every device, and for any number of parts."
     whole = [n * part[1] if d == dim else n for d, n in enumerate(shape)]
@@ -38,10 +38,10 @@ def _rand_on(
 def random_flip(
     x: Tensor,  # (B, 3, H, W)
     gen: torch.Generator,  # on the CPU
-    p: float = 0.5,  # share of pictures mirrored
+    p: float = 0.5,  # share of images mirrored
     part=(0, 1),  # as in `_rand_on`
 ) -> Tensor:  # (B, 3, H, W)
-    "Mirror some of the pictures left to right."
+    "Mirror some of the images left to right."
     return torch.where(_rand_on(x, gen, len(x), 1, 1, 1, part=part) < p, x.flip(3), x)
 
 # %% ../../nbs/data/04_augment.ipynb #7ac818b0
@@ -109,7 +109,7 @@ def _paint_boxes(
     width,  # (B,) in pixels; height 0 paints nothing
     fill,  # three values, red, green, blue
 ) -> Tensor:  # (B, 3, H, W)
-    "Paint one box into each picture."
+    "Paint one box into each image."
     inside = lambda n, lo, size: ((k := torch.arange(n, device=x.device)) >= lo[:, None]) & (k < (lo + size)[:, None])
     box = inside(x.shape[2], top, height)[:, None, :, None] & inside(x.shape[3], left, width)[:, None, None, :]
     return torch.where(box, to_device(torch.tensor(fill, dtype=x.dtype), x.device)[:, None, None], x)
@@ -118,12 +118,12 @@ def _paint_boxes(
 def random_boxes(
     x: Tensor,  # (B, 3, H, W)
     gen: torch.Generator,  # on the CPU
-    area=(0.02, 0.4),  # share of the picture
+    area=(0.02, 0.4),  # share of the image
     aspect=(0.3, 1 / 0.3),  # height by width
-    tries: int = 20,  # candidates for each picture
+    tries: int = 20,  # candidates for each image
     part=(0, 1),  # as in `_rand_on`
 ) -> tuple[Tensor, ...]:  # top, left, height, width, each (B,) in pixels
-    "One random box for each picture that fits into it."
+    "One random box for each image that fits into it."
     B, _, H, W = x.shape
     between = lambda lo, hi: lo + (hi - lo) * _rand_on(x, gen, B, tries, part=part)
     a, r = H * W * between(*area), between(*aspect)
@@ -135,17 +135,17 @@ def random_boxes(
     return top, left, h, w
 
 # %% ../../nbs/data/04_augment.ipynb #08a02953
-FILL = (0.4914, 0.4822, 0.4465)  # written into normalised pictures
+FILL = (0.4914, 0.4822, 0.4465)  # written into normalised images
 
 # %% ../../nbs/data/04_augment.ipynb #776c505c
 def random_erase(
     x: Tensor,  # (B, 3, H, W), normalised
     gen: torch.Generator,  # on the CPU
-    p: float = 0.5,  # share of pictures
+    p: float = 0.5,  # share of images
     fill=FILL,  # red, green, blue
     part=(0, 1),  # as in `_rand_on`
 ) -> Tensor:  # (B, 3, H, W)
-    "Paint a random box over some of the pictures."
+    "Paint a random box over some of the images."
     top, left, h, w = random_boxes(x, gen, part=part)
     return _paint_boxes(x, top, left, h * (_rand_on(x, gen, len(x), part=part) < p), w, fill)
 
@@ -153,9 +153,9 @@ def random_erase(
 def augment(
     x: Tensor,  # (B, H, W, 3) uint8, on any device
     gen: torch.Generator,  # on the CPU
-    flip: float = 0.5,  # share of pictures mirrored
+    flip: float = 0.5,  # share of images mirrored
     pad: int = 10,  # shift by up to so many pixels, for 256×128
-    random_erasing: float = 0.5,  # share of pictures with a box painted over
+    random_erasing: float = 0.5,  # share of images with a box painted over
     jitter=(0, 0, 0),  # strength of brightness, contrast, saturation; (.4, .4, .3) for cross-domain training
     fill=FILL,  # what the box is painted with, after normalising
     part=(0, 1),  # which part of a batch `x` is, of how many

@@ -31,7 +31,7 @@ from .sets import get_data, split_spec
 
 # %% ../../nbs/data/04_check.ipynb #0539fe82
 _STOP = ('missing', 'empty', 'unreadable', 'truncated', 'two identities', 'in train and test')
-_NOTE = ('duplicate', 'no positive', 'shared identity', 'odd name', 'not a picture')
+_NOTE = ('duplicate', 'no positive', 'shared identity', 'odd name', 'not an image')
 
 # %% ../../nbs/data/04_check.ipynb #e4db69ed
 class Fault(NamedTuple):
@@ -46,7 +46,7 @@ _MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'BM', b'RIFF', b'II*', b'MM', b'GIF8')  
 
 # %% ../../nbs/data/04_check.ipynb #ecdb8e39
 def check_image(
-    path: str,  # of a picture
+    path: str,  # of an image
 ) -> tuple[Fault | None, bytes]:  # what is wrong with it, fingerprint of its bytes
     "Read one file whole, and decode it."
     try:
@@ -68,9 +68,9 @@ def check_image(
 
 # %% ../../nbs/data/04_check.ipynb #ad57cb57
 def _check_images(
-    paths,  # of pictures, each once
+    paths,  # of images, each once
     progress: bool = False,  # show a bar
-    step: int = 64,  # pictures a thread takes at a time
+    step: int = 64,  # images a thread takes at a time
 ) -> tuple[list[Fault], dict[str, bytes]]:  # what is wrong; path -> fingerprint of those that can be read
     "Read and decode many files, with threads."
     blocks = [paths[k : k + step] for k in range(0, len(paths), step)]
@@ -91,7 +91,7 @@ def repeated_images(
     data: ReIDData,  # any set
     digest: dict[str, bytes],  # path -> fingerprint of the file
 ) -> list[Fault]:
-    "Pictures that are in a set more than once, as files of their own."
+    "Images that are in a set more than once, as files of their own."
     uses, groups = defaultdict(set), defaultdict(list)
     for part in ('train', 'query', 'gallery'):
         for i in getattr(data, part):
@@ -104,9 +104,9 @@ def repeated_images(
 def _judge(
     paths,  # files with the same bytes, sorted
     uses: dict,  # path -> set of (list, identity, camera)
-    same_cam_ok: bool,  # do pictures by the query's own camera count?
+    same_cam_ok: bool,  # do images by the query's own camera count?
 ) -> list[Fault]:
-    "What it means that these files are one picture."
+    "What it means that these files are one image."
     fit = [p for p in paths if any(part == 'train' for part, _, _ in uses[p])]
     if fit and len(fit) < len(paths):
         return [Fault(p, 'in train and test', f'the same as {min(set(paths) - set(fit))}') for p in fit]
@@ -140,7 +140,7 @@ def queries_without_match(
 def shared_identities(
     data: ReIDData,  # any set
 ) -> list[Fault]:
-    "The first training picture of each identity that is tested with, too."
+    "The first training image of each identity that is tested with, too."
     if data.name == 'MS':
         return []
     first = {i.pid: i for i in reversed(data.train)}
@@ -151,7 +151,7 @@ def shared_identities(
 def _unlisted_files(
     data: ReIDData,  # any set
 ) -> list[Fault]:
-    "Empty files, and files that are no pictures, beside the pictures of a set."
+    "Empty files, and files that are no images, beside the images of a set."
     root = data.source.root if data.source else ''
     tops = (
         {
@@ -165,9 +165,9 @@ def _unlisted_files(
         tops = {root}
     faults = []
     for p, name in (f for top in sorted(tops) for f in files_below(top)):
-        picture = os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden_file(name)
-        if not picture:
-            faults.append(Fault(p, 'not a picture'))
+        image = os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden_file(name)
+        if not image:
+            faults.append(Fault(p, 'not an image'))
         elif os.path.isfile(p) and not os.path.getsize(p):
             faults.append(Fault(p, 'empty'))
     return faults
@@ -180,7 +180,7 @@ class Check:
     data: ReIDData  # the set
     faults: pd.DataFrame  # columns path, kind, detail: one row per file
     counts: pd.DataFrame  # rows train, query, gallery: ids, images, cameras, and as published
-    cameras: pd.DataFrame  # rows cameras, columns lists: how many pictures
+    cameras: pd.DataFrame  # rows cameras, columns lists: how many images
     notes: tuple = ()  # what the loader warned of
 
     @property
@@ -224,7 +224,7 @@ def _counted(
 def _per_camera(
     data: ReIDData,  # any set
 ) -> pd.DataFrame:  # rows cameras, columns train, query, gallery
-    "How many pictures each camera took."
+    "How many images each camera took."
     rows = [
         ('none' if i.cam is None else i.cam, part)
         for part in ('train', 'query', 'gallery')
@@ -242,7 +242,7 @@ def check_data(
     data,  # a set, or what `get_data` takes for one: 'M=path'
     progress: bool = False,  # show a bar
 ) -> Check:
-    "Look at every picture of a set once. Raises `InputError` when it can't be read as a set at all."
+    "Look at every image of a set once. Raises `InputError` when it can't be read as a set at all."
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         if isinstance(data, str):
@@ -277,13 +277,13 @@ def check_data(
 @style()
 def draw_check(
     check: Check,  # as from `check_data`
-    K: int = 4,  # pictures of each identity in a batch: a line is drawn there
+    K: int = 4,  # images of each identity in a batch: a line is drawn there
 ) -> Figure:
-    "Pictures per camera, pictures per identity, faults."
+    "Images per camera, images per identity, faults."
     fig, (ax, bx, cx) = plt.subplots(1, 3, figsize=(COL2, 2.2), layout='constrained', width_ratios=(3, 2, 2))
     check.cameras.plot.bar(ax=ax, width=0.8, rot=0, color=[NETS[0], QUERY, NETS[2]])
-    ax.set(xlabel='camera', ylabel='pictures', ylim=(0, 1.5 * check.cameras.to_numpy().max()))
-    ax.set_title(f'{one_line(check.data.name)}: pictures by camera', parse_math=False)
+    ax.set(xlabel='camera', ylabel='images', ylim=(0, 1.5 * check.cameras.to_numpy().max()))
+    ax.set_title(f'{one_line(check.data.name)}: images by camera', parse_math=False)
     ax.legend(loc='upper center', ncols=3, fontsize=6, frameon=False)
     sizes = pd.Series([i.pid for i in check.data.train]).value_counts().value_counts().sort_index()
     bx.bar(sizes.index, sizes, width=0.9, color=NETS[0])
@@ -291,7 +291,7 @@ def draw_check(
     for a, which in ((ax, 'y'), (bx, 'both'), (cx, 'x')):
         a.locator_params(axis=which, integer=True)
     bx.set(
-        xlabel='pictures of an identity',
+        xlabel='images of an identity',
         ylabel='training identities',
         title=f'left of the line: fewer than K = {K}',
         xlim=(0, 1 + max(K, *sizes.index)),
@@ -345,7 +345,7 @@ class CheckConfig:
 
     data: Positional[str]  # M=/path, MS=/path, VR=/path, VID=/path or folder=/path; several may be joined by +
     fix: str = ''  # write an exclusion list here, for M=/path::exclude=FILE; the data are never touched
-    figure: str = ''  # save the picture here, such as check.png
+    figure: str = ''  # save the image here, such as check.png
 
 # %% ../../nbs/data/04_check.ipynb #8af3109b
 def describe_check(
@@ -408,7 +408,7 @@ def _save_check(
     check: Check,  # as from `check_data`
     file,  # .png, .pdf or .svg
 ):
-    "Save the picture of a check. Raises `InputError` when it can't be written."
+    "Save the image of a check. Raises `InputError` when it can't be written."
     fig = draw_check(check)
     try:
         fig.savefig(file, dpi=150)

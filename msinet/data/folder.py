@@ -36,12 +36,12 @@ def _own_items(
     root,  # a folder
     pattern: str | None,  # as in `folder`
 ) -> dict[str, Item]:  # by path below `root`
-    "The pictures of a folder of your own. Raises `InputError` when they show fewer than two identities."
+    "The images of a folder of your own. Raises `InputError` when they show fewer than two identities."
     named = read_names(image_files(root), root, pattern or r'^(?P<pid>[^/]+)/')
     whom, where = {i for _, i, _ in named}, {c for _, _, c in named}
     if len(whom) < 2:
         raise InputError(
-            f'all {len(named)} pictures in {root} show one identity, {min(whom)!r}; expected several: give a pattern'
+            f'all {len(named)} images in {root} show one identity, {min(whom)!r}; expected several: give a pattern'
         )
     pids, cams = numbers(whom), {None: None} if None in where else numbers(where, keep=True)
     return {p.relative_to(root).as_posix(): Item(str(p), pids[i], cams[c]) for p, i, c in named}
@@ -53,7 +53,7 @@ _SPLITS = ('train', 'query', 'gallery', 'test')  # what the column `split` may s
 def _read_table(
     file,  # CSV with columns path, pid and perhaps cam, split
 ) -> pd.DataFrame:  # texts, blanks stripped
-    "A table of pictures. Raises `InputError` when it is no such table or has holes."
+    "A table of images. Raises `InputError` when it is no such table or has holes."
     try:
         t = pd.read_csv(file, dtype=str, keep_default_na=False, skipinitialspace=True)
     except (OSError, ValueError) as e:
@@ -81,7 +81,7 @@ def _read_table(
         check_inside(p, file)
     if t.path.duplicated().any():
         raise InputError(
-            f'{file} names {t.path[t.path.duplicated()].iloc[0]} twice; expected each picture once: mend the table'
+            f'{file} names {t.path[t.path.duplicated()].iloc[0]} twice; expected each image once: mend the table'
         )
     return t
 
@@ -90,7 +90,7 @@ def _table_items(
     root,  # the folder that the paths start from
     t: pd.DataFrame,  # as from `_read_table`
 ) -> dict[str, Item]:  # by path as in the table
-    "The pictures of a table that are there. Raises `InputError` when none is, warns when some are missing."
+    "The images of a table that are there. Raises `InputError` when none is, warns when some are missing."
     pids = numbers(t.pid, keep=True)
     cams = numbers(t.cam, keep=True) if 'cam' in t else {}
     items = {r.path: Item(str(Path(root) / r.path), pids[r.pid], cams[r.cam] if cams else None) for r in t.itertuples()}
@@ -101,15 +101,13 @@ def _table_items(
 def _pick_listed(
     items: dict,  # what `_own_items` gave
     names,  # list of names, or a text file with one name a line (looked for in `root` too)
-    root,  # the folder of pictures
+    root,  # the folder of images
 ) -> list[Item]:  # sorted by path
-    "The items that a list names. Raises `InputError` when the list is not there or names a picture that is not."
+    "The items that a list names. Raises `InputError` when the list is not there or names an image that is not."
     if isinstance(names, (str, Path)):
         file = next((f for f in (Path(names).expanduser(), Path(root) / names) if os.path.isfile(f)), None)
         if not file:
-            raise InputError(
-                f'{names} is not a file; expected a text file with one picture name a line: check the path'
-            )
+            raise InputError(f'{names} is not a file; expected a text file with one image name a line: check the path')
         names = [
             line.strip()
             for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines()
@@ -121,16 +119,16 @@ def _pick_listed(
     lost = [str(n) for n, i in zip(names, found) if i is None]
     if lost:
         raise InputError(
-            f"{len(lost)} of {len(found)} listed pictures are missing or not unique in {root}, such as "
+            f"{len(lost)} of {len(found)} listed images are missing or not unique in {root}, such as "
             f"{', '.join(lost[:3])}: mend the list"
         )
     return sorted(set(found))
 
 # %% ../../nbs/data/02_folder.ipynb #edf9eaa3
 def query_gallery(
-    items,  # of `Item`, the test pictures
+    items,  # of `Item`, the test images
 ) -> tuple[list[Item], list[Item]]:  # queries, gallery
-    "Divide test pictures: the first of each identity by each camera asks, the rest is searched."
+    "Divide test images: the first of each identity by each camera asks, the rest is searched."
     groups = defaultdict(lambda: defaultdict(list))
     query = []
     gallery = []
@@ -147,7 +145,7 @@ def query_gallery(
 def _check_matches(
     query,
     gallery,  # of `Item`
-    same_cam_ok: bool,  # do pictures by the query's own camera count?
+    same_cam_ok: bool,  # do images by the query's own camera count?
 ):
     "Raises `InputError` when no query has a match in the gallery; warns when some have none."
     cams = defaultdict(set)
@@ -159,7 +157,7 @@ def _check_matches(
     kind = 'match' if same_cam_ok else 'match by another camera'
     if alone and alone == asked:
         raise InputError(
-            f'none of the {len(alone)} test identities has a {kind}; expected two pictures or more: add pictures or '
+            f'none of the {len(alone)} test identities has a {kind}; expected two images or more: add images or '
             'change the pattern'
         )
     if alone:
@@ -174,7 +172,7 @@ def _draw_ids(
     share: float,  # of the identities, in [0, 1]
     seed: int,  # which ones
 ) -> list[Item]:  # sorted by path
-    "All pictures of a seeded draw of identities. Raises `InputError` when the share is not one."
+    "All images of a seeded draw of identities. Raises `InputError` when the share is not one."
     if not 0 <= share <= 1:
         raise InputError(f'train_share is {share}; expected a share of the identities, from 0 to 1')
     pids = sorted({i.pid for i in items.values()})
@@ -186,7 +184,7 @@ def _other_ids(
     items: dict,  # what `_own_items` gave
     given,  # of `Item`
 ) -> list[Item]:  # sorted by path
-    "All pictures of the identities that `given` does not show."
+    "All images of the identities that `given` does not show."
     taken = {i.pid for i in given}
     return sorted(i for i in items.values() if i.pid not in taken)
 
@@ -194,7 +192,7 @@ def _other_ids(
 def _split_by(
     items: dict,  # by path
     t: pd.DataFrame,  # with a column `split`
-) -> tuple[list, list, list]:  # training pictures, queries, gallery
+) -> tuple[list, list, list]:  # training images, queries, gallery
     "The three lists as a table says."
     part = {s: sorted(items[p] for p in t.path[t.split == s] if p in items) for s in _SPLITS}
     query, gallery = query_gallery(part['test'])
@@ -203,13 +201,13 @@ def _split_by(
 # %% ../../nbs/data/02_folder.ipynb #4eaa9383
 def _split_items(
     items: dict,  # what `_own_items` gave
-    root,  # the folder of pictures
+    root,  # the folder of images
     train,
     test,  # names, or None, as in `folder`
     share: float,
     seed: int,  # of the draw, as in `folder`
-) -> tuple[list, list, list]:  # training pictures, queries, gallery
-    "The three lists as name lists say, or drawn. Raises `InputError` when a picture is on both sides."
+) -> tuple[list, list, list]:  # training images, queries, gallery
+    "The three lists as name lists say, or drawn. Raises `InputError` when an image is on both sides."
     fit, asked = [None if names is None else _pick_listed(items, names, root) for names in (train, test)]
     if fit is None:
         fit = _draw_ids(items, share, seed) if asked is None else _other_ids(items, asked)
@@ -218,21 +216,21 @@ def _split_items(
     both = sorted({*fit} & {*asked})
     if both:
         raise InputError(
-            f'{len(both)} pictures are both in train and in test, such as {both[0].path}; expected none: mend the lists'
+            f'{len(both)} images are both in train and in test, such as {both[0].path}; expected none: mend the lists'
         )
     return fit, *query_gallery(asked)
 
 # %% ../../nbs/data/02_folder.ipynb #f86b2d46
 def folder(
-    root,  # a folder of pictures or of folders, or a CSV file beside them
+    root,  # a folder of images or of folders, or a CSV file beside them
     pattern: str | None = None,  # regular expression with groups `pid` and perhaps `cam`; None: one folder per identity
-    train=None,  # names of the training pictures (list or text file); None: those of identities not in `test`
-    test=None,  # names of the test pictures; None: those of identities not in `train`
+    train=None,  # names of the training images (list or text file); None: those of identities not in `test`
+    test=None,  # names of the test images; None: those of identities not in `train`
     train_share: float = 0.5,  # of the identities, when neither is named
     seed: int = 0,  # which identities, when neither is named
     table=None,  # CSV file with columns path, pid and perhaps cam, split, instead of names
 ) -> ReIDData:
-    "A folder of your own pictures as a ReID set. Raises `InputError` when it cannot be read as one."
+    "A folder of your own images as a ReID set. Raises `InputError` when it cannot be read as one."
     root = Path(root).expanduser()
     if root.suffix.lower() == '.csv' and os.path.isfile(root):
         root, table = root.parent, root
@@ -243,4 +241,4 @@ def folder(
     same_cam_ok = all(i.cam is None for i in items.values())
     _check_matches(query, gallery, same_cam_ok)
     how = f'the table {Path(table).name}' if t is not None else 'names' if pattern else 'one folder per identity'
-    return ReIDData(fit, query, gallery, root.resolve().name, same_cam_ok, Source(str(root), f'own pictures, {how}'))
+    return ReIDData(fit, query, gallery, root.resolve().name, same_cam_ok, Source(str(root), f'own images, {how}'))

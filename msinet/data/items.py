@@ -25,9 +25,9 @@ from ..errors import InputError, one_line
 
 # %% ../../nbs/data/02_items.ipynb #dd026740
 class Item(NamedTuple):
-    "One picture: where it is, whom it shows, which camera took it."
+    "One image: where it is, whom it shows, which camera took it."
 
-    path: str  # the file, or the name of a picture rendered on demand
+    path: str  # the file, or the name of an image rendered on demand
     pid: int  # identity, as published on disk
     cam: int | None = None  # camera; None where the set names none
 
@@ -37,19 +37,19 @@ class Source(NamedTuple):
 
     root: str  # the set's folder
     layout: str  # which of the known layouts was found, in words
-    published: dict = {}  # list name -> (identities, pictures) as published; empty for a set of your own
+    published: dict = {}  # list name -> (identities, images) as published; empty for a set of your own
     excluded: frozenset = frozenset()  # paths that an exclusion list left out
 
 # %% ../../nbs/data/02_items.ipynb #85e6640f
 @dataclass(frozen=True)
 class ReIDData:
-    "A ReID set: pictures to learn from, pictures to ask with, pictures to search in."
+    "A ReID set: images to learn from, images to ask with, images to search in."
 
     train: list  # of `Item`
     query: list  # of `Item`, identities not in `train`
     gallery: list  # of `Item`, the same identities as `query`, and perhaps distractors
     name: str  # short name: M, MS, VR, VID as in the paper, or a name of yours
-    same_cam_ok: bool = False  # do pictures by the query's own camera count as matches?
+    same_cam_ok: bool = False  # do images by the query's own camera count as matches?
     source: Source | None = field(default=None, compare=False, repr=False)  # None: made, not read
 
 # %% ../../nbs/data/02_items.ipynb #cf3f2885
@@ -71,7 +71,7 @@ def relabel(
     return [label[i.pid] for i in items], ids
 
 # %% ../../nbs/data/02_items.ipynb #789aa400
-SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}  # what counts as a picture
+SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}  # what counts as an image
 
 # %% ../../nbs/data/02_items.ipynb #68c52f75
 def is_hidden_file(
@@ -93,10 +93,10 @@ def files_below(
 def image_files(
     root,  # a folder
 ) -> list[Path]:  # sorted
-    "The pictures in a folder and below it, without hidden and empty files. Raises `InputError` when there are none."
+    "The images in a folder and below it, without hidden and empty files. Raises `InputError` when there are none."
     root = Path(root).expanduser()
     if not os.path.isdir(root):
-        raise InputError(f'{root} is not a folder; expected a folder of pictures: check the path')
+        raise InputError(f'{root} is not a folder; expected a folder of images: check the path')
     good = lambda p, n: (
         os.path.splitext(n)[1].lower() in SUFFIXES
         and not is_hidden_file(n)
@@ -106,7 +106,7 @@ def image_files(
     found = sorted(Path(p) for p, n in files_below(root) if good(p, n))
     if not found:
         raise InputError(
-            f"{root} has no pictures; expected files ending in {', '.join(sorted(SUFFIXES))}: check the path"
+            f"{root} has no images; expected files ending in {', '.join(sorted(SUFFIXES))}: check the path"
         )
     return found
 
@@ -115,24 +115,24 @@ def read_image(
     path,  # of the file
     file=None,  # an open file to read from instead; `path` is its name in messages
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Decode a picture, turned as its camera says. Raises `InputError` when it can't be read whole."
+    "Decode an image, turned as its camera says. Raises `InputError` when it can't be read whole."
     try:
         with Image.open(file or path) as im:
             return np.asarray(ImageOps.exif_transpose(im).convert('RGB'))
     except Exception as e:  # Pillow's decoders raise a dozen kinds
         why = ' '.join(str(e).split()).replace(repr(file), 'the file') or type(e).__name__
         raise InputError(
-            f'{path} is not a readable picture ({why}); expected a whole image file: replace or remove it'
+            f'{path} is not a readable image ({why}); expected a whole image file: replace or remove it'
         ) from None
 
 # %% ../../nbs/data/02_items.ipynb #df231cbb
 class LeftOut(UserWarning):
-    "Pictures were left out of a set: `.paths` has them, `.why` a word or two."
+    "Images were left out of a set: `.paths` has them, `.why` a word or two."
 
     def __init__(
         self,
         text: str,  # what is shown
-        paths,  # of the pictures
+        paths,  # of the images
         why: str,  # such as 'missing'
     ):
         super().__init__(one_line(text))
@@ -143,7 +143,7 @@ _EXAMPLE = r'something like (?P<pid>.+)_cam(?P<cam>\d+)'  # shown when a pattern
 
 # %% ../../nbs/data/02_items.ipynb #e49130a5
 def read_names(
-    paths,  # pictures
+    paths,  # images
     root,  # the folder they were found in
     pattern: str,  # regular expression with a group `pid` and perhaps `cam`
 ) -> list[tuple[Path, str, str | None]]:  # (path, identity, camera) as written in the names
@@ -196,24 +196,24 @@ def check_on_disk(
     where,  # the list they come from, for the message
     root,  # the folder that the list's names start from
 ) -> list[Item]:  # sorted by path
-    "Only the items whose picture is there and not empty. Raises `InputError` when that is none, or when a link leads out of the folder; warns when it is not all."
+    "Only the items whose image is there and not empty. Raises `InputError` when that is none, or when a link leads out of the folder; warns when it is not all."
     good = sorted(i for i in items if os.path.isfile(i.path) and os.path.getsize(i.path))
     first = f', such as {items[0].path}' if items else ''
     if not good:
-        raise InputError(f'none of the {len(items)} pictures listed in {where} is there{first}: complete the copy')
+        raise InputError(f'none of the {len(items)} images listed in {where} is there{first}: complete the copy')
     real, top = lru_cache(None)(os.path.realpath), os.path.join(os.path.realpath(root), '')
     lies = lambda p: real(p) if os.path.islink(p) else os.path.join(real(os.path.dirname(p)), '')
     out = next((i.path for i in good if not lies(i.path).startswith(top)), None)
     if out:
         raise InputError(
-            f'{where} names {out}, which a link leads out of {root}; expected pictures in that folder: put the '
-            'pictures there, or the list beside them'
+            f'{where} names {out}, which a link leads out of {root}; expected images in that folder: put the '
+            'images there, or the list beside them'
         )
     gone = sorted({i.path for i in items} - {i.path for i in good})
     if len(good) < len(items):
         warnings.warn(
             LeftOut(
-                f'{len(items) - len(good)} of {len(items)} pictures listed in {where} are missing and left out, such '
+                f'{len(items) - len(good)} of {len(items)} images listed in {where} are missing and left out, such '
                 f'as {gone[0]}',
                 gone,
                 'missing',
@@ -226,7 +226,7 @@ def check_on_disk(
 def data_fingerprint(
     data: ReIDData,
 ) -> str:  # twelve hexadecimal digits
-    "A fingerprint of a set that doesn't depend on where it lies. Pictures that are rendered on demand count by their names."
+    "A fingerprint of a set that doesn't depend on where it lies. Images that are rendered on demand count by their names."
 
     def line(i):
         return f'{Path(i.path).name} {i.pid} {i.cam} {os.path.getsize(i.path) if os.path.isfile(i.path) else -1}'

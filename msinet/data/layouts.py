@@ -62,7 +62,7 @@ def find_layout(
 
 # %% ../../nbs/data/02_layouts.ipynb #dace748f
 _VID_QUERIES = {800: 5693, 1600: 11777, 2400: 17377}  # VehicleID: test identities -> queries
-PUBLISHED = dict(  # list -> (identities, pictures)
+PUBLISHED = dict(  # list -> (identities, images)
     M=dict(train=(751, 12936), query=(750, 3368), gallery=(751, 15913)),
     MS=dict(train=(1041, 32621), query=(3060, 11659), gallery=(3060, 82161)),
     VR=dict(train=(576, 37778), query=(200, 1678), gallery=(200, 11579)),  # some copies train on 575
@@ -77,15 +77,13 @@ def _sourced(
     data: ReIDData,  # as read
     root: Path,  # the set's folder
     layout: str,  # which layout was found
-    published: dict,  # list -> (identities, pictures)
+    published: dict,  # list -> (identities, images)
 ) -> ReIDData:
     "Note where a set comes from; warn when its numbers are not those published."
     published = {} if (root / _RENDERED).exists() else published
     n = {part: len(getattr(data, part)) for part in published}
     odd = [
-        f'{part} has {n[part]:,} pictures instead of {want:,}'
-        for part, (_, want) in published.items()
-        if n[part] != want
+        f'{part} has {n[part]:,} images instead of {want:,}' for part, (_, want) in published.items() if n[part] != want
     ]
     if odd:
         warnings.warn(
@@ -195,7 +193,7 @@ def veri776(
 def vehicleid(
     root,  # `VehicleID_V1.0` or a folder above it
     n_test: int = 800,  # which test list: 800, 1600, 2400, 3200, 6000 or 13164 identities
-    seed: int = 0,  # which picture of each identity the gallery gets
+    seed: int = 0,  # which image of each identity the gallery gets
 ) -> ReIDData:
     "VehicleID (Liu et al., 2016), one draw of its protocol. Raises `InputError` when the folder is not a copy of it or has no such list."
     root, layout = find_layout(root, {'as published': ['image', 'train_test_split']}, 'VehicleID')
@@ -226,7 +224,7 @@ def vehicleid(
 # %% ../../nbs/data/02_layouts.ipynb #432d059c
 def join_sets(
     a: ReIDData,  # its identities, cameras and test lists stay
-    b: ReIDData,  # its training pictures are added
+    b: ReIDData,  # its training images are added
 ) -> ReIDData:
     "Train on two sets, test on the first; no identity and no camera is in both."
     own = a.train + a.query + a.gallery
@@ -241,7 +239,7 @@ def exclude_listed(
     data: ReIDData,  # as a loader gave it
     names,  # text file: one path below the set's folder a line, what follows a tab is a remark, lines with # too
 ) -> ReIDData:
-    "A set without the pictures of an exclusion list. Raises `InputError` when the list is not there; warns when it is of another copy."
+    "A set without the images of an exclusion list. Raises `InputError` when the list is not there; warns when it is of another copy."
     file, root = Path(names).expanduser(), Path(data.source.root if data.source else '.')
     if not os.path.isfile(file):
         raise InputError(
@@ -257,8 +255,7 @@ def exclude_listed(
     kept = [[i for i in part if one_line(i.path) not in out] for part in (data.train, data.query, data.gallery)]
     if out and kept == [data.train, data.query, data.gallery] and not any(map(os.path.exists, out)):
         warnings.warn(
-            f'none of the {len(out)} pictures listed in {file} is in {root}; expected a list of this copy: '
-            'write it anew',
+            f'none of the {len(out)} images listed in {file} is in {root}; expected a list of this copy: write it anew',
             stacklevel=2,
         )
     source = (data.source or Source('.', 'made'))._replace(excluded=frozenset(out))

@@ -33,7 +33,7 @@ from .augment import augment, FILL, normalise, to_device
 def load_image(
     path: str,  # of an `Item`
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Decode or draw a picture. Raises `InputError` when it can't be read whole."
+    "Decode or draw an image. Raises `InputError` when it can't be read whole."
     return render(path) if is_rendered(path) else read_image(path)
 
 # %% ../../nbs/data/04_loaders.ipynb #242414ea
@@ -41,7 +41,7 @@ def load_resized(
     path: str,  # of an `Item`
     size: tuple[int, int],  # (H, W) in pixels
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Decode a picture and resize it (bilinear, Pillow)."
+    "Decode an image and resize it (bilinear, Pillow)."
     x, (H, W) = load_image(path), size
     return x if x.shape[:2] == (H, W) else np.asarray(Image.fromarray(x).resize((W, H), Image.Resampling.BILINEAR))
 
@@ -51,9 +51,9 @@ def decode(
     out: np.ndarray,  # (N, H, W, 3) uint8, filled in place
     limit: int = 0,  # how many may be unreadable
     bar=None,  # a tqdm bar to move on
-    step: int = 32,  # pictures a thread takes at a time
-) -> dict[int, str]:  # place -> what is wrong with the picture there
-    "Decode pictures into a block of bytes with threads, unreadable ones black. Raises `InputError` when more than `limit` are."
+    step: int = 32,  # images a thread takes at a time
+) -> dict[int, str]:  # place -> what is wrong with the image there
+    "Decode images into a block of bytes with threads, unreadable ones black. Raises `InputError` when more than `limit` are."
 
     def some(lo):
         bad = {}
@@ -78,13 +78,13 @@ def decode(
 # %% ../../nbs/data/04_loaders.ipynb #7c6350ef
 def _too_many(
     bad: dict,  # place -> what is wrong
-    n: int,  # pictures in all
+    n: int,  # images in all
     limit: int,  # how many may be unreadable
 ) -> str:
-    "What to say when too many pictures can't be read."
+    "What to say when too many images can't be read."
     first = next(iter(bad.values()))
     return (
-        f'{first} ({len(bad)} of the first pictures read, {limit} of {n} may be; `msinet data check` finds all)'
+        f'{first} ({len(bad)} of the first images read, {limit} of {n} may be; `msinet data check` finds all)'
         if limit
         else first
     )
@@ -94,7 +94,7 @@ def _fingerprint(
     items,  # of `Item`
     size: tuple[int, int],  # (H, W) in pixels
 ) -> str:
-    "Changes when a path, a file's size, its time of change, the way pictures are drawn or the size asked for changes."
+    "Changes when a path, a file's size, its time of change, the way images are drawn or the size asked for changes."
     h = hashlib.blake2b(f'bilinear {tuple(size)}'.encode(), digest_size=12)
 
     def state(path):
@@ -129,7 +129,7 @@ def _open_block(
     items,  # N of `Item`
     shape,  # (N, H, W, 3)
 ):
-    "(block, unreadable pictures), or None when it isn't there, isn't whole, or one of the unreadable can be read now."
+    "(block, unreadable images), or None when it isn't there, isn't whole, or one of the unreadable can be read now."
     note = file.with_suffix('.bad')
     try:
         block = np.load(file, mmap_mode='r')
@@ -142,7 +142,7 @@ def _open_block(
 
 # %% ../../nbs/data/04_loaders.ipynb #34ee1063
 def _decode_bar(
-    n: int,  # pictures
+    n: int,  # images
     progress: bool,  # show it
 ) -> tqdm:
     "The bar of a decoding."
@@ -155,7 +155,7 @@ def _write_block(
     shape,  # as in `_open_block`
     limit: int,  # how many may be unreadable
     progress: bool = False,  # show a bar
-    chunk: int = 512,  # pictures in memory at a time
+    chunk: int = 512,  # images in memory at a time
 ) -> dict[int, str]:  # as `decode`
     "Decode into a file that `np.load` can map. Errors as `decode`; OSError when the disk has no room."
     bad = {}
@@ -182,7 +182,7 @@ def _make_block(
     limit: int,
     progress: bool,  # as in `_write_block`
 ):
-    "A block on disk, which gets its name when it is complete. Raises `InputError` when the folder can't take it or too many pictures can't be read."
+    "A block on disk, which gets its name when it is complete. Raises `InputError` when the folder can't take it or too many images can't be read."
     part, note = file.with_suffix(f'.{uuid.uuid4().hex[:8]}.part'), file.with_suffix('.bad')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def _make_block(
         os.replace(part, file)
     except OSError as e:
         raise InputError(
-            f'{file.parent} cannot take {np.prod(shape) / 1e9:.1f} GB of decoded pictures ({e.strerror}); expected a '
+            f'{file.parent} cannot take {np.prod(shape) / 1e9:.1f} GB of decoded images ({e.strerror}); expected a '
             'folder with room: choose another'
         ) from None
     finally:
@@ -205,14 +205,14 @@ def _make_block(
 
 # %% ../../nbs/data/04_loaders.ipynb #25e76529
 class PixelCache:
-    "All pictures of a list as one block of bytes: `cache[indices]` is a (B, H, W, 3) uint8 tensor. `.bad` says what could not be read."
+    "All images of a list as one block of bytes: `cache[indices]` is a (B, H, W, 3) uint8 tensor. `.bad` says what could not be read."
 
     def __init__(
         self,
         items,  # N of `Item`
         size: tuple[int, int],  # (H, W) in pixels
         dir=None,  # folder for the block; None keeps it in memory
-        max_bad: float = 0.0,  # share of pictures that may be unreadable; they stay black and are told
+        max_bad: float = 0.0,  # share of images that may be unreadable; they stay black and are told
         progress: bool = False,  # show a bar while decoding
     ):
         self.items, self.size = list(items), tuple(size)
@@ -238,7 +238,7 @@ class PixelCache:
             found = _open_block(file, self.items, shape)
             if found is None:
                 raise InputError(
-                    f'{file} changed while it was made; expected pictures that stay as they are: start again'
+                    f'{file} changed while it was made; expected images that stay as they are: start again'
                 )
         if len(found[1]) > self.limit:
             raise InputError(_too_many(found[1], len(self.items), self.limit))
@@ -252,13 +252,13 @@ class PixelCache:
 
 # %% ../../nbs/data/04_loaders.ipynb #613956cb
 class PixelStream:
-    "Pictures decoded each time they are asked for: `stream[indices]` is a (B, H, W, 3) uint8 tensor. Raises `InputError` past `max_bad`."
+    "Images decoded each time they are asked for: `stream[indices]` is a (B, H, W, 3) uint8 tensor. Raises `InputError` past `max_bad`."
 
     def __init__(
         self,
         items,  # N of `Item`
         size: tuple[int, int],  # (H, W) in pixels
-        max_bad: float = 0.0,  # share of pictures that may be unreadable
+        max_bad: float = 0.0,  # share of images that may be unreadable
     ):
         self.items = list(items)
         self.size = tuple(size)
@@ -285,11 +285,11 @@ class PixelStream:
 
 # %% ../../nbs/data/04_loaders.ipynb #7136223c
 def pk_chunks(
-    labels,  # (N,) one per picture; negative ones are left out
-    K: int,  # pictures in a chunk
+    labels,  # (N,) one per image; negative ones are left out
+    K: int,  # images in a chunk
     rng,  # numpy generator
 ) -> dict[int, list]:  # label -> chunks, each K indices
-    "Each label's pictures, shuffled and cut into chunks of K."
+    "Each label's images, shuffled and cut into chunks of K."
     labels, cut = np.asarray(labels), {}
     order = np.argsort(labels, kind='stable')
     for own in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
@@ -301,9 +301,9 @@ def pk_chunks(
 
 # %% ../../nbs/data/04_loaders.ipynb #6bf6228d
 def pk_batches(
-    labels,  # (N,) one per picture; negative ones are left out
+    labels,  # (N,) one per image; negative ones are left out
     P: int,  # identities in a batch
-    K: int,  # pictures of each
+    K: int,  # images of each
     seed: int,  # of the run
     epoch: int,  # counted from 0
 ) -> list[list[int]]:  # batches of P*K indices, K neighbours share a label
@@ -318,13 +318,13 @@ def pk_batches(
 
 # %% ../../nbs/data/04_loaders.ipynb #5b6a13ef
 class PKSampler:
-    "Lists of P×K indices: P identities, K pictures of each. Raises `InputError` when there are fewer than P identities."
+    "Lists of P×K indices: P identities, K images of each. Raises `InputError` when there are fewer than P identities."
 
     def __init__(
         self,
-        labels,  # (N,) one per picture; negative ones are left out
+        labels,  # (N,) one per image; negative ones are left out
         P: int = 16,  # identities in a batch
-        K: int = 4,  # pictures of each
+        K: int = 4,  # images of each
         seed: int = 0,  # of the run
     ):
         n = len({int(l) for l in labels if l >= 0})
@@ -376,11 +376,11 @@ def _batch_generator(
 
 # %% ../../nbs/data/04_loaders.ipynb #9b147484
 class TrainLoader:
-    "Yields (x, y): this process's part of P×K augmented pictures (B, 3, H, W), and the labels of all P×K. `last` has the indices of all."
+    "Yields (x, y): this process's part of P×K augmented images (B, 3, H, W), and the labels of all P×K. `last` has the indices of all."
 
     def __init__(
         self,
-        pixels: PixelCache,  # N pictures
+        pixels: PixelCache,  # N images
         labels,  # N labels; negative ones are left out
         sampler: PKSampler,  # over the same labels
         aug,  # called as aug(bytes, generator); with `part` when there are several
@@ -425,9 +425,9 @@ def train_loader(
     items,  # of `Item`
     size: tuple[int, int],  # (H, W) in pixels
     P: int = 16,  # identities in a batch
-    K: int = 4,  # pictures of each
+    K: int = 4,  # images of each
     seed: int = 0,  # of the run
-    dir=None,  # folder for decoded pictures; None keeps them in memory
+    dir=None,  # folder for decoded images; None keeps them in memory
     flip: float = 0.5,
     pad: int = 10,
     random_erasing: float = 0.5,
@@ -435,11 +435,11 @@ def train_loader(
     fill=FILL,  # as in `augment`
     device=None,  # where batches go
     cached: bool = True,  # decode once; False decodes for each batch and ignores `dir`
-    max_bad: float = 0.001,  # share of pictures that may be unreadable; they are told and left out
+    max_bad: float = 0.001,  # share of images that may be unreadable; they are told and left out
     progress: bool = False,  # show a bar while decoding
     part=(0, 1),  # as in `TrainLoader`
 ) -> TrainLoader:
-    "Batches of P identities × K pictures, labelled by `relabel`. Errors as `PKSampler`, `PixelCache` and `PixelStream`."
+    "Batches of P identities × K images, labelled by `relabel`. Errors as `PKSampler`, `PixelCache` and `PixelStream`."
     labels, _ = relabel(items)
     pixels = PixelCache(items, size, dir, max_bad, progress) if cached else PixelStream(items, size, max_bad)
     drawn = [-1 if k in pixels.bad else l for k, l in enumerate(labels)]
@@ -454,11 +454,11 @@ class _InOrder:
         self,
         items,  # N of `Item`
         size: tuple[int, int],  # (H, W) in pixels
-        bs: int = 128,  # pictures in a batch
-        dir=None,  # folder for decoded pictures
+        bs: int = 128,  # images in a batch
+        dir=None,  # folder for decoded images
         keep: int = 2**30,  # without a folder: bytes that may stay in memory
         device=None,  # where batches go
-        max_bad: float = 0.0,  # share of pictures that may be unreadable, and are black then
+        max_bad: float = 0.0,  # share of images that may be unreadable, and are black then
         part=(0, 1),  # which part of the batches is given, of how many
     ):
         self.items = list(items)
@@ -487,14 +487,14 @@ class _InOrder:
 def test_loader(
     items,  # of `Item`
     size: tuple[int, int],  # (H, W) in pixels
-    bs: int = 128,  # pictures in a batch
-    dir=None,  # folder for decoded pictures
+    bs: int = 128,  # images in a batch
+    dir=None,  # folder for decoded images
     keep: int = 2**30,  # without a folder: bytes that may stay in memory
     device=None,  # where batches go
-    max_bad: float = 0.0,  # share of pictures that may be unreadable, and are black then
+    max_bad: float = 0.0,  # share of images that may be unreadable, and are black then
     part=(0, 1),  # as in `_InOrder`
 ) -> _InOrder:
-    "Every picture once, in order, normalised. Errors as `PixelCache`."
+    "Every image once, in order, normalised. Errors as `PixelCache`."
     return _InOrder(items, size, bs, dir, keep, device, max_bad, part)
 
 

@@ -89,7 +89,7 @@ def synth_options(
 # %% ../../nbs/data/04_sets.ipynb #74246275
 def _rendered(
     spec: str,  # as for `synth_options`
-    size: tuple[int, int],  # (H, W) in pixels; pictures are drawn as high
+    size: tuple[int, int],  # (H, W) in pixels; images are drawn as high
     progress: bool = False,  # show a bar while drawing
 ) -> ReIDData:
     "A rendered set from the folder that MSINET_CACHE names, or from ~/.cache/msinet; drawn when it isn't there. Errors as `synth`."

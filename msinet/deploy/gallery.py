@@ -55,16 +55,16 @@ def weights_hash(
 
 # %% ../../nbs/deploy/31_gallery.ipynb #8a1da338
 def _image_input(
-    picture,  # a file's path, a rendered picture's name, or (H, W, 3) uint8
+    image,  # a file's path, a rendered image's name, or (H, W, 3) uint8
     size: tuple[int, int],  # (H, W) of the network's input
 ) -> Tensor:  # (1, 3, H, W) normalised
-    "One picture as the network sees it. Raises `InputError` for anything that isn't one."
-    if isinstance(picture, (str, Path)):
-        x = load_resized(str(picture), size)
+    "One image as the network sees it. Raises `InputError` for anything that isn't one."
+    if isinstance(image, (str, Path)):
+        x = load_resized(str(image), size)
     else:
-        x = np.asarray(picture)
+        x = np.asarray(image)
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
-            raise InputError(f'picture is {x.dtype} of shape {x.shape}; expected uint8 (H, W, 3)')
+            raise InputError(f'image is {x.dtype} of shape {x.shape}; expected uint8 (H, W, 3)')
         x = np.asarray(Image.fromarray(x).resize(size[::-1], Image.Resampling.BILINEAR))
     return normalise(rearrange(torch.from_numpy(x.copy())[None], 'b h w c -> b c h w'))
 
@@ -72,31 +72,31 @@ def _image_input(
 @torch.no_grad()
 def image_embedding(
     net: nn.Module,  # with a method `embed`
-    picture,  # as for `_image_input`
+    image,  # as for `_image_input`
     size: tuple[int, int],  # (H, W) of the network's input
 ) -> Tensor:  # (D,) of length 1, on the CPU
-    "One picture's unit vector. Errors as `_image_input` and `valid_vectors`."
+    "One image's unit vector. Errors as `_image_input` and `valid_vectors`."
     was = net.training
     try:
-        f = net.eval().embed(_image_input(picture, size).to(device_of(net))).float().cpu()
+        f = net.eval().embed(_image_input(image, size).to(device_of(net))).float().cpu()
     finally:
         net.train(was)
-    return F.normalize(valid_vectors(f, 'picture', [picture if isinstance(picture, (str, Path)) else 'array']))[0]
+    return F.normalize(valid_vectors(f, 'image', [image if isinstance(image, (str, Path)) else 'array']))[0]
 
 # %% ../../nbs/deploy/31_gallery.ipynb #07d78d4b
 def image_embeddings(
     net: nn.Module,  # with a method `embed`
-    paths,  # N pictures
+    paths,  # N images
     size: tuple[int, int],  # (H, W) of the network's input
 ) -> Tensor:  # (N, D) of length 1, on the CPU
-    "Unit vectors of many pictures. Errors as `embed` and `valid_vectors`."
+    "Unit vectors of many images. Errors as `embed` and `valid_vectors`."
     names = [str(p) for p in paths]
     f = embed(net, test_loader([Item(n, 0) for n in names], size)).f.cpu()
     return F.normalize(valid_vectors(f, 'gallery', names))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #ccf21ff4
 class Matches(NamedTuple):
-    "The nearest pictures of a gallery."
+    "The nearest images of a gallery."
 
     names: list  # k names
     dist: np.ndarray  # (k,) Euclidean distances of unit vectors, 0 to 2
@@ -104,10 +104,10 @@ class Matches(NamedTuple):
 # %% ../../nbs/deploy/31_gallery.ipynb #f6d796ae
 @dataclass(frozen=True)
 class Gallery:
-    "Pictures that can be searched: unit vectors, names, and whose vectors they are."
+    "Images that can be searched: unit vectors, names, and whose vectors they are."
 
     f: Tensor  # (N, D) of length 1, on the CPU
-    names: tuple  # N names of pictures
+    names: tuple  # N names of images
     model: str  # fingerprint of the network, by `weights_hash`
     size: tuple[int, int]  # (H, W) of the network's input
     run: str = ''  # where the network is
@@ -120,16 +120,16 @@ class Gallery:
         if (h := weights_hash(net)) != self.model:
             raise InputError(
                 f'the gallery was made by network {self.model}, this one is {h}; expected the same weights: index the '
-                'pictures again, or take its network'
+                'images again, or take its network'
             )
 
-    def query(self, net: nn.Module, picture, k: int = 15) -> Matches:
+    def query(self, net: nn.Module, image, k: int = 15) -> Matches:
         self.check(net)
-        return self.nearest(image_embedding(net, picture, self.size), k)
+        return self.nearest(image_embedding(net, image, self.size), k)
 
     def nearest(self, q: Tensor, k: int = 15) -> Matches:
         if k < 1 or not len(self):
-            raise InputError(f'{k} of {len(self)} pictures asked for; expected at least one of at least one')
+            raise InputError(f'{k} of {len(self)} images asked for; expected at least one of at least one')
         rows = None if self.index is None else _candidates(self.index, q, 20 * k)
         f = self.f if rows is None else self.f[rows]
         best = first_k(-(f @ q).numpy(), k)
@@ -140,9 +140,7 @@ class Gallery:
         self.check(net)
         names = tuple(str(p) for p in paths)
         if twice := {*names} & {*self.names}:
-            raise InputError(
-                f'{len(twice)} pictures are in the gallery already, such as {min(twice)}: remove them first'
-            )
+            raise InputError(f'{len(twice)} images are in the gallery already, such as {min(twice)}: remove them first')
         return replace(
             self, f=torch.cat([self.f, image_embeddings(net, names, self.size)]), names=self.names + names, index=None
         )
@@ -151,7 +149,7 @@ class Gallery:
         gone = {str(n) for n in names}
         if lost := gone - {*self.names}:
             raise InputError(
-                f'{len(lost)} pictures are not in the gallery, such as {min(lost)}; expected names as they were added'
+                f'{len(lost)} images are not in the gallery, such as {min(lost)}; expected names as they were added'
             )
         keep = [k for k, n in enumerate(self.names) if n not in gone]
         return replace(self, f=self.f[keep], names=tuple(self.names[k] for k in keep), index=None)
@@ -159,11 +157,11 @@ class Gallery:
 # %% ../../nbs/deploy/31_gallery.ipynb #1dcedaab
 def index_folder(
     net: nn.Module,  # with a method `embed`
-    root,  # a folder of pictures
+    root,  # a folder of images
     size: tuple[int, int],  # (H, W) of the network's input
     run='',  # where the network is, remembered for later
 ) -> Gallery:
-    "Embed all pictures of a folder and below. Errors as `image_files` and `embed`."
+    "Embed all images of a folder and below. Errors as `image_files` and `embed`."
     names = tuple(str(p) for p in image_files(root))
     return Gallery(image_embeddings(net, names, size), names, weights_hash(net), tuple(size), str(run))
 
@@ -201,7 +199,7 @@ def load_gallery(
     if len(f) != len(about['names']):
         raise InputError(
             f"{dir} has {len(f)} vectors and {len(about['names'])} names; expected as many of both: index the "
-            "pictures again"
+            "images again"
         )
     index = _read_index(dir / 'vectors.faiss') if (dir / 'vectors.faiss').is_file() else None
     g = Gallery(f, tuple(about['names']), about['model'], tuple(about['size']), about['run'], index)
@@ -211,11 +209,11 @@ def load_gallery(
 
 # %% ../../nbs/deploy/31_gallery.ipynb #5fa8dac1
 def match_strip(
-    picture,  # what was asked, as for `_image_input`
+    image,  # what was asked, as for `_image_input`
     a: Matches,
 ):
-    "A picture and the nearest ones of a gallery, from left to right, with their distances."
-    asked = load_image(str(picture)) if isinstance(picture, (str, Path)) else picture
+    "An image and the nearest ones of a gallery, from left to right, with their distances."
+    asked = load_image(str(image)) if isinstance(image, (str, Path)) else image
     ims, titles = [asked, *map(load_image, a.names)], ['asked', *(f'{d:.2f}' for d in a.dist)]
     return show_images(ims, titles, cols=len(ims), colors=[QUERY, *[None] * len(a.names)])
 
@@ -275,7 +273,7 @@ def _candidates(
     q: Tensor,  # (D,)
     k: int,  # how many
 ) -> np.ndarray:  # (≤ k,) places in the gallery, ascending
-    "Which pictures are worth an exact look."
+    "Which images are worth an exact look."
     _, idx = index.search(q[None].numpy(), k)
     return np.sort(idx[0][idx[0] >= 0])
 
@@ -293,7 +291,7 @@ def recall(
 def pair_distances(
     q: Embeddings,
     g: Embeddings,  # of a validation set, unit vectors
-    same_cam_ok: bool = False,  # are pictures by one camera true pairs?
+    same_cam_ok: bool = False,  # are images by one camera true pairs?
     n: int = 200_000,  # false pairs, drawn at random
     seed: int = 0,  # of the draw
 ) -> tuple[np.ndarray, np.ndarray]:  # distances of true pairs, of false pairs, both sorted
@@ -347,7 +345,7 @@ def rate_interval(
 # %% ../../nbs/deploy/31_gallery.ipynb #d1c78371
 @dataclass(frozen=True)
 class Verification:
-    "Whether two pictures show the same one, and how sure that is."
+    "Whether two images show the same one, and how sure that is."
 
     same: bool  # nearer than the threshold?
     distance: float  # of their unit vectors, 0 to 2
@@ -360,7 +358,7 @@ class Verification:
 
 # %% ../../nbs/deploy/31_gallery.ipynb #e1cdc228
 def judge_distance(
-    d: float,  # distance of two pictures
+    d: float,  # distance of two images
     true: np.ndarray,
     false: np.ndarray,  # sorted distances of pairs, from `pair_distances`
     fmr: float = 0.01,  # false-match rate that is allowed
@@ -383,13 +381,13 @@ def judge_distance(
 def verify(
     net: nn.Module,  # with a method `embed`
     a,
-    b,  # two pictures, as for `_image_input`
+    b,  # two images, as for `_image_input`
     size: tuple[int, int],  # (H, W) of the network's input
     true: np.ndarray,
     false: np.ndarray,  # sorted distances of pairs, from `pair_distances`, by the same network
     fmr: float = 0.01,  # false-match rate that is allowed
 ) -> Verification:
-    "Do two pictures show the same one? Errors as `_image_input` and `threshold`."
+    "Do two images show the same one? Errors as `_image_input` and `threshold`."
     d = (image_embedding(net, a, size) - image_embedding(net, b, size)).norm().item()
     return judge_distance(d, true, false, fmr)
 
@@ -398,10 +396,10 @@ def verify(
 def pair_plot(
     true: np.ndarray,
     false: np.ndarray,  # distances of pairs
-    v: Verification,  # of two pictures
+    v: Verification,  # of two images
     ax=None,  # where
 ):
-    "Both heaps of distances, the threshold, and where two pictures lie."
+    "Both heaps of distances, the threshold, and where two images lie."
     ax = ax or plt.subplots(figsize=(COL1, 2), layout='constrained')[1]
     bins = np.linspace(0, max(true.max(), false.max(), v.distance), 50)
     for x, color, name in ((true, RIGHT, 'true pairs'), (false, WRONG, 'false pairs')):
@@ -416,13 +414,13 @@ def pair_plot(
 # %% ../../nbs/deploy/31_gallery.ipynb #e8c6fda2
 @dataclass(frozen=True)
 class QueryConfig:
-    "Find a picture in a gallery: the nearest as a strip and as JSON."
+    "Find an image in a gallery: the nearest as a strip and as JSON."
 
     gallery: str  # folder of the gallery
-    image: str  # picture to ask with
-    index: str = ''  # folder of pictures to index into the gallery first
+    image: str  # image to ask with
+    index: str = ''  # folder of images to index into the gallery first
     run: str = ''  # the network: a run folder or its weights; empty takes the one that made the gallery
-    exclude: str = ''  # a regular expression: pictures whose names it finds are no answers, e.g. _cam1 for those of the asking camera
+    exclude: str = ''  # a regular expression: images whose names it finds are no answers, e.g. _cam1 for those of the asking camera
     k: int = 15  # how many
     out: str = ''  # name of the .png and .json without ending; empty: `answer` in the gallery's folder
     device: str = ''  # cpu, cuda, mps; empty takes the best
@@ -430,10 +428,10 @@ class QueryConfig:
 # %% ../../nbs/deploy/31_gallery.ipynb #c0ffee31
 def excluded(
     names,  # of a gallery
-    image,  # the picture that is asked about
+    image,  # the image that is asked about
     pattern: str,  # a regular expression; empty hides nothing
 ) -> list:  # of names
-    "Pictures that are no answers: the asking one itself, and those whose file names fit. Raises `InputError` for a pattern that isn't one."
+    "Images that are no answers: the asking one itself, and those whose file names fit. Raises `InputError` for a pattern that isn't one."
     try:
         fits = re.compile(pattern).search if pattern else lambda name: False
     except re.error as e:
@@ -469,9 +467,9 @@ def run_query(
 # %% ../../nbs/deploy/31_gallery.ipynb #b72ef970
 @dataclass(frozen=True)
 class VerifyConfig:
-    "Do two pictures show the same one? With a threshold measured on a set."
+    "Do two images show the same one? With a threshold measured on a set."
 
-    a: tyro.conf.Positional[str]  # a picture
+    a: tyro.conf.Positional[str]  # an image
     b: tyro.conf.Positional[str]  # another
     run: str  # the network: a run folder or its weights
     data: str = ''  # pairs of known identity for the threshold, as for `train`; empty: the run's own test part

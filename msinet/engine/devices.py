@@ -150,9 +150,9 @@ def check_batch_split(
 
 # %% ../../nbs/engine/20_devices.ipynb #45f28f96
 def split_batch(
-    batch,  # (x, y): this process's pictures and the labels of all processes' pictures
+    batch,  # (x, y): this process's images and the labels of all processes' images
     n: int,  # parts
-) -> list:  # of (x, y), again this process's pictures and the labels of what `gather` makes of them
+) -> list:  # of (x, y), again this process's images and the labels of what `gather` makes of them
     "Cut a batch into parts that are computed one after another."
     x, y = batch
     ys = y.view(rank_and_world_size()[1], n, -1)
@@ -217,7 +217,7 @@ def scaler(
 def gather_fn(
     acc: Accelerator,
 ):  # `gather`, or None where there is one process
-    "How pictures that several processes embedded come together, for `embed`."
+    "How images that several processes embedded come together, for `embed`."
     return gather if acc.num_processes > 1 else None
 
 # %% ../../nbs/engine/20_devices.ipynb #a185b47c

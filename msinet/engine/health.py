@@ -51,9 +51,9 @@ _STILL = 5  # epochs after which a row that doesn't move is dead
 @torch.no_grad()
 def _spread_in(
     net: nn.Module,  # with a method `embed`; its mode stays
-    x: Tensor,  # (B, 3, H, W) normalised pictures
+    x: Tensor,  # (B, 3, H, W) normalised images
 ) -> float:
-    "Spread of a network's embeddings of a few pictures."
+    "Spread of a network's embeddings of a few images."
     was = [m for m in net.modules() if m.training]
     try:
         return _spread_of(net.eval().embed(x.to(next(net.parameters()).device)))
@@ -63,11 +63,11 @@ def _spread_in(
 
 # %% ../../nbs/engine/21_health.ipynb #eaccb51a
 def probe(
-    items,  # training pictures
+    items,  # training images
     size,  # (H, W)
     n: int = 16,  # how many
 ) -> Tensor:  # (n, 3, H, W) normalised
-    "A few pictures from all over a list, for `Health`."
+    "A few images from all over a list, for `Health`."
     return next(
         iter(
             test_loader(
@@ -88,7 +88,7 @@ class Health(Callback):
     def __init__(
         self,
         net: nn.Module,  # with a method `embed`
-        x: Tensor,  # (B, 3, H, W) a few pictures of several identities
+        x: Tensor,  # (B, 3, H, W) a few images of several identities
         memories=(),  # those that are watched; what isn't a `Memory` is left out
     ):
         self.net = net
@@ -134,7 +134,7 @@ def health_warnings(
     said = dict(
         alpha_same='one interaction won in all slots: lower lr_alpha, search longer, or take another seed',
         dead_rows=f"rows of the memory that did not move for {_STILL} epochs: {row.get('dead_rows')}; their "
-        "identities are not drawn: look whether they have enough pictures, or take a smaller batch",
+        "identities are not drawn: look whether they have enough images, or take a smaller batch",
         spread='all embeddings are nearly equal, and a ranking is an accident: lower lr, lengthen the warm-up, or '
         'check the data',
     )

@@ -275,9 +275,9 @@ class NotFinite(FloatingPointError, InputError):
 
 # %% ../../nbs/engine/20_learner.ipynb #bf1e908b
 def last_batch_paths(
-    dl,  # of batches, perhaps with the pictures' names
+    dl,  # of batches, perhaps with the images' names
 ) -> list[str]:  # empty where the loader doesn't know them
-    "Which pictures are in the batch that a loader gave last."
+    "Which images are in the batch that a loader gave last."
     items = getattr(getattr(dl, 'pixels', None), 'items', None)
     return [items[i].path for i in dl.last] if items and getattr(dl, 'last', None) else []
 
@@ -341,7 +341,7 @@ def _not_finite(
     x: float,  # a loss's name and its value
     epoch: int,  # epochs that are done
     step: int,  # of the epoch that is not
-    names: list,  # pictures in its batch
+    names: list,  # images in its batch
 ) -> str:  # one line
     "What to say, and what to try."
     batch = f"; in the batch: {', '.join(names)}" if names else ''

@@ -27,7 +27,7 @@ class CloseTo:
 
     def __call__(
         self,
-        e: Tensor,  # (D,) embedding of a gallery picture
+        e: Tensor,  # (D,) embedding of a gallery image
     ) -> Tensor:  # scalar
         return cosine_similarity(e, self.q, -1)
 
@@ -48,12 +48,12 @@ class _Embedder(nn.Module):
 # %% ../../nbs/figures/23_cam.ipynb #49da3c9d
 def cam(
     net: ReIDNet,
-    x: Tensor,  # (B, 3, H, W) normalised gallery pictures
+    x: Tensor,  # (B, 3, H, W) normalised gallery images
     q: Tensor,  # (D,) the query's embedding
     layer=None,  # the module whose map is explained; the last cell unless given
     method=None,  # a class of `pytorch_grad_cam`; GradCAM unless given
 ) -> np.ndarray:  # (B, H, W), each from 0 to 1
-    "Where the closeness of pictures to a query comes from."
+    "Where the closeness of images to a query comes from."
     ensure_torchvision()
     from pytorch_grad_cam import GradCAM
 

@@ -19,7 +19,7 @@ _FATES = dict(kept=RIGHT, merged=WRONG, split=NETS[2], dissolved=QUERY)
 
 
 def cluster_fates(
-    y: Tensor,  # (N,) clusters of an epoch; -1 for pictures in none
+    y: Tensor,  # (N,) clusters of an epoch; -1 for images in none
     z: Tensor,  # (N,) those of the next
 ) -> dict:  # name -> how many clusters of the first
     "What became of each cluster."
@@ -43,7 +43,7 @@ def cluster_fates(
 # %% ../../nbs/figures/24_clusters.ipynb #6c8dcfd2
 @style()
 def cluster_curves(
-    labels: Tensor,  # (E, N) clusters of all epochs; -1 for pictures in none
+    labels: Tensor,  # (E, N) clusters of all epochs; -1 for images in none
     true: Tensor,  # (N,) identities
     ari,
     purity,  # E numbers each
@@ -76,7 +76,7 @@ def cluster_curves(
 
 # %% ../../nbs/figures/24_clusters.ipynb #e0857a68
 def plane(
-    f: Tensor,  # (E, W, D) features of W pictures in E epochs
+    f: Tensor,  # (E, W, D) features of W images in E epochs
 ) -> Tensor:  # (E, W, 2)
     "All epochs seen along the last one's two principal directions."
     f = f.float()
@@ -86,8 +86,8 @@ def plane(
 @style()
 def cluster_map(
     xy: Tensor,  # (W, 2) positions
-    identity: Tensor,  # (W,) of each picture
-    cluster: Tensor,  # (W,) of each picture, -1 for none
+    identity: Tensor,  # (W,) of each image
+    cluster: Tensor,  # (W,) of each image, -1 for none
     title='',  # above both
     box=None,  # (left, right, bottom, top); None fits
 ) -> Figure:
@@ -107,10 +107,10 @@ def cluster_map(
 
 # %% ../../nbs/figures/24_clusters.ipynb #71bf7b4f
 def worst_cluster(
-    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    y: Tensor,  # (N,) clusters; -1 for images in none
     true: Tensor,  # (N,) identities
-) -> Tensor:  # picture numbers of the cluster, by identity; empty when all are pure
-    "The cluster with the most pictures outside its majority."
+) -> Tensor:  # image numbers of the cluster, by identity; empty when all are pure
+    "The cluster with the most images outside its majority."
     out = [(len(t := true[y == k]) - torch.bincount(t).max()).item() for k in range(int(y.max()) + 1)]
     if not out or not max(out):
         return torch.zeros(0, dtype=torch.long)

@@ -19,10 +19,10 @@ from ..vis import COL1, COL2, HEAT, NETS, OP_COLORS, op_letters, OP_NAMES, rgb, 
 # %% ../../nbs/figures/01_panels.ipynb #554204fd
 @style()
 def map_table(
-    maps,  # (R, K, h, w) maps, drawn as they are, or (R, K, H, W, 3) pictures in [0, 1]
+    maps,  # (R, K, h, w) maps, drawn as they are, or (R, K, H, W, 3) images in [0, 1]
     rows,  # R texts
     cols=None,  # K texts
-    images=None,  # K pictures for a row on top, any form that `rgb` takes
+    images=None,  # K images for a row on top, any form that `rgb` takes
     vmax=None,  # the end of the scale; the largest value unless given
     vmin=0.0,  # its beginning
     label='',  # of the colour bar

@@ -173,10 +173,10 @@ def strips_of(
 def nearest_negatives(
     q: Embeddings,
     g: Embeddings,  # normalised features of queries and gallery
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
     n: int = 10,  # how many
 ) -> Tensor:  # (Q, n) distances, nearest first; infinite where there are fewer
-    "How far the nearest pictures of other identities are (Fig. 1, right)."
+    "How far the nearest images of other identities are (Fig. 1, right)."
     near = nearest(q, g, len(g.f), same_cam_ok)
     return near.dist.masked_fill(near.right, torch.inf).sort(1).values[:, :n]
 
@@ -210,9 +210,9 @@ def sample_identities(
     data: ReIDData,  # its queries and gallery
     i: int,  # which query
     same: int = 2,
-    other: int = 2,  # how many pictures of its identity, and of others
+    other: int = 2,  # how many images of its identity, and of others
 ) -> tuple[list, list]:  # of `Item`, the query first; of texts
-    "A query with pictures of its identity by other cameras, and of other identities."
+    "A query with images of its identity by other cameras, and of other identities."
     q = data.query[i]
     own = [t for t in data.gallery if t.pid == q.pid and (data.same_cam_ok or t.cam != q.cam) and t.path != q.path][
         :same
@@ -352,14 +352,14 @@ def _loss_figures(
             'usl',
             'clusters',
             ('contrast', 'distil'),
-            'Each picture against the memory of the clusters, which are found anew before each epoch; so the curve '
+            'Each image against the memory of the clusters, which are found anew before each epoch; so the curve '
             'may rise.',
         ),
         (
             'uda',
             'adaptation',
             ('contrast', 'pred', 'feat', 'div'),
-            'Each picture against the memory of identities and clusters; with IDM also its three losses.',
+            'Each image against the memory of identities and clusters; with IDM also its three losses.',
         ),
         (
             'train',
@@ -397,7 +397,7 @@ def initial_network(
 def _cluster_figures(
     run: Path,
     r: dict,  # of `read_run`
-    data: ReIDData,  # learnt without identities; they are used here for the picture only
+    data: ReIDData,  # learnt without identities; they are used here for the image only
 ) -> list[RunFigure]:
     "How clusters formed, where a run learnt from clusters."
     rows = [h for h in r['history'] if 'ari' in h]
@@ -408,7 +408,7 @@ def _cluster_figures(
         RunFigure(
             'clusters',
             'How clusters formed',
-            'Number of clusters, pictures in none, agreement with the true identities, which the method never sees, '
+            'Number of clusters, images in none, agreement with the true identities, which the method never sees, '
             'and what became of the clusters of the epoch before.',
             cluster_curves(labels, true, [h['ari'] for h in rows], [h['purity'] for h in rows]),
         )
@@ -420,7 +420,7 @@ def overview(
     alpha,  # (12, number of interactions) after the search
     rows: list,  # tuples as `strip` takes them
 ) -> Figure:
-    "A run in one picture: the architecture that was found with its shares, and below it who is found."
+    "A run in one image: the architecture that was found with its shares, and below it who is found."
     _, width, heights = strip_size(rows)
     below = sum(heights) * min(COL2 / width, 0.57)
     fig = plt.figure(figsize=(COL2, 2.1 + below), layout='constrained')
@@ -489,7 +489,7 @@ def _network_figures(
             'strips',
             'Who is found',
             f'Six of {len(data.query)} queries at even steps from the worst average precision (top) to the best. '
-            'Green is right, red is wrong; pictures of the same identity by the query\'s own camera are left out. '
+            'Green is right, red is wrong; images of the same identity by the query\'s own camera are left out. '
             'Numbers are distances.',
             strips(strip_rows(data, *vectors['trained'], which, [f'AP {100 * ap[i]:.0f}' for i in which])),
         ),
@@ -504,7 +504,7 @@ def _network_figures(
                 RunFigure(
                     'gap',
                     'How near strangers come',
-                    'The ten nearest pictures of other identities for each query; the dot is the mean, its bar the 95 '
+                    'The ten nearest images of other identities for each query; the dot is the mean, its bar the 95 '
                     '% interval.',
                     gap(far).figure,
                 )
@@ -527,8 +527,8 @@ def _network_figures(
         ),
         RunFigure(
             'answers',
-            'Do two pictures agree?',
-            'How similar every place is to the ringed one, in pictures of the same identity and of strangers.',
+            'Do two images agree?',
+            'How similar every place is to the ringed one, in images of the same identity and of strangers.',
             correlation_figure(nets, load_images(items, size), words),
         ),
         RunFigure(

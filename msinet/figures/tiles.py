@@ -46,7 +46,7 @@ class Tiling:
         k: int,  # column
         part=(0.0, 0.0, 1.0, 1.0),  # of the tile: left, top, width, height as shares of it
     ) -> tuple:  # left, top, width, height as shares of the figure
-        "Where a tile, or a part of it, is in the picture: what may be clicked."
+        "Where a tile, or a part of it, is in the image: what may be clicked."
         (W, H) = self.size
         (x, y) = self.place(r, k)
         (a, b, c, d) = part
@@ -87,7 +87,7 @@ def _bar(
 # %% ../../nbs/figures/01_tiles.ipynb #766acb3c
 @style()
 def tiles(
-    table,  # rows of tiles: maps (h, w), pictures (H, W, 3) in [0, 1], or None for an empty one
+    table,  # rows of tiles: maps (h, w), images (H, W, 3) in [0, 1], or None for an empty one
     t: Tiling,  # where they are
     rows=(),  # texts at the left
     texts=None,  # {(row, column): text above}
@@ -98,7 +98,7 @@ def tiles(
     label=None,  # of the colour bar; None draws none
     flat=False,  # maps with the edges of their steps, not smoothed
 ) -> Figure:
-    "Pictures and maps in rows and columns, in one axes. Raises `InputError` when there are more than places."
+    "Images and maps in rows and columns, in one axes. Raises `InputError` when there are more than places."
     table = [
         [x.detach().cpu().numpy() if isinstance(x, Tensor) else x if x is None else np.asarray(x) for x in row]
         for row in table

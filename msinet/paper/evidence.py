@@ -123,7 +123,7 @@ def object_gain(
     heat,  # (B, h, w) 0 or more
     m,  # (B, H, W) masks in [0, 1]
 ) -> Tensor:  # (B,), 1 for an even map
-    "Share of the heat on the object over the object's share of the picture. Errors as `object_share`."
+    "Share of the heat on the object over the object's share of the image. Errors as `object_share`."
     return object_share(heat, m) / torch.as_tensor(np.asarray(m)).float().mean((1, 2))
 
 # %% ../../nbs/paper/25_evidence.ipynb #5d563f6b
@@ -132,8 +132,8 @@ def object_gains(
     net: nn.Module,  # a `ReIDNet`
     items,  # of `Item`, rendered or with masks
     size,  # (H, W) of the network's input
-) -> Tensor:  # (M,), one per picture
-    "How much the last map prefers the object, picture by picture. Errors as `mask`."
+) -> Tensor:  # (M,), one per image
+    "How much the last map prefers the object, image by image. Errors as `mask`."
     heat = torch.cat(
         [net.eval()(x.to(device_of(net))).maps[-1].square().sum(1).cpu() for x in test_loader(items, size)]
     )
@@ -144,7 +144,7 @@ def elsewhere(
     item,  # an `Item` of a rendered set, or its path
     cam: int,  # whose background, from 1 on
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "The same moment in front of what another camera sees. Raises `InputError` for a picture that isn't rendered on demand."
+    "The same moment in front of what another camera sees. Raises `InputError` for an image that isn't rendered on demand."
     shot = parse_path(getattr(item, 'path', item))
     w, own = shot.world, site(shot.world, shot.cam)[0]
     (p, m) = stage(shot)
@@ -162,7 +162,7 @@ def elsewhere(
 def background_drift(
     net: nn.Module,  # with a method `embed`: (B, 3, H, W) -> (B, D)
     items,  # of `Item`, of a rendered set
-    bs: int = 64,  # pictures in a batch
+    bs: int = 64,  # images in a batch
     scaled: bool = False,  # divided by the mean 1 - cosine of different identities: 1 is as far as another person
 ) -> np.ndarray:  # (M,) in [0, 2] unless scaled, the mean over the set's other cameras
     "How far features turn when only the background changes, 1 - cosine. Errors as `elsewhere`; `InputError` for a set of one camera."
@@ -170,7 +170,7 @@ def background_drift(
     pid = torch.tensor([i.pid for i in items])
     if scaled and (pid == pid[0]).all():
         raise InputError(
-            'found pictures of one identity, expected two or more to scale by their distance: leave scaled out'
+            'found images of one identity, expected two or more to scale by their distance: leave scaled out'
         )
     if len(cams) < 2:
         raise InputError(

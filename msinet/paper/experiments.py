@@ -35,7 +35,7 @@ def results(
     name: str,  # a table or figure: a key of `PARTS`
     where,  # folder of trials, or a file of rows
     scale: str = 'demo',  # or paper
-) -> pd.DataFrame:  # one line per arm, column and seed that has a row: status, metrics in percent, `ap` of each query, mAP `before` the first step, and what `looked` gave of its picture
+) -> pd.DataFrame:  # one line per arm, column and seed that has a row: status, metrics in percent, `ap` of each query, mAP `before` the first step, and what `looked` gave of its image
     "What was found for a table or a figure. Empty when nothing was."
     part, found = part_of_paper(name), {r['key']: r for r in read_rows(where)}
     out = []
@@ -92,9 +92,9 @@ def resolved_word(
 def differences(
     t: pd.DataFrame,  # as from `results`
     against,  # an arm in print, or arm -> its own reference
-    of: str = 'ap',  # or `gain`, `drift`: what is compared picture by picture
+    of: str = 'ap',  # or `gain`, `drift`: what is compared image by image
 ) -> pd.DataFrame:  # one line per column and arm: mean difference, low and high of its interval, seeds, verdict; `each` holds one number per seed. AP in points
-    "Each arm against another: same seeds, same pictures, so that most of the noise falls out."
+    "Each arm against another: same seeds, same images, so that most of the noise falls out."
     other = lambda arm: against if isinstance(against, str) else against[arm]
     done = t[t.status == 'done'].set_index(['column', 'arm', 'seed'])[of].dropna().sort_index()
     scale = 100 if of == 'ap' else 1
@@ -310,7 +310,7 @@ def _estimate(
     device, step = def_device(cfg.device), run_of('MS/msinet', cfg.scale).train
     rate = training_rate(
         replace(step, batch=16) if device == 'cpu' else step, device
-    )  # a processor is as fast with few pictures
+    )  # a processor is as fast with few images
     return plan(planned(cfg.what, cfg.scale, cfg.seeds), cfg.dir, rate)
 
 # %% ../../nbs/paper/50_experiments.ipynb #61e1713c
@@ -368,7 +368,7 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class FigureConfig:
-    "An ablation of Figure 5, or a table, as a picture with its spread and what it resolves."
+    "An ablation of Figure 5, or a table, as an image with its spread and what it resolves."
 
     name: tyro.conf.Positional[str]  # 5a to 5e, or 'table 5'
     rows: str = 'runs/grid'  # folder of trials, or a file of rows

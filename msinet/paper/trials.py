@@ -82,7 +82,7 @@ def _looked(
     spec: str,  # a rendered set on disk, and what it was drawn from
     size,  # (H, W) in pixels
 ) -> dict:  # `gain` of each query; `drift` of every fourth one
-    "What the pictures' masks and other backgrounds tell of a network."
+    "What the images' masks and other backgrounds tell of a network."
     anew = synth(**synth_options(spec), height=size[0]).query[::4]
     return dict(
         gain=_short_list(object_gains(net, data.query, size)),
@@ -333,7 +333,7 @@ def grid(
 def _n_pictures(
     data: str,  # a short name, or what `get_data` takes
 ) -> int:
-    "Training pictures of a set, without reading it; 0 for a set of your own."
+    "Training images of a set, without reading it; 0 for a set of your own."
     if data.split('=')[0] in PUBLISHED:
         return PUBLISHED[data.split('=')[0]]['train'][1]
     return len(synth(**synth_options(data)).train) if data.startswith('synth') else 0
@@ -393,8 +393,8 @@ def plan(
     @cache
     def cost(r):  # of all seeds
         size = 4 * n_params(network(r.train.backbone, r.train.genotype, r.train.channels, r.train.rho, r.train.size, 0))
-        pictures = _n_pictures(r.train.data) * 3 * np.prod(r.train.size)  # decoded
-        return training_macs(r) / rate / 3600, (5 * size + pictures) / 1e9
+        images = _n_pictures(r.train.data) * 3 * np.prod(r.train.size)  # decoded
+        return training_macs(r) / rate / 3600, (5 * size + images) / 1e9
 
     def line(r):
         s = status.get(key_of(r), 'to do')

@@ -715,12 +715,12 @@ class Actor:
     n_cues: int  # the most cues that one may have
     shapes: Callable  # (identity, pose) -> list of shapes
     ground: Callable  # (identity, pose) -> height of its lowest point
-    extent: Callable  # (identity, azimuth, elevation) -> its width and height on the picture, the height of its middle
+    extent: Callable  # (identity, azimuth, elevation) -> its width and height on the image, the height of its middle
     shadow: Callable  # (identity, azimuth) -> the dark spot below: half width, half depth, shift to the right per length away
-    aspect: float  # width of its pictures over their height
+    aspect: float  # width of its images over their height
     metres: float  # how long its unit is
-    field: float  # how many metres of a place its pictures are high
-    near: tuple  # one that passes close by: length of its unit and how far below the middle, in picture heights
+    field: float  # how many metres of a place its images are high
+    near: tuple  # one that passes close by: length of its unit and how far below the middle, in image heights
 
 # %% ../../nbs/rendering/03_persons.ipynb #eecdc8b4
 ACTORS = dict(

@@ -42,7 +42,7 @@ class _Domain:
     casts: tuple  # colour casts to choose from, logarithms for red, green, blue
     blur: tuple  # standard deviation, pixels at a height of 256
     noise: tuple  # standard deviation, 1 is white
-    sharpness: tuple  # resolution, as a share of the picture's
+    sharpness: tuple  # resolution, as a share of the image's
     jpeg: tuple  # quality
     horizon: tuple  # where the floor begins, share of the canvas
     shade: float  # how dark the spot below an actor is
@@ -98,7 +98,7 @@ _POSTS = {
 # %% ../../nbs/rendering/03_scene.ipynb #e3a011b2
 @dataclass(frozen=True)
 class Camera:
-    "What one camera does to every picture it takes."
+    "What one camera does to every image it takes."
 
     name: tuple  # its key: seed, kind, domain, number
     place: str  # a key of `PLACES`
@@ -113,7 +113,7 @@ class Camera:
     saturation: float  # 1 as it is, 0 grey
     blur: float  # standard deviation, pixels at a height of 256
     noise: float  # standard deviation, 1 is white
-    sharpness: float  # resolution, as a share of the picture's
+    sharpness: float  # resolution, as a share of the image's
     jpeg: float  # quality
     zoom: float  # how tightly actors are cut out
     obstacle: str  # a key of `OBSTACLES`
@@ -135,12 +135,12 @@ def sunlight(
 def _bystander(
     cam: Camera,  # from where, in which light
     r: np.random.Generator,  # source of chance
-    size: tuple,  # (H, W) of the picture, pixels
+    size: tuple,  # (H, W) of the image, pixels
     scale: float,  # pixels per unit of the actor
     right: float,
-    down: float,  # where it stands: pixels from the picture's middle
+    down: float,  # where it stands: pixels from the image's middle
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) colours times coverage, (H, W) coverage
-    "Somebody without a name, on an otherwise empty picture."
+    "Somebody without a name, on an otherwise empty image."
     _, kind, domain, _ = cam.name
     actor, azimuth = KINDS[kind], r.uniform(0, 2 * np.pi)
     who = actor.tell_apart(actor.base(r, domain), r)
@@ -195,7 +195,7 @@ def _bin_(cam: Camera, r: np.random.Generator, h: int, w: int):
 
 # %% ../../nbs/rendering/03_scene.ipynb #9d76ef3e
 def _passer(cam: Camera, r: np.random.Generator, h: int, w: int):
-    "Somebody who walks in front, half outside the picture."
+    "Somebody who walks in front, half outside the image."
     scale, low = KINDS[cam.name[1]].near
     return _bystander(cam, r, (h, w), scale * h, choose(r, (1, -1)) * r.uniform(0.42, 0.62) * w, low * h)
 
@@ -210,7 +210,7 @@ def camera(
     number: int,  # its name
     strength: float = 1.0,  # 0: it changes no colour, adds no noise; 1: in full
 ) -> Camera:
-    "A camera from its name; `strength` says how much its pictures differ from those of others."
+    "A camera from its name; `strength` says how much its images differ from those of others."
     d = DOMAINS[domain]
     post = _POSTS[kind, domain]
     r = keyed(seed, 'camera', kind, domain, number)
@@ -254,7 +254,7 @@ def camera(
 def _furnish(
     image: np.ndarray,  # (h, w, 3) an empty place, changed in place
     cam: Camera,  # whose
-    height: int,  # of the pictures that will be cut from it
+    height: int,  # of the images that will be cut from it
 ):
     "Put people, parked vehicles or bins at the edge of the floor."
     actor, busy = KINDS[cam.name[1]], PLACES[cam.place].busy
@@ -280,7 +280,7 @@ def _furnish(
 # %% ../../nbs/rendering/03_scene.ipynb #8b355832
 def canvas(
     cam: Camera,  # whose
-    height: int,  # of the pictures that will be cut from it, pixels
+    height: int,  # of the images that will be cut from it, pixels
     contrast: float = 1.0,  # 0: one colour; 1: as painted
 ) -> np.ndarray:  # (1.5 height, (3+2 aspect) height, 3) linear colours
     "What the camera sees when nobody is there who matters."

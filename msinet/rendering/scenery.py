@@ -21,11 +21,11 @@ class _Board:
 
     def __init__(
         self,
-        height: int,  # of the pictures that will be cut from it, pixels
+        height: int,  # of the images that will be cut from it, pixels
         wall,
         floor,  # (3,) colours
         horizon: float,  # where the floor begins, share of the board
-        field: float = 2.05,  # metres that such a picture is high
+        field: float = 2.05,  # metres that such an image is high
         aspect: float = 0.5,  # its width over its height
     ):
         self.h = int(1.5 * height)
@@ -89,7 +89,7 @@ def _shops(b: _Board, r: np.random.Generator, light=0.5, closed=0.0):
 
 # %% ../../nbs/rendering/03_scenery.ipynb #79e6f697
 def _tiles(b: _Board, r: np.random.Generator):
-    "Wall tiles and framed pictures, as in an underground station."
+    "Wall tiles and framed images, as in an underground station."
     for x in b.every(0.3):
         b.line(x, 0, x, b.y, 0.85 * b.wall)
     for y in np.arange(0, b.y, 0.2 * b.m):
@@ -293,7 +293,7 @@ def _clouds(
 # %% ../../nbs/rendering/03_scenery.ipynb #6f2b1646
 def paint(
     place: Place,  # what to paint
-    height: int,  # of the pictures that will be cut from it
+    height: int,  # of the images that will be cut from it
     horizon: float,  # where the floor begins, share of the canvas
     r: np.random.Generator,  # source of chance
     field: float = 2.05,

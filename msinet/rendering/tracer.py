@@ -41,12 +41,12 @@ class View:
 
     def __init__(
         self,
-        size: tuple,  # (H, W) of the picture, pixels
+        size: tuple,  # (H, W) of the image, pixels
         azimuth: float,  # radians around the actor; 0 sees its face, positive values more of its left side
         elevation: float,  # radians above the horizon
         scale: float,  # pixels per unit of length
-        o=(0, 0, 0),  # the point in the middle of the picture
-        roll: float = 0.0,  # radians by which the picture is turned
+        o=(0, 0, 0),  # the point in the middle of the image
+        roll: float = 0.0,  # radians by which the image is turned
         ss: int = 2,  # rays per pixel and axis
     ):
         (ca, sa), (ce, se), (cr, sr) = [(np.cos(v), np.sin(v)) for v in (azimuth, elevation, roll)]
@@ -62,17 +62,17 @@ class View:
         self.b = ((self.h / 2 - np.arange(self.h) - 0.5) / self.scale).astype(np.float32)
 
     def pixel(self, p) -> tuple:  # column, row; counted in rays
-        "Where the point `p` falls on the picture."
+        "Where the point `p` falls on the image."
         d = p - self.o
         return self.w / 2 + float(d @ self.r) * self.scale, self.h / 2 - float(d @ self.u) * self.scale
 
     def shifted(self, right: float, down: float):  # the view itself
-        "Move the picture's content by so many pixels."
+        "Move the image's content by so many pixels."
         self.o = self.o - (right * self.r - down * self.u) * (self.ss / self.scale)
         return self
 
     def window(self, p, q, right: float, up: float) -> tuple:  # slice of rows, slice of columns
-        "The part of the picture around two points, with so much room on all sides; may be empty."
+        "The part of the image around two points, with so much room on all sides; may be empty."
         (x, y), (x2, y2) = self.pixel(p), self.pixel(q)
         mx, my = right * self.scale + 1, up * self.scale + 1
         between = lambda lo, hi, n: slice(min(n, max(0, int(lo))), max(0, min(n, int(hi) + 1)))
@@ -125,7 +125,7 @@ class Capsule:
         self.d2 = float(self.d @ self.d) - delta**2
 
     def window(self, view: View) -> tuple:
-        "The part of the picture that it can touch."
+        "The part of the image that it can touch."
         R = max(self.ra, self.ra - self.delta)
         return view.window(
             self.a, self.a + self.d * self.squeeze, R * length(self.squeeze * view.r), R * length(self.squeeze * view.u)
@@ -214,7 +214,7 @@ class Solid:
         self.gloss = gloss
 
     def window(self, view: View) -> tuple:
-        "The part of the picture that it can touch."
+        "The part of the image that it can touch."
         return view.window(self.mid, self.mid, *(float(np.abs(v) @ self.half) for v in (view.r, view.u)))
 
     def hit(
@@ -325,7 +325,7 @@ def shoot(
     view: View,  # from where
     light: Light,  # in which light
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) linear colours times coverage, (H, W) coverage in [0, 1]
-    "The picture of some shapes before nothing."
+    "The image of some shapes before nothing."
     depth, label = cast(shapes, view)
     where, N, C = surfaces(shapes, view, depth, label)
     C, gloss = lit(N, C, light), np.array([0] + [s.gloss for s in shapes], np.float32)

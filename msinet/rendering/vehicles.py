@@ -762,8 +762,8 @@ def _extent(
     v: _Vehicle,  # which
     azimuth: float,  # from which side, radians
     elevation: float,  # from how high, radians
-) -> tuple[float, float, float]:  # width and height on the picture, height of its middle; metres
-    "The room that a vehicle needs on a picture."
+) -> tuple[float, float, float]:  # width and height on the image, height of its middle; metres
+    "The room that a vehicle needs on an image."
     b = BODIES[v.body]
     s = abs(sin(azimuth))
     c = abs(cos(azimuth))

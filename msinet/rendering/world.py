@@ -39,8 +39,8 @@ class Dials:
     group: int = 2  # identities that share all but a few small cues; 1: no look-alikes
     n_fine: int = 3  # small cues per identity
     bg_contrast: float = 1.0  # background, 0 one colour to 1 as painted
-    camera_strength: float = 1.0  # what cameras do to pictures, 0 nothing to 1 in full
-    bg_bias: float = 1.0  # share of a visit's pictures at one and the same spot
+    camera_strength: float = 1.0  # what cameras do to images, 0 nothing to 1 in full
+    bg_bias: float = 1.0  # share of a visit's images at one and the same spot
 
 # %% ../../nbs/rendering/03_world.ipynb #36240e34
 LEVELS = dict(
@@ -52,12 +52,12 @@ LEVELS = dict(
 # %% ../../nbs/rendering/03_world.ipynb #9dcaf176
 @dataclass(frozen=True)
 class World:
-    "All that the pictures of one rendered set have in common. Raises `InputError` for what cannot be drawn."
+    "All that the images of one rendered set have in common. Raises `InputError` for what cannot be drawn."
 
     kind: str  # a key of `KINDS`
     domain: str  # a key of `DOMAINS`
     seed: int  # another seed, other people and other cameras
-    height: int  # of the pictures, pixels
+    height: int  # of the images, pixels
     dials: Dials
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class World:
 
 # %% ../../nbs/rendering/03_world.ipynb #e5080257
 class Shot(NamedTuple):
-    "One picture of a world."
+    "One image of a world."
 
     world: World
     split: str  # train, test; or passer, cut, empty: see `distractors`
@@ -121,7 +121,7 @@ def _parse_world(
 
 # %% ../../nbs/rendering/03_world.ipynb #4c79badf
 def parse_path(
-    path: str,  # the name of a rendered picture
+    path: str,  # the name of a rendered image
 ) -> Shot:
     "A shot from its name. Raises `InputError` when it is no such name."
     try:
@@ -132,7 +132,7 @@ def parse_path(
         raise
     except (ValueError, TypeError):
         raise InputError(
-            f'{path!r} names no rendered picture; expected one like '
+            f'{path!r} names no rendered image; expected one like '
             'synth:person,A,0,64,2,4,0.3,0.5,1.0:train/0023/c3/f1: take names from synth()'
         ) from None
 
@@ -175,7 +175,7 @@ class _Visit(NamedTuple):
 
 # %% ../../nbs/rendering/03_world.ipynb #24bb2ff8
 def visit(
-    shot: Shot,  # one of its pictures
+    shot: Shot,  # one of its images
 ) -> _Visit:
     "One walk past one camera: towards it or away, at one of five spots."
     w = shot.world
@@ -191,7 +191,7 @@ def visit(
 
 # %% ../../nbs/rendering/03_world.ipynb #e319f630
 def _backdrop(
-    shot: Shot,  # which picture
+    shot: Shot,  # which image
     spot: float,  # where on the canvas, in [0, 1]
     r: np.random.Generator,  # source of chance
 ) -> np.ndarray:  # (H, W, 3)
@@ -226,12 +226,12 @@ def _spot_below(
 # %% ../../nbs/rendering/03_world.ipynb #b52d9974
 def _framed(
     shot: Shot,
-    cam: Camera,  # which picture, by whom
+    cam: Camera,  # which image, by whom
     who,
     azimuth: float,  # whom, from which side
     r: np.random.Generator,  # source of chance
 ) -> View:
-    "How a detector would cut the actor out: it fills the picture, never quite; for the split `cut`, badly."
+    "How a detector would cut the actor out: it fills the image, never quite; for the split `cut`, badly."
     actor, (h, w) = KINDS[shot.world.kind], shot.world.size
     wide, tall, middle = actor.extent(who, azimuth, cam.elevation)
     scale = 0.9 * h * cam.zoom * np.exp(r.normal(0, 0.05)) / max(tall, wide * h / w)
@@ -244,10 +244,10 @@ def _framed(
 
 # %% ../../nbs/rendering/03_world.ipynb #37f9b695
 def stage(
-    shot: Shot,  # which picture
+    shot: Shot,  # which image
     actor: bool = True,  # is anybody there, or only the shadow?
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) linear colours, (H, W) what the actor covers, in [0, 1]
-    "A picture in clean colours, and its exact mask."
+    "An image in clean colours, and its exact mask."
     w = shot.world
     v = visit(shot)
     kind = KINDS[shot.world.kind]
@@ -274,9 +274,9 @@ def stage(
 
 # %% ../../nbs/rendering/03_world.ipynb #67ce1627
 def snap(
-    shot: Shot,  # which picture
-) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8 picture, (H, W) float32 mask in [0, 1]
-    "Take one picture."
+    shot: Shot,  # which image
+) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8 image, (H, W) float32 mask in [0, 1]
+    "Take one image."
     w, cam = shot.world, site(shot.world, shot.cam)[0]
     image, mask = stage(shot)
     r = keyed('sensor', w.seed, w.kind, w.domain, shot.split, shot.number, shot.cam, shot.frame)
@@ -302,9 +302,9 @@ def synth(
     n_test: int = None,  # identities to test on; None: as many
     cams: int = 6,  # cameras
     visits: int = 4,  # cameras that each identity passes
-    frames: int = 3,  # pictures of a training identity by a camera
-    test_frames: int = 2,  # pictures of a test identity by a camera, the first of them a query
-    height: int = 64,  # of the pictures, pixels; a person's are half as wide, a vehicle's as wide
+    frames: int = 3,  # images of a training identity by a camera
+    test_frames: int = 2,  # images of a test identity by a camera, the first of them a query
+    height: int = 64,  # of the images, pixels; a person's are half as wide, a vehicle's as wide
     seed: int = 0,  # another seed, other identities and cameras
     level: str | Dials = 'easy',  # how hard: a key of `LEVELS`, or dials of your own
 ) -> ReIDData:
@@ -345,36 +345,36 @@ def synth(
 def is_rendered(
     path,  # of an item
 ) -> bool:
-    "Is this the name of a picture rendered on demand, rather than of a file?"
+    "Is this the name of an image rendered on demand, rather than of a file?"
     return str(path).startswith('synth:')
 
 # %% ../../nbs/rendering/03_world.ipynb #fab66979
 def render(
-    path,  # of an item: the name of a rendered picture, or of a file
+    path,  # of an item: the name of a rendered image, or of a file
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "The picture behind a name: drawn, or read from disk. Raises `InputError` when the name is not one of a picture."
+    "The image behind a name: drawn, or read from disk. Raises `InputError` when the name is not one of an image."
     if is_rendered(path):
         return snap(parse_path(path))[0]
     try:
         return np.asarray(Image.open(path).convert('RGB'))
     except OSError:
         raise InputError(
-            f'{path} is not a picture that can be read; expected a file or a name from synth(): check the path'
+            f'{path} is not an image that can be read; expected a file or a name from synth(): check the path'
         ) from None
 
 # %% ../../nbs/rendering/03_world.ipynb #8426f288
 def beside(
-    path,  # of a picture on disk
+    path,  # of an image on disk
     name: str,  # what is looked for
 ) -> Path | None:
-    "The file of that name in the nearest folder above a picture."
+    "The file of that name in the nearest folder above an image."
     return next((f for d in Path(path).parents if (f := d / name).is_file()), None)
 
 # %% ../../nbs/rendering/03_world.ipynb #23266364
 def mask(
     item,  # an `Item`, or its path
 ) -> np.ndarray:  # (H, W) float32 in [0, 1]
-    "Which pixels are the person or vehicle: exact, without what hides it. Raises `InputError` for pictures of sets that have no masks."
+    "Which pixels are the person or vehicle: exact, without what hides it. Raises `InputError` for images of sets that have no masks."
     path = getattr(item, 'path', item)
     if is_rendered(path):
         return stage(parse_path(path))[1]
@@ -393,7 +393,7 @@ _RECORD = 'synth.json'  # a note beside a set on disk: how it was made, who look
 def lookalikes(
     data: ReIDData,  # rendered, on demand or on disk
 ) -> dict[int, int]:  # number of the group by pid; distractors are left out
-    "Which look-alike group each identity belongs to; where training and test share numbers (MSMT17), those in test. Raises `InputError` for pictures that were not rendered."
+    "Which look-alike group each identity belongs to; where training and test share numbers (MSMT17), those in test. Raises `InputError` for images that were not rendered."
     read, out = lru_cache(None)(lambda file: json.loads(file.read_text())['groups']), {}
     for i in [*data.train, *data.query, *data.gallery]:
         if is_rendered(i.path):
@@ -414,7 +414,7 @@ def distractors(
     world: World,  # where
     cams: int,  # how many cameras
 ) -> list[Item]:  # pid -1 bad cut, 0 distractor
-    "Pictures of nobody, four per camera."
+    "Images of nobody, four per camera."
     shots = [
         (pid, Shot(world, split, 2 * c + 1, c, k))
         for c in range(1, cams + 1)
@@ -425,7 +425,7 @@ def distractors(
 # %% ../../nbs/rendering/03_world.ipynb #d50c6116
 def _as_market(
     data: ReIDData,  # what `synth` gave
-) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
+) -> tuple[dict, dict]:  # file name: name of the rendered image; file name: lines
     "The layout of Market-1501. Raises `InputError` for more than its six cameras."
     cams = max(i.cam for i in data.train + data.query)
     if cams > 6:
@@ -440,9 +440,9 @@ def _as_market(
 # %% ../../nbs/rendering/03_world.ipynb #7db0d40e
 def _as_msmt(
     data: ReIDData,  # what `synth` gave
-) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
+) -> tuple[dict, dict]:  # file name: name of the rendered image; file name: lines
     "The layout of MSMT17, where people are counted from 0 in training and again in test."
-    pictures, lists = {}, {}
+    images, lists = {}, {}
     for part, hour, names in (('train', 'morning', ('train',)), ('test', 'noon', ('query', 'gallery'))):
         label = {p: k for k, p in enumerate(sorted({i.pid for n in names for i in getattr(data, n)}))}
         seen = defaultdict(int)
@@ -452,27 +452,27 @@ def _as_msmt(
                 p, k = label[i.pid], seen[i.pid]
                 seen[i.pid] += 1
                 file = f'{p:04d}/{p:04d}_{k:03d}_{i.cam:02d}_0303{hour}_{parse_path(i.path).frame:04d}_0.jpg'
-                pictures[f'{part}/{file}'] = i.path
+                images[f'{part}/{file}'] = i.path
                 lines.append(f'{file} {p}')
     lists['list_val.txt'] = lists['list_train.txt'][13::14]
     del lists['list_train.txt'][13::14]
-    return pictures, lists
+    return images, lists
 
 # %% ../../nbs/rendering/03_world.ipynb #61e10ee3
 def _as_veri(
     data: ReIDData,  # what `synth` gave
-) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
+) -> tuple[dict, dict]:  # file name: name of the rendered image; file name: lines
     "The layout of VeRi-776, whose queries lie in the gallery too."
     parts = dict(train=data.train, query=data.query, test=data.query + data.gallery)
     name = lambda i: f'{i.pid:04d}_c{i.cam:03d}_{parse_path(i.path).frame:08d}_0.jpg'
-    pictures = {f'image_{part}/{name(i)}': i.path for part, items in parts.items() for i in items}
-    return pictures, {f'name_{part}.txt': list(map(name, items)) for part, items in parts.items()}
+    images = {f'image_{part}/{name(i)}': i.path for part, items in parts.items() for i in items}
+    return images, {f'name_{part}.txt': list(map(name, items)) for part, items in parts.items()}
 
 # %% ../../nbs/rendering/03_world.ipynb #895be110
 def _as_vehicleid(
     data: ReIDData,  # what `synth` gave
-) -> tuple[dict, dict]:  # file name: name of the rendered picture; file name: lines
-    "The layout of VehicleID: numbered pictures, lists of identities, no cameras."
+) -> tuple[dict, dict]:  # file name: name of the rendered image; file name: lines
+    "The layout of VehicleID: numbered images, lists of identities, no cameras."
     number = {i.path: f'{k:07d}' for k, i in enumerate(data.train + data.query + data.gallery, 1)}
     lines = lambda items: [f'{number[i.path]} {i.pid}' for i in items]
     lists = {
@@ -493,9 +493,9 @@ _LAYOUTS = dict(
 
 # %% ../../nbs/rendering/03_world.ipynb #21bc9945
 def save_shot(
-    job: tuple,  # name of a rendered picture, files to write it to, file of its mask
+    job: tuple,  # name of a rendered image, files to write it to, file of its mask
 ):
-    "Draw one picture and write it and its mask."
+    "Draw one image and write it and its mask."
     path, files, mask_file = job
     image, m = snap(parse_path(path))
     for f in files:
@@ -505,13 +505,13 @@ def save_shot(
 # %% ../../nbs/rendering/03_world.ipynb #28be4389
 def draw_into(
     folder: Path,  # to be made
-    pictures: dict,  # file name below `folder`: name of the rendered picture
+    images: dict,  # file name below `folder`: name of the rendered image
     procs: int,  # processes that share the work
     progress: bool,  # show a bar
 ):
-    "Draw pictures and their masks into a folder."
+    "Draw images and their masks into a folder."
     files = defaultdict(list)
-    for name, path in pictures.items():
+    for name, path in images.items():
         files[path].append(folder / name)
     for d in {f.parent for group in files.values() for f in group} | {folder / 'masks'}:
         d.mkdir(parents=True, exist_ok=True)
@@ -524,19 +524,19 @@ def draw_into(
         bar(pool.imap_unordered(save_shot, jobs, chunksize=16))
 
 # %% ../../nbs/rendering/03_world.ipynb #0acd604e
-DRAWING = 1  # the version of the drawing: raised when the same names give other pictures
+DRAWING = 1  # the version of the drawing: raised when the same names give other images
 
 # %% ../../nbs/rendering/03_world.ipynb #d2f143f9
 def record(
-    pictures: dict,
+    images: dict,
     lists: dict,  # what a layout gave
 ) -> dict:
     "What to note beside a set on disk: a fingerprint of it, and who looks like whom."
-    text = json.dumps([DRAWING, pictures, lists], sort_keys=True)
-    shots = {Path(name).stem: parse_path(path) for name, path in pictures.items()}
+    text = json.dumps([DRAWING, images, lists], sort_keys=True)
+    shots = {Path(name).stem: parse_path(path) for name, path in images.items()}
     return dict(
         world=str(next(iter(shots.values())).world),
-        pictures=len(pictures),
+        images=len(images),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         groups={stem: s.group for stem, s in shots.items() if s.split in ('train', 'test')},
     )
@@ -545,7 +545,7 @@ def record(
 def _is_there(
     target: Path,  # folder of the set
     note: dict,  # what `record` gave
-    pictures: dict,  # what its layout gave
+    images: dict,  # what its layout gave
 ) -> bool:
     "Is this very set on disk? Raises `InputError` when something else, or only a part of it, has its place."
     if not target.exists():
@@ -555,9 +555,9 @@ def _is_there(
         raise InputError(
             f'{target} holds another set; expected nothing there, or this very set: choose another root, or delete it'
         )
-    if lost := [n for n in pictures if not (target / n).is_file()]:
+    if lost := [n for n in images if not (target / n).is_file()]:
         raise InputError(
-            f'{target} lacks {len(lost)} pictures, such as {lost[0]}; expected all {len(pictures)}: delete it and '
+            f'{target} lacks {len(lost)} images, such as {lost[0]}; expected all {len(images)}: delete it and '
             'write it again'
         )
     return True
@@ -574,25 +574,25 @@ def write_layout(
     if layout not in _LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(_LAYOUTS)}: write layout='M'")
     if not all(is_rendered(i.path) for i in data.train + data.query + data.gallery):
-        raise InputError('the set has pictures that are files already; expected a set from synth(): write that one')
+        raise InputError('the set has images that are files already; expected a set from synth(): write that one')
     folder, plan = _LAYOUTS[layout]
-    target, (pictures, lists) = Path(root).expanduser() / folder, plan(data)
-    note = record(pictures, lists)
-    if _is_there(target, note, pictures):
+    target, (images, lists) = Path(root).expanduser() / folder, plan(data)
+    note = record(images, lists)
+    if _is_there(target, note, images):
         return target
     part = target.with_name(f'.{folder}-{os.getpid()}') / folder
     try:
-        draw_into(part, pictures, procs, progress)
+        draw_into(part, images, procs, progress)
         for name, lines in lists.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_text(''.join(f'{line}\n' for line in lines))
         (part / _RECORD).write_text(json.dumps(note))
         part.rename(target)
     except OSError as e:
-        if _is_there(target, note, pictures):
+        if _is_there(target, note, images):
             return target  # another process was faster
         raise InputError(
-            f'{target} cannot be written ({e.strerror}); expected a folder with room for {len(pictures)} pictures: '
+            f'{target} cannot be written ({e.strerror}); expected a folder with room for {len(images)} images: '
             'choose another root'
         ) from None
     finally:

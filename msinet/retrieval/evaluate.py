@@ -41,13 +41,13 @@ def first_k(
 # %% ../../nbs/retrieval/05_evaluate.ipynb #1e020a54
 def nearest(
     query: Embeddings,  # Q queries
-    gallery: Embeddings,  # G pictures
+    gallery: Embeddings,  # G images
     k: int = 15,  # how many of them
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
 ) -> Nearest:  # on the CPU
-    "The first k pictures of each query's list, in the order that `rank` counts. Errors as `checked_pair`."
+    "The first k images of each query's list, in the order that `rank` counts. Errors as `checked_pair`."
     if k < 1:
-        raise InputError(f'k is {k}; expected at least one picture')
+        raise InputError(f'k is {k}; expected at least one image')
     (q_f, g_f) = [e.f.detach().cpu() for e in (query, gallery)]
     (q_pid, g_pid) = [e.pid.cpu() for e in (query, gallery)]
     out = []
@@ -74,10 +74,10 @@ def embed(
     device=None,  # where to compute; None: where the network is
     gather=None,  # for a loader that gives a part: joins all processes' rows, (n, D) -> (processes·n, D)
 ) -> Embeddings:  # on that device
-    "Embed all pictures of a test loader. Raises `InputError` when it has none."
+    "Embed all images of a test loader. Raises `InputError` when it has none."
     device = device or device_of(net)
     if not loader.items:
-        raise InputError('there are no pictures to embed; expected a list of items: check the data set')
+        raise InputError('there are no images to embed; expected a list of items: check the data set')
     modes = [(m, m.training) for m in net.modules()]
     net.to(device).eval()
     try:
@@ -97,7 +97,7 @@ def evaluate_loaders(
     net: nn.Module,  # as for `embed`
     query,
     gallery,  # test loaders
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
     device=None,  # where to compute; None: where the network is
     protocol=full_gallery,  # called as protocol(queries, gallery, same_cam_ok)
     gather=None,  # as for `embed`
@@ -116,8 +116,8 @@ def evaluate(
     net: nn.Module,  # as for `embed`
     data: ReIDData,  # its queries and gallery are used
     size: tuple[int, int],  # (H, W) of the network's input
-    bs: int = 128,  # pictures in a batch
-    dir=None,  # folder for decoded pictures
+    bs: int = 128,  # images in a batch
+    dir=None,  # folder for decoded images
     device=None,  # where to compute; None: where the network is
     protocol=None,  # as in `evaluate_loaders`; None: the set's own
 ) -> Ranking:
@@ -131,7 +131,7 @@ def evaluate_all(
     net: nn.Module,  # as for `embed`
     sets: dict,  # name -> `ReIDData`
     size: tuple[int, int],  # (H, W) of the network's input
-    bs: int = 128,  # pictures in a batch
+    bs: int = 128,  # images in a batch
     device=None,  # where to compute; None: where the network is
 ) -> pd.DataFrame:  # rows (set, metric); columns as `metrics_table`
     "Measure a network on several sets. Errors as `evaluate`."

@@ -44,7 +44,7 @@ def neighbour_weights(
     k1: int = 20,  # width of the search for reciprocal neighbours
     k2: int = 6,  # how many rows are averaged; 1 leaves them alone
 ) -> Tensor:  # (N, N), rows add up to 1
-    "Weighted reciprocal neighbours of each picture. Raises `InputError` for k below 1."
+    "Weighted reciprocal neighbours of each image. Raises `InputError` for k below 1."
     if k1 < 1 or k2 < 1:
         raise InputError(f'k1 is {k1} and k2 is {k2}; expected at least 1 for both')
     order = by_distance(d)

@@ -19,7 +19,7 @@ from ..errors import InputError
 
 # %% ../../nbs/retrieval/05_places.ipynb #9cdeb52c
 class Embeddings(NamedTuple):
-    "What a network says about N pictures, and whom they show."
+    "What a network says about N images, and whom they show."
 
     f: Tensor  # (N, D) vectors
     pid: Tensor  # (N,) int64 identities
@@ -42,11 +42,11 @@ def vector_fault(
 def valid_vectors(
     f: Tensor,  # (N, D) features
     what: str,  # 'query' or 'gallery', for the message
-    names=None,  # N names of pictures, for the message; None: row numbers are all there is
+    names=None,  # N names of images, for the message; None: row numbers are all there is
 ) -> Tensor:  # (N, D) the same, in float32 or float64
     "Features that can be compared. Raises `InputError` for another shape, NaN, infinity or a row of zeros."
     if f.ndim != 2:
-        raise InputError(f'{what} features have shape {tuple(f.shape)}; expected (N, D): one row per picture')
+        raise InputError(f'{what} features have shape {tuple(f.shape)}; expected (N, D): one row per image')
     f = f.detach() if f.dtype == torch.float64 else f.detach().float()
     sq = torch.linalg.vector_norm(f, dim=1).square()
     for k in (~(sq.isfinite() & (sq > 0))).nonzero().flatten().tolist():
@@ -70,7 +70,7 @@ def checked(
     pid = e.pid
     cam = e.cam
     if cam is None and not same_cam_ok:
-        raise InputError(f'{what} has no cameras; expected one per picture: pass them or same_cam_ok=True')
+        raise InputError(f'{what} has no cameras; expected one per image: pass them or same_cam_ok=True')
     for name, v in dict(identities=pid, cameras=cam).items():
         if v is not None and v.shape != f.shape[:1]:
             raise InputError(f'{what} has {len(f)} features but {name} of shape {tuple(v.shape)}; expected ({len(f)},)')
@@ -86,7 +86,7 @@ def _checked_pair(
     q, g = checked(q, 'query', same_cam_ok), checked(g, 'gallery', same_cam_ok)
     if q.f.shape[1] != g.f.shape[1]:
         raise InputError(
-            f'queries have {q.f.shape[1]} features, gallery pictures {g.f.shape[1]}; expected the same network for both'
+            f'queries have {q.f.shape[1]} features, gallery images {g.f.shape[1]}; expected the same network for both'
         )
     kind = torch.promote_types(q.f.dtype, g.f.dtype)
     return q._replace(f=q.f.to(kind)), g._replace(f=g.f.to(kind))
@@ -137,10 +137,10 @@ def score_chunks(
 
 # %% ../../nbs/retrieval/05_places.ipynb #9f637109
 class Pairs(NamedTuple):
-    "Pairs of a query and a gallery picture, query after query, in the gallery's order within each."
+    "Pairs of a query and a gallery image, query after query, in the gallery's order within each."
 
     row: np.ndarray  # (P,) queries
-    col: np.ndarray  # (P,) gallery pictures
+    col: np.ndarray  # (P,) gallery images
 
 # %% ../../nbs/retrieval/05_places.ipynb #b0d4ec8d
 def same_id_pairs(
@@ -157,8 +157,8 @@ def same_id_pairs(
 # %% ../../nbs/retrieval/05_places.ipynb #26c18f9d
 def filtered_scores(
     q: Embeddings,  # Q queries
-    g: Embeddings,  # G gallery pictures
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    g: Embeddings,  # G gallery images
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
     chunk: int = 256,  # queries at a time
 ) -> Iterator[
     tuple[slice, np.ndarray | Tensor, Pairs]
@@ -268,7 +268,7 @@ class Places(NamedTuple):
     rank: np.ndarray  # (M,) places from 0, ties in the gallery's order
     low: np.ndarray  # (M,) places if ties fell well
     high: np.ndarray  # (M,) places if ties fell badly
-    col: np.ndarray  # (M,) which gallery picture it is
+    col: np.ndarray  # (M,) which gallery image it is
 
 # %% ../../nbs/retrieval/05_places.ipynb #a2560f0e
 def chunk_places(

@@ -20,7 +20,7 @@ from .ranking import concat_rankings, rank, Ranking
 def full_gallery(
     q: Embeddings,
     g: Embeddings,  # queries and gallery
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
 ) -> Ranking:
     "All queries against the whole gallery. Errors as `rank`."
     return rank(*q, *g, same_cam_ok)
@@ -45,19 +45,19 @@ def one_of_each(
     pid: np.ndarray,  # (N,) identities
     rng,  # numpy generator
 ) -> np.ndarray:  # one index per identity, in the order of identities
-    "Draw one picture of each identity."
+    "Draw one image of each identity."
     shuffled = rng.permutation(len(pid))
     return shuffled[np.unique(pid[shuffled], return_index=True)[1]]
 
 # %% ../../nbs/retrieval/05_protocols.ipynb #533e0418
 def one_image_galleries(
     q: Embeddings,
-    g: Embeddings,  # together: all test pictures
-    same_cam_ok: bool = True,  # do pictures by the query's own camera count?
+    g: Embeddings,  # together: all test images
+    same_cam_ok: bool = True,  # do images by the query's own camera count?
     n: int = 10,  # draws
     seed: int = 0,  # of the draws
-) -> Ranking:  # `cols` count pictures of queries and gallery together
-    "VehicleID's protocol: one picture of each identity is searched, all others ask; repeated. Errors as `rank`."
+) -> Ranking:  # `cols` count images of queries and gallery together
+    "VehicleID's protocol: one image of each identity is searched, all others ask; repeated. Errors as `rank`."
     cam = None if q.cam is None or g.cam is None else torch.cat([q.cam, g.cam])
     pool, out = Embeddings(torch.cat([q.f, g.f]), torch.cat([q.pid, g.pid]), cam), []
     take = lambda k: Embeddings(*(v if v is None else v[torch.from_numpy(k).to(v.device)] for v in pool))
@@ -73,10 +73,10 @@ def image_to_track(
     g: Embeddings,  # queries and gallery
     same_cam_ok: bool = False,  # do tracks by the query's own camera count?
 ) -> Ranking:  # `cols` count tracks, ordered by identity and camera
-    "Rank tracks by their nearest picture (VeRi-776). Raises `InputError` without cameras; errors as `rank`."
+    "Rank tracks by their nearest image (VeRi-776). Raises `InputError` without cameras; errors as `rank`."
     if g.cam is None:
         raise InputError(
-            'gallery has no cameras; expected one per picture: a track is what one camera saw of one identity'
+            'gallery has no cameras; expected one per image: a track is what one camera saw of one identity'
         )
     key = torch.stack([g.pid, g.cam], 1).cpu()
     tracks, which = torch.unique(key, dim=0, return_inverse=True)
@@ -94,11 +94,11 @@ def image_to_track(
 def single_shot(
     q: Embeddings,
     g: Embeddings,  # queries and gallery
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
     n: int = 10,  # draws
     seed: int = 0,  # of the draws
 ) -> Ranking:  # `cols` count identities of the gallery, sorted
-    "One picture of each identity in the gallery, one match for each query; repeated. Errors as `rank`."
+    "One image of each identity in the gallery, one match for each query; repeated. Errors as `rank`."
     g_pid = g.pid.cpu().numpy()
     rngs = [np.random.default_rng([seed, k]) for k in range(n)]
     ids = np.unique(g_pid)

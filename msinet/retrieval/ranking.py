@@ -24,7 +24,7 @@ class Ranking:
     offsets: np.ndarray  # (Q+1,) int64; query i has ranks[offsets[i]:offsets[i+1]]
     low: np.ndarray | None = None  # (M,) places if ties fell well
     high: np.ndarray | None = None  # (M,) places if ties fell badly
-    cols: np.ndarray | None = None  # (M,) which gallery picture stands there
+    cols: np.ndarray | None = None  # (M,) which gallery image stands there
     draw: np.ndarray | None = None  # (Q,) number of the random draw, where a protocol is repeated
 
     def of(self, q: int) -> np.ndarray:
@@ -125,7 +125,7 @@ def rank(
     g_f: Tensor,  # (G, D) features of the gallery
     g_pid: Tensor,  # (G,) int64
     g_cam: Tensor | None,  # (G,) int64; None where there are none
-    same_cam_ok: bool = False,  # do pictures by the query's own camera count?
+    same_cam_ok: bool = False,  # do images by the query's own camera count?
     chunk: int = 256,  # queries at a time
 ) -> Ranking:
     "Rank by squared Euclidean distance of the features as given; ties in the gallery's order. Errors as `checked_pair`."
@@ -161,7 +161,7 @@ def metrics_table(
 # %% ../../nbs/retrieval/05_ranking.ipynb #61438ec2
 def query_table(
     r: Ranking,
-    names=None,  # Q names of pictures; None: numbers
+    names=None,  # Q names of images; None: numbers
 ) -> pd.DataFrame:  # one row per query
     "Matches, place of the first match, AP with its bounds by ties, and INP of each query."
     columns = dict(n=r.n, first=r.first, AP=r.ap, low=r.worst_ties.ap, high=r.best_ties.ap, INP=r.inp)

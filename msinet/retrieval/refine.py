@@ -16,7 +16,7 @@ from .places import valid_vectors
 
 # %% ../../nbs/retrieval/06_refine.ipynb #94363dd7
 class FlipAveraged(nn.Module):
-    "A network whose `embed` looks at each picture and its mirror image; a stand-in for it wherever vectors are made."
+    "A network whose `embed` looks at each image and its mirror image; a stand-in for it wherever vectors are made."
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Whitening(NamedTuple):
 
 # %% ../../nbs/retrieval/06_refine.ipynb #278ce302
 def fit_whitening(
-    f: Tensor,  # (N, D) vectors of training pictures
+    f: Tensor,  # (N, D) vectors of training images
     d: int = None,  # directions to keep; None: all D
     share: float = 1.0,  # how much of the spread is divided out, from 0 (turn only) to 1
     eps: float = 1e-6,  # variances below this share of the largest count as this
 ) -> Whitening:
-    "PCA whitening. Raises `InputError` for fewer than two pictures and for broken vectors."
+    "PCA whitening. Raises `InputError` for fewer than two images and for broken vectors."
     f = valid_vectors(f, 'training')
     if len(f) < 2:
         raise InputError(

@@ -44,7 +44,7 @@ def k_nearest(
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # (N, min(k+1, N)) int64, each row starts with itself; (N,) largest squared distance
-    "The k nearest of each picture, itself first, in the order of a stable sort."
+    "The k nearest of each image, itself first, in the order of a stable sort."
     near, far = [], []
     for lo, d in _sq_chunks(f, f):
         far.append(np.asarray(d.max(1) if isinstance(d, np.ndarray) else d.amax(1).cpu()))
@@ -100,7 +100,7 @@ def sparse_weights(
     k2: int = 6,  # how many rows are averaged; 1 leaves them alone
     chunk: int = 4096,  # rows at a time
 ) -> tuple[sparse.csr_matrix, np.ndarray]:  # (N, N), rows add up to 1; (N,) largest squared distance
-    "Weighted reciprocal neighbours of each picture, as `neighbour_weights`. Raises `InputError` for k below 1."
+    "Weighted reciprocal neighbours of each image, as `neighbour_weights`. Raises `InputError` for k below 1."
     if k1 < 1 or k2 < 1:
         raise InputError(f'k1 is {k1} and k2 is {k2}; expected at least 1 for both')
     near, far = k_nearest(f, max(k1, k2 - 1))
@@ -164,8 +164,8 @@ def jaccard(
     k1: int = 20,  # width of the search for reciprocal neighbours
     k2: int = 6,  # how many rows are averaged
 ) -> Tensor:  # (N, N) in [0, 1]
-    "Jaccard distance of all pictures to each other. Errors as `sparse_weights` and `valid_vectors`."
-    f = valid_vectors(f, 'picture')
+    "Jaccard distance of all images to each other. Errors as `sparse_weights` and `valid_vectors`."
+    f = valid_vectors(f, 'image')
     v, _ = sparse_weights(f, k1, k2)
     w, out = v.tocsc(), torch.empty(len(f), len(f), dtype=f.dtype)
     for k in range(len(f)):
@@ -180,7 +180,7 @@ def jaccard_sparse(
     eps: float = 0.6,  # distances above it are left out; below 1
 ) -> sparse.csr_matrix:  # (N, N), what is not stored is farther than eps; zeros are stored
     "Jaccard distances up to `eps`, for clustering. Errors as `jaccard`."
-    v, _ = sparse_weights(valid_vectors(f, 'picture'), k1, k2)
+    v, _ = sparse_weights(valid_vectors(f, 'image'), k1, k2)
     w = v.tocsc()
     cols = []
     data = []

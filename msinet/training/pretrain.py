@@ -94,16 +94,16 @@ def _class_loader(
     workers: int = 0,  # processes that read images
     classes: dict = None,  # name -> number; None takes the folders in order
 ):  # batches of (x, y); `.dataset`
-    "Pictures of a folder of classes, by timm. Raises `InputError` where there are none."
+    "Images of a folder of classes, by timm. Raises `InputError` where there are none."
     if not any(root.glob('*/*')):
         raise InputError(
-            f'{root} holds no classes, expected a folder per class with pictures in it: give the folder above '
+            f'{root} holds no classes, expected a folder per class with images in it: give the folder above '
             'train and val'
         )
     data = timm_tools().data
     files = data.ImageDataset(str(root), class_map=classes)
     if train and len(files) < batch:
-        raise InputError(f'{root} holds {len(files)} pictures, fewer than a batch of {batch}: make --batch smaller')
+        raise InputError(f'{root} holds {len(files)} images, fewer than a batch of {batch}: make --batch smaller')
     return data.create_loader(
         files,
         (3, *size),
@@ -137,7 +137,7 @@ def top_k(
     loader,
     device='cpu',
     ks=(1, 5),
-) -> dict:  # share of pictures whose class is among the first k
+) -> dict:  # share of images whose class is among the first k
     "How often the right class is among the best."
     net.eval()
     hits, n = dict.fromkeys(ks, 0), 0

@@ -20,7 +20,7 @@ def dbscan(
     d: sparse.csr_matrix,  # (N, N) distances; what is not stored is farther than eps
     eps: float,  # how far neighbours may be
     min_samples: int = 4,  # neighbours, itself included, that make a core
-) -> Tensor:  # (N,) int64 clusters 0 … n-1, on the CPU; -1 for pictures in none
+) -> Tensor:  # (N,) int64 clusters 0 … n-1, on the CPU; -1 for images in none
     "Density clustering of sparse distances (Ester et al., 1996)."
     from sklearn.cluster import DBSCAN  # here, because it takes a second to load
     from sklearn.neighbors import sort_graph_by_row_values
@@ -31,20 +31,20 @@ def dbscan(
 # %% ../../nbs/unsup/24_clusters.ipynb #8e76aa1f
 def pseudo_labels(
     f: Tensor,  # (N, D) features
-    eps: float = 0.6,  # Jaccard distance up to which pictures are neighbours
+    eps: float = 0.6,  # Jaccard distance up to which images are neighbours
     k1: int = 30,  # width of the search for reciprocal neighbours
     k2: int = 6,  # how many neighbourhoods are averaged
     min_samples: int = 4,  # neighbours, itself included, that make a core
     cluster=dbscan,  # called as cluster(distances, eps, min_samples)
-) -> Tensor:  # (N,) int64 clusters 0 … n-1 on the CPU; -1 for pictures in none
+) -> Tensor:  # (N,) int64 clusters 0 … n-1 on the CPU; -1 for images in none
     "Labels from features: k-reciprocal Jaccard distance, then density clustering. Errors as `jaccard_sparse`."
     return cluster(jaccard_sparse(f, k1, k2, eps), eps, min_samples)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #ead5544b
 def outliers_as_classes(
-    y: Tensor,  # (N,) clusters; -1 for pictures in none
-) -> Tensor:  # (N,) every picture has a class
-    "Each un-clustered picture becomes a class of its own, numbered after the clusters."
+    y: Tensor,  # (N,) clusters; -1 for images in none
+) -> Tensor:  # (N,) every image has a class
+    "Each un-clustered image becomes a class of its own, numbered after the clusters."
     out, alone = y.clone(), y < 0
     out[alone] = torch.arange(int(alone.sum()), device=y.device) + y.max().clamp(min=-1) + 1
     return out
@@ -53,18 +53,18 @@ def outliers_as_classes(
 def contingency(
     y: Tensor,  # (N,) labels of any kind
     z: Tensor,  # (N,) others
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,) int64: how many pictures share both labels, the first, the second
-    "For each picture, with how many it shares its labels, itself included."
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,) int64: how many images share both labels, the first, the second
+    "For each image, with how many it shares its labels, itself included."
     y, z = (v.unique(return_inverse=True)[1] for v in (y, z))
     count = lambda v: torch.bincount(v)[v]
     return count((y * (z.max() + 1) + z).unique(return_inverse=True)[1]), count(y), count(z)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #7ebbd84c
 def rand_index(
-    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    y: Tensor,  # (N,) clusters; -1 for images in none
     true: Tensor,  # (N,) identities
 ) -> float:  # at most 1, about 0 for chance
-    "Adjusted Rand index (Hubert and Arabie, 1985). Two pictures or more."
+    "Adjusted Rand index (Hubert and Arabie, 1985). Two images or more."
     both, a, b = (
         (c - 1).sum().item() / 2 for c in contingency(outliers_as_classes(y), true)
     )  # pairs, each seen from both sides
@@ -73,10 +73,10 @@ def rand_index(
 
 # %% ../../nbs/unsup/24_clusters.ipynb #1c7be555
 def purity(
-    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    y: Tensor,  # (N,) clusters; -1 for images in none
     true: Tensor,  # (N,) identities
-) -> float:  # 0 … 1; NaN when no picture is in a cluster
-    "Share of the clustered pictures that belong to the majority of their cluster."
+) -> float:  # 0 … 1; NaN when no image is in a cluster
+    "Share of the clustered images that belong to the majority of their cluster."
     y, true = y[y >= 0], true[y >= 0]
     if not len(y):
         return float('nan')
@@ -85,16 +85,16 @@ def purity(
 
 # %% ../../nbs/unsup/24_clusters.ipynb #bcb50709
 def overlap(
-    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    y: Tensor,  # (N,) clusters; -1 for images in none
     z: Tensor,  # (N,) others
 ) -> Tensor:  # (N,) in ]0, 1]
-    "How far each picture's two clusters are the same: intersection over union."
+    "How far each image's two clusters are the same: intersection over union."
     both, a, b = contingency(outliers_as_classes(y), outliers_as_classes(z))
     return both / (a + b - both)
 
 # %% ../../nbs/unsup/24_clusters.ipynb #2bb55aaa
 def reliable(
-    y: Tensor,  # (N,) clusters; -1 for pictures in none
+    y: Tensor,  # (N,) clusters; -1 for images in none
     loose: Tensor,  # (N,) clusters at a larger eps
     tight: Tensor,  # (N,) clusters at a smaller eps
     limit: float = None,  # overlap that a cluster needs; None: what 90 % of these reach
@@ -117,7 +117,7 @@ def reliable(
 class Clusters(NamedTuple):
     "What a clustering gave."
 
-    y: Tensor  # (N,) clusters 0 … n-1 on the CPU; -1 for pictures in none
+    y: Tensor  # (N,) clusters 0 … n-1 on the CPU; -1 for images in none
     eps: float  # that gave them
     note: str = ''  # what went wrong, empty when nothing did
     limit: float = None  # of `reliable`
@@ -125,7 +125,7 @@ class Clusters(NamedTuple):
 # %% ../../nbs/unsup/24_clusters.ipynb #a1c22290
 def fits(
     y: Tensor,  # (N,) clusters
-    most: float = 0.5,  # share of all pictures that a cluster may hold
+    most: float = 0.5,  # share of all images that a cluster may hold
 ) -> int:  # 0 when they can be learnt from, 1 when eps should grow, -1 when it should shrink
     "Whether labels can be learnt from: two clusters or more, and no giant."
     n = torch.bincount(y[y >= 0])
@@ -143,7 +143,7 @@ def find_clusters(
     before: Tensor = None,  # (N,) labels of the epoch before, to fall back on
     margin: float = 0.0,  # looser and tighter by this much for `reliable`; 0 believes every cluster
     limit: float = None,  # of `reliable`
-    most: float = 0.5,  # share of all pictures that a cluster may hold
+    most: float = 0.5,  # share of all images that a cluster may hold
 ) -> Clusters:
     "Pseudo-labels whatever happens: eps is moved where clustering fails, and the labels before are kept where that doesn't help."
     good = f.isfinite().all(1) & (f.abs().amax(1) > 0)

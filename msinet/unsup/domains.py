@@ -48,7 +48,7 @@ class DomainBN(nn.Module):
         now = self.plan.now
         if len(x) % len(now):
             raise InputError(
-                f'a batch of {len(x)} does not divide into {len(now)} domains, expected as many pictures of each'
+                f'a batch of {len(x)} does not divide into {len(now)} domains, expected as many images of each'
             )
         return torch.cat([self.bns[d](part) for d, part in zip(now, x.chunk(len(now)))])
 

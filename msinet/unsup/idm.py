@@ -116,7 +116,7 @@ class BridgeLoss:
     def __init__(
         self,
         bridge: Bridge,
-        memory,  # with a class for every picture that is drawn
+        memory,  # with a class for every image that is drawn
         mu=(0.7, 0.1, 1.0),  # weights of prediction, feature, diversity
     ):
         self.bridge = bridge
@@ -127,7 +127,7 @@ class BridgeLoss:
         self,
         x: Tensor,  # not used
         f: Tensor,  # (3B, D) features of source, target, mixture
-        i: Tensor,  # (2B,) rows of the source's and the target's pictures
+        i: Tensor,  # (2B,) rows of the source's and the target's images
     ) -> dict:
         (f_s, f_t, f_m) = f.chunk(3)
         (i_s, i_t) = i.chunk(2)

@@ -33,8 +33,8 @@ class ClusterMemory:
 
     def rebuild(
         self,
-        f: Tensor,  # (N, D) features of all pictures
-        y: Tensor,  # (N,) clusters 0 … n-1; -1 for pictures that are not drawn
+        f: Tensor,  # (N, D) features of all images
+        y: Tensor,  # (N,) clusters 0 … n-1; -1 for images that are not drawn
     ):
         self.y = y.to(f.device)
         self.rows = Memory(int(y.max()) + 1, f.shape[1], self.tau, self.beta).to(f.device)
@@ -85,7 +85,7 @@ def hardest_scores(
 
 # %% ../../nbs/unsup/24_memories.ipynb #9f6a5193
 class InstanceMemory:
-    "One unit feature per picture, kept over the epochs; `pool` makes one score per class of them. Rows of class -1 rest."
+    "One unit feature per image, kept over the epochs; `pool` makes one score per class of them. Rows of class -1 rest."
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class InstanceMemory:
 
     def rebuild(
         self,
-        f: Tensor,  # (R, D) features of all pictures; used the first time only
+        f: Tensor,  # (R, D) features of all images; used the first time only
         y: Tensor,  # (R,) classes 0 … n-1; -1 for those that rest
     ):
         if self.rows is None:
@@ -139,7 +139,7 @@ class InstanceMemory:
 
 # %% ../../nbs/unsup/24_memories.ipynb #7b05a6c3
 class HybridMemory(InstanceMemory):
-    "A row per source identity, then one per target picture (SpCL, Ge et al., 2020)."
+    "A row per source identity, then one per target image (SpCL, Ge et al., 2020)."
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class HybridMemory(InstanceMemory):
 
     def rebuild(
         self,
-        f: Tensor,  # (N, D) features of all target pictures
+        f: Tensor,  # (N, D) features of all target images
         y: Tensor,  # (N,) clusters; -1 for those that rest
     ):
         S = len(self.source)
@@ -191,7 +191,7 @@ class Teacher:
         self,
         x: Tensor,  # (B, 3, H, W)
         f: Tensor,  # (B, D) the student's features
-        i: Tensor,  # (B,) numbers of the pictures
+        i: Tensor,  # (B,) numbers of the images
     ) -> dict:
         with torch.no_grad():
             want = self.memory.scores(embedding(self.copy, x), i).softmax(1)

@@ -13,8 +13,8 @@ from ..data.loaders import pk_chunks
 # %% ../../nbs/unsup/24_samplers.ipynb #b1157d2c
 def members(
     labels,  # (N,) clusters; -1 is left out
-) -> list:  # of arrays of picture numbers, one per cluster, by label
-    "The pictures of each cluster."
+) -> list:  # of arrays of image numbers, one per cluster, by label
+    "The images of each cluster."
     labels = np.asarray(labels)
     order = np.argsort(labels, kind='stable')
     cut = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
@@ -25,10 +25,10 @@ def pk_draw(
     labels,  # (N,) clusters; -1 is not drawn
     cams,  # not used
     P: int,  # clusters in a batch, if there are as many
-    K: int,  # pictures of each
+    K: int,  # images of each
     rng,  # numpy generator
-) -> list:  # batches of picture numbers
-    "P clusters with K pictures each; smaller clusters repeat theirs."
+) -> list:  # batches of image numbers
+    "P clusters with K images each; smaller clusters repeat theirs."
     left, batches = pk_chunks(labels, K, rng), []
     P = min(P, len(left))
     while P and len(left) >= P:
@@ -42,10 +42,10 @@ def camera_draw(
     labels,  # (N,) clusters; -1 is not drawn
     cams,  # (N,) cameras, or None
     P: int,
-    K: int,  # P·K pictures in a batch, at most K of a cluster in a row
+    K: int,  # P·K images in a batch, at most K of a cluster in a row
     rng,  # numpy generator
-) -> list:  # batches of picture numbers
-    "Up to K pictures of each cluster, those by other cameras than the first one's come first; a class of one gives one (SpCL, Ge et al., 2020)."
+) -> list:  # batches of image numbers
+    "Up to K images of each cluster, those by other cameras than the first one's come first; a class of one gives one (SpCL, Ge et al., 2020)."
     own, line = members(labels), []
     for c in rng.permutation(len(own)):
         some = rng.permutation(own[c])
@@ -58,8 +58,8 @@ def camera_draw(
 
 # %% ../../nbs/unsup/24_samplers.ipynb #a46ea3f3
 def _whole_batches(
-    line: list,  # picture numbers in order
-    B: int,  # pictures in a batch
+    line: list,  # image numbers in order
+    B: int,  # images in a batch
 ) -> list:
     "Cut into batches; an incomplete one is left out unless it is the only one."
     cut = [line[k : k + B] for k in range(0, len(line), B)]
@@ -70,10 +70,10 @@ def group_draw(
     labels,  # (N,) clusters; -1 is not drawn
     cams,  # not used
     P: int,
-    K: int,  # P·K pictures in a batch
+    K: int,  # P·K images in a batch
     rng,  # numpy generator
-    group: int = 256,  # pictures in a group at most: 256 Market-1501, 1024 MSMT17
-) -> list:  # batches of picture numbers
+    group: int = 256,  # images in a group at most: 256 Market-1501, 1024 MSMT17
+) -> list:  # batches of image numbers
     "Runs of one cluster after another, classes of one at the end, cut into batches (GS, Han et al., 2022)."
     own = members(labels)
     many = [rng.permutation(m) for m in own if len(m) > 1]
@@ -85,14 +85,14 @@ def group_draw(
 
 # %% ../../nbs/unsup/24_samplers.ipynb #5c25f6ec
 class ClusterSampler:
-    "Lists of picture numbers, drawn from `labels`, which may be replaced between epochs."
+    "Lists of image numbers, drawn from `labels`, which may be replaced between epochs."
 
     def __init__(
         self,
-        n: int,  # pictures; at first each is a class of its own
+        n: int,  # images; at first each is a class of its own
         draw,  # called as draw(labels, cams, P, K, rng), gives batches
         P: int = 16,
-        K: int = 4,  # P·K pictures in a batch
+        K: int = 4,  # P·K images in a batch
         iters: int = 400,  # batches in an epoch
         cams=None,  # (n,) cameras, or None
         seed: int = 0,  # of the run

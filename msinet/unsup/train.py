@@ -75,7 +75,7 @@ class ClusterStep(Step):
         x, i = batch
         self.opt.zero_grad()
         with self.acc.autocast():
-            f = embedding(self.net, x)  # a bridge makes more features than pictures
+            f = embedding(self.net, x)  # a bridge makes more features than images
         losses = dict(contrast=self.memory.loss(f[: len(i)], i), **(self.extra(x, f, i) if self.extra else {}))
         loss, scaled = sum(losses.values()), self.acc.scaler is not None
         self.acc.backward(loss)
@@ -98,12 +98,12 @@ class ClusterStep(Step):
 
 # %% ../../nbs/unsup/24_train.ipynb #e032015a
 class _AllOf:
-    "Every picture of a cache once, in order, normalised."
+    "Every image of a cache once, in order, normalised."
 
     def __init__(
         self,
         pixels: PixelCache,
-        bs: int = 128,  # pictures in a batch
+        bs: int = 128,  # images in a batch
         device=None,  # where batches go
     ):
         self.pixels = pixels
@@ -118,22 +118,22 @@ class _AllOf:
 
 # %% ../../nbs/unsup/24_train.ipynb #224bfb0f
 class Recluster(Callback):
-    "Before each epoch: embed all pictures, cluster them, tell memory and sampler. Keeps all labels."
+    "Before each epoch: embed all images, cluster them, tell memory and sampler. Keeps all labels."
 
     order = -50
 
     def __init__(
         self,
         net: ReIDNet,
-        pictures,  # loader of all pictures in order
+        images,  # loader of all images in order
         memory,
         sampler,  # to be told
         find,  # called as find(f, epoch, before, limit), gives `Clusters`
-        own: bool,  # un-clustered pictures are classes of their own; False drops them
+        own: bool,  # un-clustered images are classes of their own; False drops them
         path=None,  # of pseudo.npy
     ):
         self.net = net
-        self.pictures = pictures
+        self.images = images
         self.memory = memory
         self.sampler = sampler
         self.find = find
@@ -143,13 +143,13 @@ class Recluster(Callback):
         self.limit = None
         self.good = None
         self.now = None
-        self.true = torch.tensor([i.pid for i in pictures.items])
+        self.true = torch.tensor([i.pid for i in images.items])
 
     def before_epoch(self, learn):
         if learn.outs:
             self.keep()
             return  # taken up in its middle: labels and memory are there
-        f = embed(self.net, self.pictures).f
+        f = embed(self.net, self.images).f
         self.now = c = self.find(f, learn.epoch, self.rows[-1].long() if self.rows else None, self.limit)
         if c.note.startswith('not finite:'):
             self.restore(learn.epoch)
@@ -209,17 +209,17 @@ class Recluster(Callback):
 
 # %% ../../nbs/unsup/24_train.ipynb #0445dba7
 class FeatureSnapshots(Callback):
-    "Keeps features of some pictures before every epoch, to be drawn later."
+    "Keeps features of some images before every epoch, to be drawn later."
 
     order = -40  # after `Recluster`
 
     def __init__(
         self,
         recluster: Recluster,
-        n: int,  # pictures at most, at even steps through the list
+        n: int,  # images at most, at even steps through the list
         path=None,  # of watched.npy
     ):
-        N = len(recluster.pictures.items)
+        N = len(recluster.images.items)
         self.recluster = recluster
         self.path = path
         self.rows = []
@@ -250,7 +250,7 @@ class Method(NamedTuple):
     regimes: tuple  # 'usl', 'uda'
     pool: object  # how rows become scores; None: one row per cluster
     draw: object  # cfg -> a way of drawing batches
-    own: bool  # un-clustered pictures are classes of their own
+    own: bool  # un-clustered images are classes of their own
     published: dict  # numbers that hold where a configuration has None
     domains: int = 2  # normalisations in UDA
     extra: object = None  # (cfg, net, memory, bridge) -> more losses
@@ -313,7 +313,7 @@ class _Joint:
     def __init__(
         self,
         source: TrainLoader,  # with identities
-        target: TrainLoader,  # with numbers of pictures
+        target: TrainLoader,  # with numbers of images
     ):
         self.source = InfiniteLoader(source)
         self.target = target
@@ -491,7 +491,7 @@ def _run_unsup(
         keepers = [recluster] + ([FeatureSnapshots(recluster, cfg.watch, folder / 'watched.npy')] if cfg.watch else [])
         rate = partial(lr_at, base=cfg.lr, warmup=cfg.warmup, milestones=cfg.milestones)
         evaluate = Evaluate(lambda: run.measure(net), cfg.eval_every)
-        health = Health(net, probe(recluster.pictures.items, cfg.size))
+        health = Health(net, probe(recluster.images.items, cfg.size))
         callbacks = [*cbs, *keepers, Schedule(built.step.opt, rate), evaluate, health]
         learn = run.fit(built.whole, built.step, built.dl, callbacks, lambda row: row.get('mAP'))
         metrics |= dict(after=run.measure(net), **_best_of(learn.history))

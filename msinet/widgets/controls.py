@@ -40,7 +40,7 @@ def _to_keep(
     b: bytes,  # a PNG
     most=60_000,  # bytes
 ) -> bytes:
-    "A picture for a stored page: a large one in its 256 most needed colours, a third of the bytes."
+    "An image for a stored page: a large one in its 256 most needed colours, a third of the bytes."
     if len(b) <= most:
         return b
     f = io.BytesIO()
@@ -52,7 +52,7 @@ _FINE = 300  # fields of the grid in each direction
 
 
 def lines(
-    box,  # left, top, width, height in shares of the picture
+    box,  # left, top, width, height in shares of the image
 ) -> str:  # row, column, row, column
     "A place as the lines of a grid, at least two fields wide."
     a, b, c, d = box
@@ -65,7 +65,7 @@ def lines(
 
 # %% ../../nbs/widgets/40_controls.ipynb #d29b94d9
 class _Stage(w.GridBox):
-    "A picture with buttons over it that can't be seen."
+    "An image with buttons over it that can't be seen."
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class _Stage(w.GridBox):
     ):
         here, fine = '1 / 1 / 2 / 2', f'repeat({_FINE}, minmax(0, 1fr))'
         self.clicked, self.bare = clicked, w.ButtonStyle(button_color='transparent')
-        self.picture = w.Image(
+        self.image = w.Image(
             format='png', layout=dict(grid_area=here, width='100%', height='auto', align_self='flex-start', margin='0')
         )
         self.places = w.GridBox(
@@ -89,7 +89,7 @@ class _Stage(w.GridBox):
             )
         )
         super().__init__(
-            [self.picture, self.places],
+            [self.image, self.places],
             layout=dict(grid_template_columns='minmax(0, 1fr)', max_width='100%', overflow='hidden'),
         )
 
@@ -105,11 +105,11 @@ class _Stage(w.GridBox):
 
     def show(
         self,
-        picture: bytes,  # a PNG
+        image: bytes,  # a PNG
         spots=(),  # of (box, what to say when the pointer is over it)
     ):
         with self.hold_sync():
-            self.picture.value, self.layout.width = picture, f'{_png_size(picture)[0]}px'
+            self.image.value, self.layout.width = image, f'{_png_size(image)[0]}px'
         if len(spots) > len(self.places.children):
             self.places.children += tuple(self.button(i) for i in range(len(self.places.children), len(spots)))
         for b, (box, text) in zip(self.places.children, spots):
@@ -126,7 +126,7 @@ class Panel(w.VBox):
         self,
         draw,  # called with the controls' values by name, gives a figure
         controls: dict,  # name -> ipywidget with a value
-        dpi=110,  # of the picture, pixels per inch
+        dpi=110,  # of the image, pixels per inch
         more=(),  # widgets beside the controls
         spots=None,  # called as `draw`, gives (box, text) of each place to click, see `_Stage`
         click=None,  # called with the number of the place and the values by name, gives {control: value}
@@ -139,7 +139,7 @@ class Panel(w.VBox):
         self.error = None
         self.quiet = False
         self.said, self.stage = w.HTML(), _Stage(self.clicked)
-        self.picture = self.stage.picture
+        self.image = self.stage.image
         super().__init__(
             [w.HBox([*self.controls.values(), *more], layout=dict(flex_flow='row wrap')), self.said, self.stage]
         )
@@ -167,7 +167,7 @@ class Panel(w.VBox):
             else f'<pre style="color:{WRONG}">{html.escape(type(self.error).__name__)}: '
             f'{html.escape(str(self.error))}</pre>'
         )
-        self.picture.layout.display = None if self.error is None else 'none'
+        self.image.layout.display = None if self.error is None else 'none'
 
     def shown(self):
         v = self.values()
@@ -193,7 +193,7 @@ class Panel(w.VBox):
         kept = {k: v for k, v in super()._repr_mimebundle_(**kwargs).items() if 'widget' in k}
         return {
             **kept,
-            'image/png': base64.b64encode(_to_keep(self.picture.value)).decode(),
+            'image/png': base64.b64encode(_to_keep(self.image.value)).decode(),
             'text/plain': ', '.join(f'{k} {v}' for k, v in self.values().items()),
         }
 

@@ -73,39 +73,39 @@ def inside(
 # %% ../../nbs/widgets/40_explorers.ipynb #785169e4
 def cell_browser(
     nets: dict,  # name -> `ReIDNet`
-    items,  # pictures to choose from
+    items,  # images to choose from
     size,  # (H, W) of the networks' input
     most=16,  # channels shown
 ) -> Panel:
-    "Feature maps of every cell, and both branches around its interactions (Fig. 4). A click lays a channel over the picture."
+    "Feature maps of every cell, and both branches around its interactions (Fig. 4). A click lays a channel over the image."
     tall, per = size[0] / size[1], most // 2
     t = tiling(2, per + 1, tall, most=1.5, left=0.05, right=0.05)
     maps = lru_cache(64)(lambda name, i, cell: inside(nets[name], load_images(items[i : i + 1], size), cell))
-    picture = lru_cache(64)(lambda i: denormalise(load_images(items[i : i + 1], size))[0].permute(1, 2, 0).numpy())
+    image = lru_cache(64)(lambda i: denormalise(load_images(items[i : i + 1], size))[0].permute(1, 2, 0).numpy())
     where = list(inside(next(iter(nets.values())), load_images(items[:1], size), 0))
 
-    def found(network, picture, cell, where):
-        return strongest(maps(network, picture, cell - 1)[where], most)
+    def found(network, image, cell, where):
+        return strongest(maps(network, image, cell - 1)[where], most)
 
     def draw(network, picture_no, cell, where, channel):
         names, m = found(network, picture_no, cell, where)
-        k, im = min(channel, len(m)) - 1, picture(picture_no)
+        k, im = min(channel, len(m)) - 1, image(picture_no)
         rows = [[im, *m[:per]], [overlay(im, m[k]), *m[per:]]]
         texts = {(i // per, i % per + 1): f'{c}' for i, c in enumerate(names)} | {
-            (0, 0): 'picture',
+            (0, 0): 'image',
             (1, 0): f'channel {names[k]}',
         }
         return tiles(rows, t, texts=texts, frames={(k // per, k % per + 1): NETS[2]}, flat=True)
 
     spots = lambda **v: [
-        (t.box(i // per, i % per + 1), f'lay channel {c} over the picture')
+        (t.box(i // per, i % per + 1), f'lay channel {c} over the image')
         for i, c in enumerate(found(v['network'], v['picture_no'], v['cell'], v['where'])[0])
     ]
     return Panel(
         draw,
         dict(
             network=choice('network', nets, list(nets)[-1]),
-            picture_no=slider('picture', 0, 0, len(items) - 1),
+            picture_no=slider('image', 0, 0, len(items) - 1),
             cell=slider('cell', 1, 1, 6),
             where=choice('where', where),
             channel=slider('channel', 1, 1, most),
@@ -134,13 +134,13 @@ def activation_lens(
     nets: dict,  # name -> `ReIDNet`
     data,  # queries and gallery
     size,  # (H, W) of the networks' input
-    k=6,  # pictures found
+    k=6,  # images found
 ) -> Panel:
     "Heat maps over a query and what is found for it (Fig. 1, left)."
     q, g = embeddings(list(nets.values())[-1], data, size)
 
     @lru_cache(64)
-    def found(i):  # the pictures, and what to write above them
+    def found(i):  # the images, and what to write above them
         idx, d, right = (v[0] for v in nearest(_one_query(q, i), g, k, data.same_cam_ok))
         keep = [int(j) for j in idx if j >= 0]
         return load_images([data.query[i], *[data.gallery[j] for j in keep]], size), [
@@ -190,7 +190,7 @@ def retrieval_browser(
     data,  # queries and gallery
     size,  # (H, W) of the networks' input
 ) -> Panel:
-    "What networks find for a query, nearest first (Fig. 6). A click on a picture asks for that person next."
+    "What networks find for a query, nearest first (Fig. 6). A click on an image asks for that person next."
     vectors = {n: embeddings(net, data, size) for n, net in nets.items()}
     aps = {n: rank(*v[0], *v[1], same_cam_ok=data.same_cam_ok).ap for n, v in vectors.items()}
     order = spread(list(aps.values())[-1], len(data.query))  # worst first
@@ -228,13 +228,13 @@ def retrieval_browser(
             }
         return tiles(rows, t, [f'{n}\nAP {100 * aps[n][i]:.0f}' for n in nets], texts, frames=frames)
 
-    def whom(i, query, first, own):  # the clicked picture's person
+    def whom(i, query, first, own):  # the clicked image's person
         n, k = list(nets)[i // 10], i % 10
         j = int(found(n, query, first + 9, own)[0][first - 1 + k])
         asked = [p + 1 for p, o in enumerate(order) if data.query[o].pid == data.gallery[j].pid]
         if not asked:
             raise InputError(
-                'nobody asks for this picture: it shows somebody who is only in the gallery; click another one'
+                'nobody asks for this image: it shows somebody who is only in the gallery; click another one'
             )
         return dict(query=asked[0])
 
@@ -257,7 +257,7 @@ def sam_explorer(
     size,  # (H, W) of the networks' input
     sams=None,  # name -> alignment module of that network
 ) -> Panel:
-    "Click a place of a query, see its match in other pictures; activation vectors and their cosines (§3.3, Fig. 3)."
+    "Click a place of a query, see its match in other images; activation vectors and their cosines (§3.3, Fig. 3)."
     sams = sams or {}
 
     @lru_cache(64)
@@ -328,9 +328,9 @@ def embedding_map(
     nets: dict,  # name -> `ReIDNet`, one or two
     data,  # queries and gallery
     size,  # (H, W) of the networks' input
-    most=120,  # pictures shown: all queries first, then the gallery
+    most=120,  # images shown: all queries first, then the gallery
 ) -> Panel:
-    "Queries and gallery seen from above, coloured by identity or camera; a click shows the picture of a point."
+    "Queries and gallery seen from above, coloured by identity or camera; a click shows the image of a point."
     items = [i for i in [*data.query, *data.gallery] if i.pid > 0][:most]
     n_q, ids = min(len(data.query), len(items)), sorted({i.pid for i in items})
     vectors = {

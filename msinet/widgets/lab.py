@@ -36,7 +36,7 @@ def augmented(
     seed: int,  # of the random numbers
     n: int = 11,  # how often
 ):
-    "A picture as it is, and as training would see it."
+    "An image as it is, and as training would see it."
     x = torch.as_tensor(x)[None].expand(n + 1, -1, -1, -1)
     gen = torch.Generator().manual_seed(seed)
     y = denormalise(augment(x, gen, mirror, shift, erase, (brightness, contrast, saturation)))
@@ -45,13 +45,13 @@ def augmented(
 
 # %% ../../nbs/widgets/40_lab.ipynb #29b112fe
 def augment_lab(
-    x,  # (H, W, 3) bytes, a picture
+    x,  # (H, W, 3) bytes, an image
 ) -> Panel:
-    "A slider for each change that training makes to a picture (§4.1). Raises `InputError` for anything but a picture in bytes."
+    "A slider for each change that training makes to an image (§4.1). Raises `InputError` for anything but an image in bytes."
     x = torch.as_tensor(x)
     if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[2] != 3:
         raise InputError(
-            f'found {tuple(x.shape)} of {x.dtype}, expected one picture (H, W, 3) in bytes: give for example '
+            f'found {tuple(x.shape)} of {x.dtype}, expected one image (H, W, 3) in bytes: give for example '
             'render(item.path)'
         )
     share = lambda name, value: slider(name, value, 0.0, 1.0)
@@ -132,11 +132,11 @@ def word_cost(
 @torch.no_grad()
 def response(
     word: str,  # twelve letters
-    x,  # (1, 3, H, W) normalised picture
+    x,  # (1, 3, H, W) normalised image
     supernet=None,  # an `MSINet` of mixed choices; None: an untrained one
     channels=(8, 32, 48, 64),  # of stem and stages, without a supernet
 ) -> list:  # six maps (h, w), each from 0 to 1
-    "Energy after each cell for a picture."
+    "Energy after each cell for an image."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if supernet is None:
@@ -149,7 +149,7 @@ def response(
 
 # %% ../../nbs/widgets/40_lab.ipynb #3ddfdcdb
 def interaction_lab(
-    items,  # pictures to choose from, (H, W, 3) bytes each
+    items,  # images to choose from, (H, W, 3) bytes each
     supernet=None,  # the searched `MSINet` whose weights may answer; None: untrained weights alone
     word=TABLE1,  # to begin with
 ) -> Panel:
@@ -166,12 +166,12 @@ def interaction_lab(
         )
     )
 
-    def draw(word, picture, weights):
+    def draw(word, image, weights):
         word = check_genotype(word)
         fig = tiles(
-            [[rgb(items[picture]), *answers(word, picture, weights)]],
+            [[rgb(items[image]), *answers(word, image, weights)]],
             t,
-            texts={(0, 0): 'picture'} | {(0, i): f'cell {i}' for i in range(1, 7)},
+            texts={(0, 0): 'image'} | {(0, i): f'cell {i}' for i in range(1, 7)},
             vmin=0,
             vmax=1,
             label='energy / largest',
@@ -222,7 +222,7 @@ def interaction_lab(
     )
     panel = Panel(
         style()(draw),
-        dict(word=text, picture=slider('picture', 0, 0, len(items) - 1), weights=choice('weights', weights)),
+        dict(word=text, image=slider('image', 0, 0, len(items) - 1), weights=choice('weights', weights)),
         spots=spots,
         click=turn,
     )
