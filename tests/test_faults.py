@@ -632,7 +632,15 @@ def pretrain_job(out, data, answer, only, at, sig, resume):
     try:
         pretrain(
             PretrainConfig(
-                data, out, resume, channels=(8, 16, 24, 32), size=(32, 32), epochs=3, batch=4, workers=0, lr=0.01
+                data=data,
+                out=out,
+                resume=resume,
+                channels=(8, 16, 24, 32),
+                size=(32, 32),
+                epochs=3,
+                batch=4,
+                workers=0,
+                lr=0.01,
             )
         )
     except BaseException as e:

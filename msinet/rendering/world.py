@@ -536,7 +536,7 @@ def record(
     shots = {Path(name).stem: parse_path(path) for name, path in images.items()}
     return dict(
         world=str(next(iter(shots.values())).world),
-        images=len(images),
+        pictures=len(images),  # the word of sets that were drawn before
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         groups={stem: s.group for stem, s in shots.items() if s.split in ('train', 'test')},
     )

@@ -168,7 +168,7 @@ def pretrain(
         loader = read(root / 'train', True, scale=cfg.scale)
         classes = loader.dataset.reader.class_to_idx
         val = read(root / 'val', False, classes=classes)
-        run.marks['data'] = f'{len(loader.dataset)}+{len(val.dataset)} images of {len(classes)} classes'
+        run.marks['data'] = f'{len(loader.dataset)}+{len(val.dataset)} pictures of {len(classes)} classes'
         set_seed(cfg.seed)
         backbone = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0).backbone
         net = Classifier(backbone, len(classes)).to(run.acc.device)
