@@ -13,27 +13,22 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msinet.data.loaders import test_loader as in_order
-from msinet.core import InputError, set_seed
+from msinet.errors import InputError
+from msinet.core import set_seed
 from msinet.data.items import Item
-from msinet.engine.devices import (
-    accelerator,
-    broadcast_from_main,
-    check_precision,
-    check_batch_split,
-    gather,
-    split_batch,
-    launch,
-    rank_and_world_size,
-    sync_bn,
-)
+from msinet.engine.devices import accelerator, broadcast_from_main, check_precision, check_batch_split, gather
+from msinet.engine.devices import split_batch, launch, rank_and_world_size, share_bn_statistics
 from msinet.engine.learner import adamw, sgd
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.retrieval.evaluate import embed
 from msinet.sam import SAM
-from msinet.training.search import SearchStep, trainable_params, apply_runtime_options
+from msinet.training.search import SearchStep
+from msinet.engine.learner import trainable_params
+from msinet.engine.loop import apply_runtime_options
 from msinet.space import derived, supernet
 from msinet.tcm import Memory
-from msinet.training.train import TRAIN, TrainConfig, TrainStep, train
+from msinet.config import TRAIN
+from msinet.training.train import TrainStep, train
 
 WIDTHS, P, K = (8, 16, 24, 32), 4, 2
 Y = torch.arange(P).repeat_interleave(K)
@@ -62,7 +57,7 @@ def train_step(dtype=torch.float64, device="cpu", synced=True, acc=None, opt=sgd
     net = ReIDNet(derived(channels=WIDTHS), FBLNeck(WIDTHS[1:], P)).to(device, dtype).train()
     sam = SAM(WIDTHS[-1]).to(device, dtype)
     mild(net, gamma)
-    apply_runtime_options(net, replace(TrainConfig(), sync_bn=synced, **cfg))
+    apply_runtime_options(net, sync_bn=synced, **cfg)
     acc = acc or accelerator(device)
     return TrainStep(
         net,
@@ -76,7 +71,7 @@ def search_step(dtype=torch.float64, device="cpu", acc=None, **kw):
     set_seed(0)
     net = ReIDNet(supernet(WIDTHS), BNNeck(WIDTHS[1:])).to(device, dtype).train()
     mild(net, 0.5)
-    sync_bn(net)
+    share_bn_statistics(net)
     mems = [Memory(P, WIDTHS[-1]).to(device, dtype) for _ in range(2)]
     for m in mems:
         m.fill(torch.randn(P * K, WIDTHS[-1], dtype=dtype).to(device), Y.to(device))
@@ -199,7 +194,7 @@ def test_layout_and_recomputation_change_nothing(cfg):
         assert_close(a(batch), b(batch), rtol=1e-9, atol=1e-9)
     assert_close(weights(a), weights(b), rtol=1e-7, atol=1e-7)
     a, b = search_step(), search_step()
-    apply_runtime_options(b.net, replace(TrainConfig(), **cfg))
+    apply_runtime_options(b.net, **cfg)
     for batch in batches(2, 0):
         assert_close(a(batch), b(batch), rtol=1e-7, atol=1e-7)
     assert_close(weights(a), weights(b), rtol=1e-7, atol=1e-7)

@@ -25,19 +25,18 @@ import pytest
 import torch
 from PIL import Image
 
+import msinet.engine.loop
 import msinet.quickstart
-import msinet.training.search
-import msinet.training.train
-import msinet.unsup.train
 from msinet.engine.checkpoint import checkpoint_paths, load, newest
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.engine.learner import Learner, NotFinite
 from msinet.engine.lock import Lock
-from msinet.training.search import SEARCH, SearchStep, search
-from msinet.training.pretrain import ClassStep, PretrainConfig, pretrain
+from msinet.config import SEARCH, TRAIN, UNSUP, PretrainConfig
+from msinet.training.search import SearchStep, search
+from msinet.training.pretrain import ClassStep, pretrain
 from msinet.figures.report import report
-from msinet.training.train import TRAIN, TrainStep, train
-from msinet.unsup.train import UNSUP, ClusterStep, uda, usl
+from msinet.training.train import TrainStep, train
+from msinet.unsup.train import ClusterStep, uda, usl
 
 resource = pytest.importorskip("resource", reason="signals, limits and forks of Unix")
 ROOT = Path(__file__).parent.parent
@@ -92,8 +91,7 @@ def trap(at=0, sig=signal.SIGKILL, then=None, only=""):
     for step in (SearchStep, TrainStep, ClusterStep, ClassStep):
         watch(step, "__call__", "step")
     watch(Learner, "one_epoch", "epoch")
-    for m in (msinet.training.search, msinet.training.train, msinet.unsup.train):
-        watch(m, "evaluate_loaders", "evaluate")
+    watch(msinet.engine.loop, "evaluate_loaders", "evaluate")
     watch(os, "fsync", "fsync", half=not only and sig == signal.SIGKILL and not then)
     watch(os, "replace", "replace")
     watch(os, "link", "link")
@@ -194,7 +192,7 @@ def whole(tmp_path_factory, cache, worker_id):
     return {kind: dict(events=events[kind], gave=outcome(kind, root / kind), run=root / kind) for kind in GO}
 
 
-# --- killed and interrupted -------------------------------------------------------------------------------------------------------------
+# --- killed and interrupted ---
 
 KILLS = dict(
     search=12, train=12, usl=6, uda=6
@@ -328,7 +326,7 @@ def test_the_page_of_a_run_that_stopped(whole, tmp_path):
     assert "The architecture" in report(tmp_path / "run").read_text(encoding="utf-8")
 
 
-# --- disks ------------------------------------------------------------------------------------------------------------------------------
+# --- disks ---
 
 
 @pytest.fixture
@@ -388,7 +386,7 @@ def test_a_files_size_is_limited(kind, whole, tmp_path):
     assert outcome(kind, tmp_path / "b") == whole[kind]["gave"]
 
 
-# --- damaged files ----------------------------------------------------------------------------------------------------------------------
+# --- damaged files ---
 
 DAMAGES = {
     "empty": lambda b: b"",
@@ -485,7 +483,7 @@ def test_another_run_is_not_mixed_in(whole, tmp_path):
     assert said["end"] == "done" and any("lr 0.001 instead of" in w for w in said["warned"]), said
 
 
-# --- two at once ------------------------------------------------------------------------------------------------------------------------
+# --- two at once ---
 
 
 def test_two_runs_on_one_folder(whole, tmp_path):
@@ -532,7 +530,7 @@ def test_a_lock_that_is_there(name, tmp_path):
             Lock(tmp_path)
 
 
-# --- images and numbers ---------------------------------------------------------------------------------------------------------------
+# --- images and numbers ---
 
 
 @pytest.fixture
@@ -619,7 +617,7 @@ def test_no_number_any_more(kind, where, whole, images, tmp_path, monkeypatch):
     )
 
 
-# --- weights to start from ---------------------------------------------------------------------------------------------------------------
+# --- weights to start from ---
 
 PRETRAINED = (("step", 2), ("replace", 4), ("epoch", 3))  # moments of a pre-training
 
@@ -679,11 +677,11 @@ def test_a_pretraining_is_broken_off(images, tmp_path):
         assert sum(pool.map(fault, enumerate(PRETRAINED))) == len(PRETRAINED)
 
 
-# --- the whole job ----------------------------------------------------------------------------------------------------------------------
+# --- the whole job ---
 
 PHASES = {
     "search": ("step", 2),
-    "derive": ("winners", 1),
+    "derive": ("found_line", 1),
     "train": ("step", 7),
     "evaluate": ("evaluate", 5),
     "report": ("report", 1),
@@ -696,7 +694,7 @@ def demo_job(out, answer, only, at, sig, resume):
 
     warnings.simplefilter("ignore")
     trap(at, sig, only=only)
-    if only in ("report", "winners"):
+    if only in ("report", "found_line"):
         old = getattr(msinet.quickstart, only)
         setattr(msinet.quickstart, only, lambda *a: (os.kill(os.getpid(), sig), old(*a))[1])
     code = 0
@@ -746,7 +744,7 @@ def test_the_main_job_is_interrupted_in_every_phase(tmp_path):
         assert sum(pool.map(fault, cases)) == len(PHASES)
 
 
-# --- what the README says ---------------------------------------------------------------------------------------------------------------
+# --- what the README says ---
 
 
 def test_the_readme_counts_what_is_tried():

@@ -15,31 +15,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from msinet.engine.checkpoint import (
-    check_same,
-    from_official,
-    load_hub,
-    load_weights,
-    newest,
-    to_bytes,
-    read_run_json,
-    save_weights,
-    add_checksum,
-    check_checksum,
-)
+from msinet.engine.run import check_same, read_run_json
+from msinet.weights import from_official, load_weights, save_weights
+from msinet.deploy.hub import load_hub
+from msinet.engine.checkpoint import newest, to_bytes, add_checksum, check_checksum
 from msinet.cli import parse_args
-from msinet.core import InputError, check_inside
+from msinet.errors import InputError
+from msinet.core import check_inside
 from msinet.data.folder import folder
-from msinet.figures.run import read_config, read_run
+from msinet.engine.run import read_config, read_run
 from msinet.deploy.hub import HubNet, load_hub as load_model
 from msinet.data.items import read_list
 from msinet.engine.learner import read_log
 from msinet.engine.lock import Lock
 from msinet.figures.report import section
 from msinet.entries import resume
-from msinet.training.search import SearchConfig
+from msinet.config import SearchConfig
 from msinet.space import FUSES, derived
-from msinet.training.train import TrainConfig, open_net, load_initial_weights
+from msinet.config import TrainConfig
+from msinet.weights import open_net, load_initial_weights
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.weights import from_osnet
 

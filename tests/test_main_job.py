@@ -13,13 +13,16 @@ import torch
 from PIL import Image
 
 from msinet.cli import main
-from msinet.core import InputError
-from msinet.figures.run import read_config, read_run
+from msinet.errors import InputError
+from msinet.engine.run import read_config, read_run
 from msinet.engine.learner import Callback, Learner, lr_at
 from msinet.figures.report import report
-from msinet.training.search import SEARCH, SMOKE_SYNTH, SearchConfig, search
-from msinet.rendering.world import get_data
-from msinet.training.train import TRAIN, TrainConfig, open_net, train
+from msinet.config import SEARCH, SMOKE_SYNTH, SearchConfig
+from msinet.training.search import search
+from msinet.data.sets import get_data
+from msinet.config import TRAIN, TrainConfig
+from msinet.weights import open_net
+from msinet.training.train import train
 
 GOLDEN = Path(__file__).parent / "golden"
 SMOKE = replace(SEARCH["smoke"], evaluate=False)

@@ -12,28 +12,20 @@ from sklearn.metrics import adjusted_rand_score
 
 import msinet.unsup.train as unsup
 from msinet.data.loaders import PKSampler
-from msinet.unsup.clusters import (
-    Clusters,
-    dbscan,
-    find_clusters,
-    fits,
-    outliers_as_classes,
-    pseudo_labels,
-    purity,
-    rand_index,
-    reliable,
-)
+from msinet.unsup.clusters import Clusters, dbscan, find_clusters, fits, outliers_as_classes, pseudo_labels, purity
+from msinet.unsup.clusters import rand_index, reliable
 from msinet.unsup.memories import ClusterMemory, InstanceMemory
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.unsup.domains import DomainBN
 from msinet.unsup.samplers import ClusterSampler, camera_draw, group_draw, pk_draw
 from msinet.engine.learner import Callback
 from msinet.losses import unit
 from msinet.retrieval.rerank import jaccard, jaccard_sparse
-from msinet.training.search import SMOKE_SYNTH
-from msinet.rendering.world import get_data
-from msinet.training.train import open_net
-from msinet.unsup.train import METHODS, UNSUP, Recluster, resolve_defaults, uda, usl
+from msinet.config import SMOKE_SYNTH
+from msinet.data.sets import get_data
+from msinet.weights import open_net
+from msinet.unsup.train import METHODS, Recluster, resolve_defaults, uda, usl
+from msinet.config import UNSUP
 
 SMOKE = replace(UNSUP["smoke"], iters=2, watch=20)
 ARMS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]

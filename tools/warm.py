@@ -13,6 +13,8 @@ import torch._dynamo  # noqa: F401
 import tyro  # noqa: F401
 
 import msinet.cli  # noqa: F401
+import msinet.entries  # noqa: F401
+import msinet.quickstart  # noqa: F401
 from msinet.backbones import timm_tools
 
 timm_tools()
