@@ -92,7 +92,10 @@ def _saved_config(
 def resumed_config(
     args: list,  # words of a command line
 ):  # a configuration, or None
-    "What the run in `--out` was started with, where `--resume` goes on with it. Raises `InputError` when it can't be read."
+    """What the run in `--out` was started with, where `--resume` goes on with it.
+
+    Raises `InputError` when it can't be read.
+    """
     kind = dict(search=SearchConfig, train=TrainConfig).get(args[0] if args else '')
     if not kind or '--resume' not in args or _option(args, '--preset') or not _saved_config(args).get(args[0]):
         return None

@@ -41,12 +41,12 @@ def configs(
 # %% ../nbs/32_quickstart.ipynb #76744b12
 @dataclass(frozen=True)
 class DemoResult:
-    "What the main job gave."
+    "The results of the main job."
 
     found: SearchResult  # the search's result
     trained: TrainResult  # the training's result
     run: Path  # the run's folder
-    report: Path  # the page with the images
+    report: Path  # the page with the figures
 
 # %% ../nbs/32_quickstart.ipynb #7f782d32
 def demo(

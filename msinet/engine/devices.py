@@ -56,7 +56,10 @@ def accelerator(
     precision: str = 'no',  # of the network's forward pass: 'no' is float32, 'bf16', 'fp16'
     accumulate: int = 1,  # parts of a batch that are computed one after another
 ) -> Accelerator:  # for this process, one of those that were launched
-    "Accelerate's view of the device and of the other processes. Raises `InputError` for a device or precision that is not there."
+    """Accelerate's view of the device and of the other processes.
+
+    Raises `InputError` for a device or precision that is not there.
+    """
     if accumulate < 1:
         raise InputError(f'a batch in {accumulate} parts is not possible, expected 1 or more: leave accumulate out')
     where = def_device(device or ('cpu' if parse_flag_from_env('ACCELERATE_USE_CPU') else ''))
@@ -169,7 +172,10 @@ def pooled_stats(
 
 # %% ../../nbs/engine/20_devices.ipynb #3cfde95f
 class SyncBN(nn.BatchNorm2d):
-    "Batch normalisation by the mean and variance of all processes' parts, which have equal sizes. Takes any (B, C, ...)."
+    """Batch normalisation by the mean and variance of all processes' parts, which have equal sizes.
+
+    Takes any (B, C, ...).
+    """
 
     def _check_input_dim(self, x):
         pass
@@ -222,7 +228,7 @@ def gather_fn(
 
 # %% ../../nbs/engine/20_devices.ipynb #a185b47c
 def answer(f, args: tuple, dir: str):
-    "In a process that was started: call `f`, and leave in `dir` what it gave or why it failed."
+    "In a process that was started: call `f`, and write its result or its error into `dir`."
     r = int(os.environ['RANK'])
     try:
         out = f(*args)

@@ -69,7 +69,9 @@ def _state_size(
     learn: Learner,
     c: Checkpoint,
 ) -> int:  # bytes, about
-    "How large a checkpoint will be: as now, and what optimisers and histories add, two numbers per weight and a megabyte."
+    """How large a checkpoint will be: as now, and what optimisers and histories add, two numbers per weight and a
+    megabyte.
+    """
     return len(to_bytes(c.state(learn))) + 8 * n_params(learn.net) + 2**20
 
 # %% ../../nbs/engine/21_loop.ipynb #c78790af
@@ -82,7 +84,10 @@ def start_or_resume(
     resume: bool,  # go on with what is there
     device=None,  # where it computes
 ):
-    "Before the first epoch: go on where a run stood, be sure of room, describe it. Writes nothing when any of it fails."
+    """Before the first epoch: go on where a run stood, be sure of room, describe it.
+
+    Writes nothing when any of it fails.
+    """
     path = run / f'{kind}.pt'
     if resume and any(p.is_file() for p in checkpoint_paths(path)):
         check_same(run, kind, config, marks)

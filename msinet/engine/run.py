@@ -70,7 +70,10 @@ _RENAMED = dict(drops='milestones', drops_alpha='milestones_alpha', erase='rando
 def read_run_config(
     run,  # a run's folder
 ) -> dict:  # kind of run -> its configuration as a dict
-    "The configurations of a folder, one for each kind of run that wrote into it. Fields of older runs get today's names."
+    """The configurations of a folder, one for each kind of run that wrote into it.
+
+    Fields of older runs get today's names.
+    """
     configs = read_run_json(run, 'config')
     new = lambda c: {_RENAMED.get(k, k): v for k, v in c.items()} if isinstance(c, dict) else c
     return {kind: new(c) for kind, c in configs.items()}
@@ -119,7 +122,10 @@ def locked_run_folder(
     kind: str,
     resume: bool,  # as for `run_folder`
 ):
-    "The run's folder, locked until the block ends. Errors as `run_folder`, and `InputError` when it is in use or can't be written."
+    """The run's folder, locked until the block ends.
+
+    Errors as `run_folder`, and `InputError` when it is in use or can't be written.
+    """
     held = []
 
     def take():

@@ -15,7 +15,7 @@ from ..losses import check_labels
 
 # %% ../../nbs/training/22_ablations.ipynb #d9a37732
 class SharedClassifier(nn.Module):
-    "Scores by learnt rows in place of a memory: the arm *CE* of Fig. 5(a). One serves both twins, its rows are trained with ω."
+    "Scores by learnt rows in place of a memory: *CE* of Fig. 5(a). One serves both twins, its rows are trained with ω."
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class SharedClassifier(nn.Module):
 # %% ../../nbs/training/22_ablations.ipynb #b013960f
 def check_same_people(
     train,
-    val,  # of `data.Item`, the twins
+    val,  # of `Item`, the twins
 ):
     "Raises `InputError` unless both twins hold the same identities."
     a, b = ({t.pid for t in twin} for twin in (train, val))
@@ -66,7 +66,10 @@ def look_ahead(
     xi: float,  # length of the virtual step, the rate of ω
     eps: float = 0.01,  # how far ω is moved for the difference
 ) -> list:  # gradients for α
-    "α's gradient through one virtual SGD step of ω: DARTS, second order, by a central difference. Four passes instead of one."
+    """α's gradient through one virtual SGD step of ω.
+
+    DARTS, second order, by a central difference. Four passes instead of one.
+    """
     before = [w.detach().clone() for w in omega]
 
     @torch.no_grad()

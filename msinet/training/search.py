@@ -40,7 +40,7 @@ def grad_only(
     net: nn.Module,
     to: list,  # the parameters that shall have a gradient
 ):
-    "Nothing but these parameters asks for a gradient inside the block, so nothing is computed or kept for the others."
+    "Only these parameters need a gradient inside the block, so nothing is computed or kept for the others."
     wanted = {id(p) for p in to}
     rest = [p for p in net.parameters() if p.requires_grad and id(p) not in wanted]
     for p in rest:
@@ -174,7 +174,7 @@ class SearchStep(Step):
         return loss
 
     def alpha(self, batch=None) -> Tensor:  # scalar, the validation twin's loss
-        "The half-step of the choices α; the training batch matters only to a look ahead."
+        "The half-step of the choices α; only the second order uses the training batch."
         val = next(self.val)
         to = trainable_params(self.opt_alpha) + (trainable_params(self.opt_omega) if self.leak else [])
         self.opt_alpha.zero_grad()
@@ -230,7 +230,9 @@ def keep_step(
 
 # %% ../../nbs/training/22_search.ipynb #a7c38617
 class AlphaHistory(Callback):
-    "Keeps α after every epoch and after evenly chosen iterations; writes `alphas.npy` and, beside it, `alpha_steps.npy`."
+    """Keeps α after every epoch and after evenly chosen iterations; writes `alphas.npy` and, beside it,
+    `alpha_steps.npy`.
+    """
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ class ClusterStep(Step):
     def __init__(
         self,
         net: ReIDNet,
-        memory,  # as in `contrast`
+        memory,  # one of `unsup.memories`
         opt,  # of all that learns
         extra=None,  # called as extra(x, f, i), gives more losses; has `ema_update` and a state
         acc=None,  # of `accelerator`; None takes float32
@@ -127,7 +127,7 @@ class Recluster(Callback):
         net: ReIDNet,
         images,  # loader of all images in order
         memory,
-        sampler,  # to be told
+        sampler,  # gets the labels of each epoch
         find,  # called as find(f, epoch, before, limit), gives `Clusters`
         own: bool,  # un-clustered images are classes of their own; False drops them
         path=None,  # of pseudo.npy
@@ -285,7 +285,10 @@ def resolve_defaults(
     cfg: UnsupConfig,
     kind: str,  # 'usl' or 'uda'
 ) -> UnsupConfig:  # without None but for `eps_last`
-    "A configuration with its method's published values where it leaves them open. Raises `InputError` for a method of the other regime, or numbers that can't be."
+    """A configuration with its method's published values where it leaves them open.
+
+    Raises `InputError` for a method of the other regime, or numbers that can't be.
+    """
     if cfg.method not in METHODS or kind not in METHODS[cfg.method].regimes:
         raise InputError(
             f"method {cfg.method!r} is not one of {kind}'s, expected "
@@ -514,7 +517,10 @@ def usl(
     progress: bool = False,  # show bars
     cbs=(),  # more callbacks for the `Learner`
 ) -> TrainResult:
-    "Learn a set without its identities, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop."
+    """Learn a set without its identities, and write a run folder.
+
+    Raises `InputError` before anything is written, `Stopped` when it was told to stop.
+    """
     return _run_unsup(cfg, 'usl', progress, cbs, data=data)
 
 # %% ../../nbs/unsup/24_train.ipynb #53634310
@@ -525,7 +531,10 @@ def uda(
     progress: bool = False,  # show bars
     cbs=(),  # more callbacks for the `Learner`
 ) -> TrainResult:
-    "Learn a set without its identities from another one with them, and write a run folder. Raises `InputError` before anything is written, `Stopped` when it was told to stop."
+    """Learn a set without its identities from another one with them, and write a run folder.
+
+    Raises `InputError` before anything is written, `Stopped` when it was told to stop.
+    """
     if not cfg.source and source is None:
         cfg = replace(cfg, source=other_domain(cfg.data))
     return _run_unsup(cfg, 'uda', progress, cbs, data=data, source=source)
