@@ -57,7 +57,7 @@ def one_image_galleries(
     n: int = 10,  # number of draws
     seed: int = 0,  # seed of the draws
 ) -> Ranking:  # `cols` are indices into queries and gallery together
-    "VehicleID's protocol: one image of each identity is the gallery, all others are queries; repeated. Errors as `rank`."
+    "VehicleID's protocol: one image of each identity is the gallery, all others are queries. Errors as `rank`."
     cam = None if q.cam is None or g.cam is None else torch.cat([q.cam, g.cam])
     pool, out = Embeddings(torch.cat([q.f, g.f]), torch.cat([q.pid, g.pid]), cam), []
     take = lambda k: Embeddings(*(v if v is None else v[torch.from_numpy(k).to(v.device)] for v in pool))
