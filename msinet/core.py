@@ -74,10 +74,8 @@ def def_device(
     kind = name.split(':')[0]
     available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if not available.get(kind, False):
-        raise InputError(
-            f"device {name!r} is not available; expected one of {', '.join(k for k in available if available[k])}: leave it empty "
-            "for the best one"
-        )
+        names = ', '.join(k for k in available if available[k])
+        raise InputError(f"device {name!r} is not available; expected one of {names}: leave it empty for the best one")
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #0d7ec727

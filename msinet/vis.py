@@ -551,7 +551,7 @@ def feature_rows(
     n: int = None,  # channels per row; None: 8, or 13 for tall maps
     fig=None,  # figure or subfigure to draw in
 ) -> Figure:  # one row per cell
-    "The strongest channels of several cells, one row each, beside the image (Fig. 4). Raises `InputError` for other shapes."
+    "The strongest channels of several cells, one row each, beside the image (Fig. 4). Errors as `strongest`."
     if len(maps) != len(titles):
         raise InputError(f"there are {len(titles)} titles, expected {len(maps)}: give one for each cell")
     tall = np.divide(*_not_empty('cells', maps)[0].shape[-2:])
