@@ -131,10 +131,9 @@ def concat_rankings(
     "The places of several chunks, concatenated."
     none = np.zeros(0, np.int64)
     n = [np.bincount(p.row, minlength=c) for p, c in found]
-    ranks, low, high, cols = (
-        (np.concatenate([none, *v]) for v in zip(*(p[1:] for p, _ in found))) if found else [none] * 4
-    )
-    return Ranking(ranks, np.cumsum(np.concatenate([[0], *n])).astype(np.int64), low, high, cols)
+    offsets = np.cumsum(np.concatenate([[0], *n])).astype(np.int64)
+    columns = [np.concatenate([none, *v]) for v in zip(*(p[1:] for p, _ in found))] or [none] * 4
+    return Ranking(columns[0], offsets, *columns[1:])
 
 # %% ../../nbs/retrieval/05_ranking.ipynb #257fe4a2
 def rank(
