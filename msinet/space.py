@@ -367,10 +367,10 @@ def slot_macs(
 # %% ../nbs/11_space.ipynb #2cd5204e
 def expected_cost(
     net: nn.Module,  # a supernet, with twelve `Mixed`
-    prices: Tensor,  # (12, 4) costs, the result of `slot_macs`
+    costs: Tensor,  # (12, 4) MACs, the result of `slot_macs`
 ) -> Tensor:  # scalar: 0 for all None, 1 for all cross attention
     "The expected MACs of a supernet's interactions, R(α). Only α gets a gradient."
     w = torch.stack([m.alpha.softmax(0) for m in net.modules() if isinstance(m, Mixed)])
-    c = prices.to(w)
+    c = costs.to(w)
     none, all_attention = c[:, list(OPS).index('N')].sum(), c[:, list(OPS).index('A')].sum()
     return ((w * c).sum() - none) / (all_attention - none)
