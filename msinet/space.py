@@ -22,7 +22,7 @@ from .ops import OPS
 
 # %% ../nbs/11_space.ipynb #ff7f6db9
 class Mixed(nn.Module):
-    "All interactions at once, weighted by the softmax of `alpha`, Eq. (1), sorted by map. It is itself an interaction."
+    "All interactions at once, weighted by the softmax of `alpha`, Eq. (1). It is itself an interaction."
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class Mixed(nn.Module):
         x1: Tensor,  # (B, C, H, W) the branch with the small receptive field
         x2: Tensor,  # (B, C, H, W) the branch with the large one
     ) -> tuple[Tensor, Tensor]:  # the weighted sum of all, for each branch
+        "The mixture of both branches, Eq. (1), with the sum sorted by map."
         wN, wE, wG, wA, *more = self.alpha.softmax(0)
         att, (g1, g2) = self.ops['A'], self.ops['G'].gates(x1, x2)
         m1, m2 = att.mixes(x1, x2)
@@ -49,10 +50,10 @@ class Mixed(nn.Module):
 # %% ../nbs/11_space.ipynb #1aa7a252
 @torch.no_grad()
 def one_hot(
-    mix: Mixed,  # the choice to settle
+    mix: Mixed,  # changed in place
     letter: str,  # one of N E G A
 ):
-    "Settle a choice: all of the softmax's weight on one letter."
+    "Fix a choice: all of the softmax's weight on one letter."
     mix.alpha.fill_(-torch.inf)
     mix.alpha[list(OPS).index(letter)] = 0
 
@@ -61,7 +62,7 @@ def conv_bn(
     c_in: int,  # channels in
     c_out: int,  # channels out
     k: int = 1,  # kernel size
-    stride: int = 1,
+    stride: int = 1,  # of the convolution
     act: bool = True,  # end with a ReLU
 ) -> nn.Sequential:  # (B, c_in, H, W) -> (B, c_out, H/stride, W/stride)
     "Convolution without bias, batch normalisation, ReLU."
@@ -95,8 +96,8 @@ class Cell(nn.Module):
         im1,  # first interaction: a constructor that takes the channels of a branch
         im2,  # second interaction, likewise
         rho: int = 3,  # scale ratio: light convolutions of branch 2 per step, branch 1 has one
-        c_mid: int = None,  # channels inside a branch; a quarter of `c_out` unless given
-        fuse=torch.add,  # how the two closed branches become one (Fig. 5c)
+        c_mid: int = None,  # channels inside a branch; None: a quarter of `c_out`
+        fuse=torch.add,  # how the two closed branches are combined (Fig. 5c)
     ):
         super().__init__()
         c = c_mid or c_out // 4
@@ -116,9 +117,10 @@ class Cell(nn.Module):
         self,
         x: Tensor,  # (B, c_in, H, W)
     ) -> Tensor:  # (B, c_out, H, W)
-        return recompute(self, self.once, x) if self.recompute and torch.is_grad_enabled() else self.once(x)
+        "The cell's output; with `self.recompute`, inner maps are not kept but computed again for the gradient."
+        return recompute(self, self._forward, x) if self.recompute and torch.is_grad_enabled() else self._forward(x)
 
-    def once(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W)
         x1, x2 = self.im1(self.small1(self.open1(x)), self.large1(self.open2(x)))
         x1, x2 = self.im2(self.small2(x1), self.large2(x2))
         return (self.fuse(self.close1(x1), self.close2(x2)) + self.shortcut(x)).relu()
@@ -128,7 +130,7 @@ class Cell(nn.Module):
 def frozen_stats(
     net: nn.Module,  # in training mode
 ):
-    "Batch normalisation uses the batch's statistics inside the block but doesn't remember them."
+    "Batch normalisation uses the batch's statistics inside the block but does not update its running ones."
     bns = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(m.momentum, m.num_batches_tracked) for m in bns]
     for m in bns:
@@ -141,23 +143,29 @@ def frozen_stats(
 
 # %% ../nbs/11_space.ipynb #e3370a11
 def recompute(
-    net: nn.Module,  # whose statistics rest the second time
+    net: nn.Module,  # whose running statistics are not updated the second time
     f,  # a part of its forward pass, a function of `x`
-    x: Tensor,
+    x: Tensor,  # its input
 ) -> Tensor:  # f(x)
-    "Forget what happens inside `f`, and do it again when the gradient arrives."
+    "Keep no values inside `f`, and compute them again for the gradient (gradient checkpointing)."
     return checkpoint(
         f, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), frozen_stats(net))
     )
 
 # %% ../nbs/11_space.ipynb #86ef7dda
-def quarter_out(c_in: int, c_out: int) -> int:
-    "A quarter of the channels that a cell gives."
+def quarter_out(
+    c_in: int,  # channels of a cell's input
+    c_out: int,  # channels of its output
+) -> int:
+    "Channels of a branch: a quarter of the output's."
     return c_out // 4
 
 
-def quarter_in(c_in: int, c_out: int) -> int:
-    "A quarter of the channels that a cell gets."
+def quarter_in(
+    c_in: int,  # channels of a cell's input
+    c_out: int,  # channels of its output
+) -> int:
+    "Channels of a branch: a quarter of the input's, as in the released search."
     return c_in // 4
 
 # %% ../nbs/11_space.ipynb #9fcdfbc5
@@ -169,14 +177,14 @@ def down(
 
 # %% ../nbs/11_space.ipynb #d5126b06
 class MSINet(nn.Module):
-    "The network of Fig. 2. A backbone: `.channels`, and a forward pass that returns its maps from shallow to deep."
+    "The network of Fig. 2. It is a backbone: it has `.channels`, and returns maps from shallow to deep."
 
     def __init__(
         self,
         ims,  # twelve constructors, each channels -> interaction
         channels=(64, 256, 384, 512),  # of the stem and the three stages
         rho: int = 3,  # scale ratio of the branches
-        fuse=torch.add,  # how branches become one
+        fuse=torch.add,  # how the two branches are combined
         mid=quarter_out,  # (c_in, c_out) -> channels inside a branch
     ):
         super().__init__()
@@ -198,12 +206,14 @@ class MSINet(nn.Module):
 
     @property
     def cells(self) -> list:
+        "Its six cells, from shallow to deep."
         return [c for s in self.stages for c in (s.cell1, s.cell2)]
 
     def forward(
         self,
         x: Tensor,  # (B, 3, H, W) normalised images
     ) -> list[Tensor]:  # maps after stage 1, 2 and 3
+        "Maps (B, C, H/8, W/8), (B, C, H/16, W/16) and (B, C, H/16, W/16) with `self.channels`."
         x, maps = self.stem(x), []
         for s in self.stages:
             x = s(x)
@@ -224,7 +234,7 @@ def init_weights(
 # %% ../nbs/11_space.ipynb #f7604243
 def check_genotype(
     g: str,  # e.g. 'GGEGAGGNGAEA'
-) -> str:  # the same, upper case
+) -> str:  # the same in upper case
     "Raises `InputError` unless `g` is twelve letters of N E G A, or of others in `OPS`."
     g = str(g).strip().upper()
     wrong = sorted(set(g) - set(OPS))
@@ -243,10 +253,10 @@ def check_genotype(
 def supernet(
     channels=(64, 256, 384, 512),  # of the stem and the three stages
     rho: int = 3,  # scale ratio of the branches
-    fuse=torch.add,  # how branches become one
+    fuse=torch.add,  # how the two branches are combined
     mid=quarter_out,  # (c_in, c_out) -> channels inside a branch
 ) -> MSINet:
-    "The network of all architectures: a `Mixed` in each of the twelve slots (§3.1)."
+    "The supernet: a `Mixed` in each of the twelve slots (§3.1)."
     return MSINet([Mixed] * 12, channels, rho, fuse, mid)
 
 # %% ../nbs/11_space.ipynb #658f7c90
@@ -254,17 +264,17 @@ def derived(
     genotype: str = TABLE1,  # twelve letters of N E G A
     channels=(64, 256, 384, 512),  # of the stem and the three stages
     rho: int = 3,  # scale ratio of the branches
-    fuse=torch.add,  # how branches become one
+    fuse=torch.add,  # how the two branches are combined
     mid=quarter_out,  # (c_in, c_out) -> channels inside a branch
 ) -> MSINet:
-    "One architecture, by its word of twelve letters. Raises `InputError` for a word that isn't one."
+    "The network of one genotype. Raises `InputError` for an invalid genotype."
     return MSINet([OPS[o] for o in check_genotype(genotype)], channels, rho, fuse, mid)
 
 # %% ../nbs/11_space.ipynb #6d359ad2
 def alphas(
-    net: nn.Module,  # holds twelve `Mixed`
+    net: nn.Module,  # a supernet, with twelve `Mixed`
 ) -> Tensor:  # (12, 4) detached copy, a column for each letter of `OPS`: N E G A
-    "The architecture parameters α of a supernet, slot by slot."
+    "The architecture parameters α of a supernet, slot by slot. Raises `InputError` without any `Mixed`."
     rows = [m.alpha.detach().cpu().clone() for m in net.modules() if isinstance(m, Mixed)]
     if not rows:
         raise InputError('this network has no mixed choices, expected a supernet: build it with supernet()')
@@ -272,8 +282,8 @@ def alphas(
 
 # %% ../nbs/11_space.ipynb #fdfd29d8
 def letters(
-    alpha: Tensor,  # (12, 4), columns N E G A
-) -> str:
+    alpha: Tensor,  # (12, 4), a column for each letter of `OPS`: N E G A
+) -> str:  # twelve letters
     "The letter with the largest α in each slot."
     return ''.join(list(OPS)[i] for i in alpha.argmax(1).tolist())
 
@@ -281,7 +291,7 @@ def letters(
 def genotype(
     net: nn.Module,  # a supernet, or a derived network
 ) -> str:  # twelve letters
-    "The word of a network: the largest α of each slot, or the interactions that are there (end of §3.2)."
+    "The genotype of a network: the largest α of each slot, or the interactions in the slots (end of §3.2)."
     slots = [im for c in net.modules() if isinstance(c, Cell) for im in (c.im1, c.im2)]
     kinds = {op: k for k, op in OPS.items()}
     return ''.join(letters(im.alpha[None].detach()) if isinstance(im, Mixed) else kinds[type(im)] for im in slots)
@@ -289,50 +299,48 @@ def genotype(
 # %% ../nbs/11_space.ipynb #1035992f
 def set_genotype(
     net: nn.Module,  # a supernet, changed in place
-    word: str,  # twelve letters
+    letters: str,  # genotype
 ):
-    "Settle all choices of a supernet by a genotype."
-    for m, o in zip([m for m in net.modules() if isinstance(m, Mixed)], check_genotype(word)):
+    "Fix all choices of a supernet to a genotype. Errors as `check_genotype`."
+    for m, o in zip([m for m in net.modules() if isinstance(m, Mixed)], check_genotype(letters)):
         one_hot(m, o)
 
 # %% ../nbs/11_space.ipynb #bc87fa3b
 def subnet_state_dict(
     net: MSINet,  # a supernet
-    word: str = None,  # twelve letters; the supernet's own genotype unless given
-) -> dict:  # state dict of `derived(word)` with the same widths
+    letters: str = None,  # genotype; None: the supernet's own
+) -> dict:  # state dict of `derived(letters)` with the same widths
     "The supernet's weights that a derived network keeps."
-    word, sd = word or genotype(net), {}
-    slots = {
-        f'stages.{i}.cell{j}.im{k}': word[4 * i + 2 * (j - 1) + k - 1] for i in range(3) for j in (1, 2) for k in (1, 2)
-    }
+    letters, sd = letters or genotype(net), {}
+    slots = {f'stages.{i}.cell{j}.im{k}': 4 * i + 2 * (j - 1) + k - 1 for i in range(3) for j in (1, 2) for k in (1, 2)}
     for key, v in net.state_dict().items():
         slot = next((s for s in slots if key.startswith(s + '.')), None)
         if slot is None:
             sd[key] = v
-        elif key.startswith(f'{slot}.ops.{slots[slot]}.'):
-            sd[key.replace(f'.ops.{slots[slot]}', '')] = v
+        elif key.startswith(f'{slot}.ops.{letters[slots[slot]]}.'):
+            sd[key.replace(f'.ops.{letters[slots[slot]]}', '')] = v
     return sd
 
 # %% ../nbs/11_space.ipynb #3a9f8490
-FUSES = dict(sum=torch.add, minus=torch.sub, multiply=torch.mul)  # Fig. 5c: how two closed branches become one
+FUSES = dict(sum=torch.add, minus=torch.sub, multiply=torch.mul)  # Fig. 5c: how the two closed branches are combined
 
 # %% ../nbs/11_space.ipynb #de62ca25
 def lookup(
-    table: dict,  # word -> what it stands for
-    word: str,  # of a configuration
-    what: str,  # what is chosen, for the message
-):
-    "What a configuration's word stands for. Raises `InputError` for a word that isn't in the table."
-    if word not in table:
-        raise InputError(f"{what} {word!r} is not there, expected one of {', '.join(table)}")
-    return table[word]
+    table: dict,  # name -> value
+    name: str,  # from a configuration
+    what: str,  # name of the setting, for the message
+):  # the table's value
+    "The value for a name in a configuration. Raises `InputError` for a name that isn't in the table."
+    if name not in table:
+        raise InputError(f"{what} {name!r} does not exist, expected one of {', '.join(table)}")
+    return table[name]
 
 # %% ../nbs/11_space.ipynb #2492541a
 def op_macs(
     op,  # a constructor, channels -> interaction
     shape,  # (1, c, H, W) of a branch
 ) -> int:
-    "Multiply-accumulates of an interaction, counted without computing."
+    "Multiply-accumulates of an interaction, counted without computing anything."
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as count:
@@ -345,7 +353,7 @@ def slot_macs(
     net: nn.Module,  # a supernet or a derived network
     size,  # (H, W) of one image in pixels
 ) -> Tensor:  # (12, 4) float64, columns N E G A
-    "What each interaction costs in each slot, in multiply-accumulates of one image."
+    "The cost of each interaction in each slot, in multiply-accumulates of one image."
     slots = [im for c in net.modules() if isinstance(c, Cell) for im in (c.im1, c.im2)]
     was = net.training
     p = next(net.parameters())
@@ -353,16 +361,16 @@ def slot_macs(
         net.eval()(torch.zeros(1, 3, *size, device=p.device, dtype=p.dtype))
     net.train(was)
     shapes = [h.out[i] for i in range(len(slots))]
-    price = {s: [op_macs(op, s) for op in OPS.values()] for s in {*shapes}}
-    return torch.tensor([price[s] for s in shapes], dtype=torch.float64)
+    cost = {s: [op_macs(op, s) for op in OPS.values()] for s in {*shapes}}
+    return torch.tensor([cost[s] for s in shapes], dtype=torch.float64)
 
 # %% ../nbs/11_space.ipynb #2cd5204e
 def expected_cost(
-    net: nn.Module,  # holds twelve `Mixed`
-    prices: Tensor,  # (12, 4), of `slot_macs`
+    net: nn.Module,  # a supernet, with twelve `Mixed`
+    costs: Tensor,  # (12, 4) MACs, the result of `slot_macs`
 ) -> Tensor:  # scalar: 0 for all None, 1 for all cross attention
-    "The expected MACs of a search's interactions, R(α). Its gradient reaches α alone."
+    "The expected MACs of a supernet's interactions, R(α). Only α gets a gradient."
     w = torch.stack([m.alpha.softmax(0) for m in net.modules() if isinstance(m, Mixed)])
-    c = prices.to(w)
+    c = costs.to(w)
     none, all_attention = c[:, list(OPS).index('N')].sum(), c[:, list(OPS).index('A')].sum()
     return ((w * c).sum() - none) / (all_attention - none)

@@ -13,10 +13,13 @@ from torch.testing import assert_close
 import msinet.backbones
 from msinet.backbones import BACKBONES, FCNeck, ScaleBlock, cdnet, osnet, resnet50, timm_tools, vit
 from msinet.figures.cam import cam
-from msinet.core import Hooks, InputError, macs, n_params
+from msinet.core import Hooks, macs, n_params
+from msinet.errors import InputError
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.sam import SAM
-from msinet.training.train import TrainStep, network, load_initial_weights
+from msinet.training.train import TrainStep
+from msinet.backbones import network
+from msinet.weights import load_initial_weights
 from msinet.weights import from_osnet, from_timm, take
 
 tiny_vit = partial(vit, "vit_tiny_patch16_224", (64, 32))

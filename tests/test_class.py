@@ -17,17 +17,21 @@ import torch
 from torch import nn
 
 from msinet import vis
-from msinet.core import InputError, n_params
+from msinet.errors import InputError
+from msinet.core import n_params
 from msinet.engine.health import alpha_sameness
 from msinet.docs.lesson import check, exercises
 from msinet.widgets.live import live_search
 from msinet.ops import OPS
 from msinet.figures.panels import doubt, share_maps
 from msinet.figures.report import report
-from msinet.training.search import SEARCH, search
+from msinet.config import SEARCH
+from msinet.training.search import search
 from msinet.figures.slots import moment
-from msinet.space import TABLE1, alphas, subnet_state_dict, derived, genotype, set_genotype, supernet
-from msinet.training.train import TRAIN, train
+from msinet.config import TABLE1
+from msinet.space import alphas, subnet_state_dict, derived, genotype, set_genotype, supernet
+from msinet.config import TRAIN
+from msinet.training.train import train
 from msinet.widgets.lab import alpha_player, cost, interaction_lab, word_cost
 
 sys.path.insert(0, str(Path(__file__).parent))

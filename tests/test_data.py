@@ -15,20 +15,13 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from msinet.data.loaders import (
-    PixelCache,
-    PixelStream,
-    PKSampler,
-    load_image,
-    n_identities,
-    pk_batches,
-    test_loader,
-    train_loader,
-)
+from msinet.data.loaders import PixelCache, PixelStream, PKSampler, load_image, pk_batches, test_loader, train_loader
+from msinet.config import n_identities
 from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
 from msinet.data.check import CheckConfig, run_check
-from msinet.core import InputError
-from msinet.data.layouts import DATASETS, join_sets, get_data, market1501, msmt17, vehicleid, veri776
+from msinet.errors import InputError
+from msinet.data.sets import DATASETS, get_data
+from msinet.data.layouts import join_sets, market1501, msmt17, vehicleid, veri776
 from msinet.data.items import Item, ReIDData, data_fingerprint, relabel, summary
 from msinet.data.folder import folder
 
@@ -491,7 +484,8 @@ def test_a_run_on_odd_names(odd, tmp_path, capsys):
     from msinet.cli import main
     from msinet.deploy.hub import to_hub
     from msinet.figures.report import report
-    from msinet.training.train import TRAIN, train
+    from msinet.config import TRAIN
+    from msinet.training.train import train
 
     run = train(replace(TRAIN["smoke"], data=f"folder={odd}::{CAM}", out=str(tmp_path / "run\n<b>$x^$"), epochs=1)).run
     capsys.readouterr()

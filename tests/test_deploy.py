@@ -12,27 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from msinet.core import InputError
-from msinet.deploy.gallery import (
-    VerifyConfig,
-    Gallery,
-    QueryConfig,
-    approximate,
-    verify,
-    index_folder,
-    load_gallery,
-    pair_distances,
-    rate_interval,
-    recall,
-    run_verify,
-    run_query,
-    save_gallery,
-    threshold,
-    judge_distance,
-    weights_hash,
-)
+from msinet.errors import InputError
+from msinet.deploy.gallery import VerifyConfig, Gallery, QueryConfig, approximate, verify, index_folder, load_gallery
+from msinet.deploy.gallery import pair_distances, rate_interval, recall, run_verify, run_query, save_gallery
+from msinet.deploy.gallery import threshold, judge_distance, weights_hash
 from msinet.retrieval.places import Embeddings
-from msinet.training.train import TRAIN
+from msinet.config import TRAIN
 
 SIZE = (8, 4)
 

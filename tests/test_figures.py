@@ -13,12 +13,16 @@ import pytest
 from PIL import Image
 
 from msinet.cli import main
-from msinet.core import InputError
-from msinet.figures.run import initial_network, read_config, overview, read_run, run_data_spec, run_figures
+from msinet.errors import InputError
+from msinet.figures.run import initial_network, overview, run_figures
+from msinet.engine.run import read_config, read_run, run_data_spec
 from msinet.retrieval.evaluate import evaluate
-from msinet.training.search import SEARCH, search
-from msinet.rendering.world import get_data
-from msinet.training.train import TRAIN, TrainConfig, open_net, train
+from msinet.config import SEARCH
+from msinet.training.search import search
+from msinet.data.sets import get_data
+from msinet.config import TRAIN, TrainConfig
+from msinet.weights import open_net
+from msinet.training.train import train
 from msinet.vis import COL1, COL2, save_figure
 
 NBS = Path(__file__).parent.parent / "nbs"

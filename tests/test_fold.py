@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from msinet.core import InputError, set_seed
+from msinet.errors import InputError
+from msinet.core import set_seed
 from msinet.deploy.export import ExportConfig, fold, run_export, session, to_onnx
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.ops import CrossAttention

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from msinet.engine.checkpoint import CELL_NAMES, from_official
 from msinet.core import n_params
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.ops import OPS, ChannelGate, CrossAttention, Exchange, Keep
 from msinet.space import Cell, derived
+from msinet.weights import CELL_NAMES, from_official
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
@@ -24,14 +24,14 @@ LETTER = dict(none="N", exc="E", ag="G", cross_att="A")
 
 
 def close(a, b, rel):
-    "Relative to the largest value: the golden README's tolerances."
+    "Asserts equality relative to the largest value; the tolerances are those of the golden README."
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     assert a.shape == b.shape
     assert (a - b).abs().max() <= rel * b.abs().max().clamp_min(1e-12)
 
 
 def rename(key):
-    "A released name, relative to a cell or an operation, as ours."
+    "Our name of a released parameter of a cell."
     import re
 
     for pat, new in CELL_NAMES:
@@ -40,7 +40,7 @@ def rename(key):
 
 
 @pytest.mark.parametrize("op", LETTER)
-def test_interactions(op):
+def test_interactions_give_the_released_outputs_and_gradients(op):
     g = {
         k.split(".", 1)[1]: torch.from_numpy(v)
         for k, v in np.load(HERE / "golden/a_ops.npz").items()
@@ -79,7 +79,7 @@ def test_interactions(op):
         ("C", 128, 128, CrossAttention, ChannelGate),
     ],
 )
-def test_cells(name, c_in, c_out, im1, im2, mode):
+def test_cells_give_the_released_outputs_and_gradients(name, c_in, c_out, im1, im2, mode):
     z = np.load(SHARED / "golden/b_cells.npz")
     g = {
         k[len(f"{name}.{mode}.") :]: torch.from_numpy(np.asarray(z[k]))
@@ -95,7 +95,7 @@ def test_cells(name, c_in, c_out, im1, im2, mode):
     for k in released:
         given[rename(k)] = torch.as_tensor(recipe.param(k, tuple(sd[rename(k)].shape)))
     counters = {k: v for k, v in sd.items() if k.endswith("num_batches_tracked")}
-    if mode == "eval":  # statistics are not listed after a forward pass that leaves them alone: from the recipe by name
+    if mode == "eval":  # eval mode does not change running statistics, so the file has none: take them from the recipe
         back = {rename(k): k for k in released}
         for k in sd:
             if k.endswith(("running_mean", "running_var")) and k not in given:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.losses import check_labels, distances, hardest, id_loss, triplet, unit
 
 G = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / 'golden' / 'd_losses.npz').items()}

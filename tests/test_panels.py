@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.figures.panels import doubt, lead, map_table, settled, share_maps
 
 

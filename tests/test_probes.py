@@ -10,35 +10,20 @@ from scipy import stats
 from torch import nn
 from torch.testing import assert_close
 
-from msinet.core import InputError, set_seed
-from msinet.paper.evidence import (
-    background_drift,
-    drawn_means,
-    elsewhere,
-    mean_ci,
-    object_gain,
-    object_gains,
-    paired,
-    rank_correlation,
-)
+from msinet.errors import InputError
+from msinet.core import set_seed
+from msinet.paper.evidence import background_drift, drawn_means, elsewhere, mean_ci, object_gain, object_gains, paired
+from msinet.paper.evidence import rank_correlation
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
-from msinet.paper.probes import (
-    batches_per_epoch,
-    discretisation_gap,
-    held_out,
-    own_stats,
-    with_genotype,
-    random_search,
-    evaluate_genotype,
-    search_passes,
-    twin_loss,
-    random_genotypes,
-)
-from msinet.training.search import SEARCH, split_from_config
-from msinet.space import TABLE1, Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
+from msinet.paper.probes import batches_per_epoch, discretisation_gap, held_out, own_stats, with_genotype
+from msinet.paper.probes import random_search, evaluate_genotype, search_passes, twin_loss, random_genotypes
+from msinet.config import SEARCH
+from msinet.training.search import split_from_config
+from msinet.config import TABLE1
+from msinet.space import Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
 from msinet.rendering.world import mask, render, synth
 from msinet.tcm import Memory
-from msinet.training.train import TRAIN
+from msinet.config import TRAIN
 
 WIDTHS = (8, 16, 24, 32)
 

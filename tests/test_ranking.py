@@ -1,4 +1,4 @@
-"Exact ranking: drawn cases against a stable sort, on both roads; bounds by ties; uncertainty; protocols against plain loops."
+"Exact ranking of arrays and tensors against a stable sort; bounds for ties; uncertainty; protocols against loops."
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.data.items import Item, ReIDData
 from msinet.retrieval.places import Pairs, chunk_places, filtered_scores, repeated_rows, valid_vectors
 from msinet.retrieval.ranking import Ranking, camera_table, metrics_table, query_table
@@ -44,7 +44,7 @@ def cases(draw):
     one = lambda k: ((1 + ints(values, k, D)).to(dtype), ints(ids, k), ints(cams, k))
     q, g = one(Q), one(G)
     if draw(st.booleans()):
-        g = (g[0], g[1] + 2, g[2])  # distractors, and queries that nobody can answer
+        g = (g[0], g[1] + 2, g[2])  # distractors, and queries without a match
     return (*q, *g), draw(st.booleans()), n(1, 7)
 
 
@@ -54,7 +54,7 @@ def listed(r):
 
 @QUICK
 @given(cases())
-def test_exact(case):
+def test_places_are_those_of_a_stable_sort(case):
     c, ok, chunk = case
     r = rank(*c, ok, chunk=chunk)
     want = by_sort(c, ok, lambda j, match: j)
@@ -76,7 +76,7 @@ def test_exact(case):
 
 @QUICK
 @given(cases())
-def test_tensor_road_is_the_same(case):
+def test_tensors_give_the_same_places_as_arrays(case):
     c, ok, chunk = case
     for _, s, match in filtered_scores(Embeddings(*c[:3]), Embeddings(*c[3:]), ok, chunk):
         for a, b in zip(chunk_places(s, match), chunk_places(torch.from_numpy(s.copy()), match)):
@@ -85,7 +85,7 @@ def test_tensor_road_is_the_same(case):
 
 @pytest.mark.parametrize("G", [600, 3000])
 @pytest.mark.parametrize("noise", [0.3, 30.0])
-def test_many_survivors_and_few(G, noise):
+def test_few_and_many_candidates_give_the_same_places(G, noise):
     gen = torch.Generator().manual_seed(G)
     who, pid, cam = (
         torch.randn(20, 8, generator=gen, dtype=torch.float64),
@@ -98,7 +98,7 @@ def test_many_survivors_and_few(G, noise):
     assert listed(rank(*c)) == by_sort(c, False, lambda j, match: j)
 
 
-def test_repeated_rows():
+def test_repeated_rows_are_found():
     f = np.random.default_rng(0).standard_normal((50, 100)).astype(np.float32)
     f[40], f[10, :64], f[7], f[8] = f[3], f[20, :64], 0.0, -0.0
     again, first = repeated_rows(f)
@@ -106,7 +106,7 @@ def test_repeated_rows():
     assert not len(repeated_rows(f[:0])[0])
 
 
-def test_empty_and_large():
+def test_empty_and_extreme_features():
     f, t = torch.ones(2, 3), torch.arange(2)
     assert rank(f[:0], t[:0], t[:0], f, t, t).offsets.tolist() == [0]
     assert rank(f, t, t, f[:0], t[:0], t[:0]).skipped == 2
@@ -117,7 +117,7 @@ def test_empty_and_large():
         valid_vectors(torch.tensor([[1.0], [np.nan]]), "query", ["a.jpg", "b.jpg"])
 
 
-def test_tables():
+def test_tables_agree_with_the_ranking():
     gen = torch.Generator().manual_seed(0)
     c = [
         torch.randn(40, 4, generator=gen),
@@ -157,16 +157,16 @@ def people(n=30, each=6, cams=3, noise=0.8, seed=0):
     )
 
 
-def test_vehicleid_protocol():
+def test_vehicleid_protocol_is_the_loop():
     f, pid, _ = people()
     r = one_image_galleries(Embeddings(f[:100], pid[:100], None), Embeddings(f[100:], pid[100:], None), n=4)
     assert len(r.n) == 4 * 150 and (r.n == 1).all() and [*np.bincount(r.draw)] == [150] * 4
     for k in range(4):
         there = np.random.default_rng([0, k]).permutation(180)
         there = sorted({int(pid[j]): j for j in there[::-1]}.values())  # the first of each identity
-        asks = [j for j in range(180) if j not in there]
-        d = ((f[asks, None].double() - f[there].double()) ** 2).sum(2)
-        want = [(d[n] < d[n][pid[there] == pid[j]]).sum().item() for n, j in enumerate(asks)]
+        queries = [j for j in range(180) if j not in there]
+        d = ((f[queries, None].double() - f[there].double()) ** 2).sum(2)
+        want = [(d[n] < d[n][pid[there] == pid[j]]).sum().item() for n, j in enumerate(queries)]
         assert r.ranks[r.offsets[150 * k] : r.offsets[150 * (k + 1)]].tolist() == want
         assert set(r.cols[r.row // 150 == k]) <= set(there)
     assert np.array_equal(
@@ -178,7 +178,7 @@ def test_vehicleid_protocol():
     assert_close(t.at["R1", "sd"], sd)
 
 
-def test_track_protocol():
+def test_track_protocol_is_the_loop():
     f, pid, cam = people(seed=1)
     q, g = Embeddings(f[:40], pid[:40], cam[:40]), Embeddings(f[40:], pid[40:], cam[40:])
     tracks = sorted({(int(p), int(c)) for p, c in zip(g.pid, g.cam)})
@@ -192,7 +192,7 @@ def test_track_protocol():
         image_to_track(q, g._replace(cam=None))
 
 
-def test_single_shot_protocol():
+def test_single_shot_has_one_match_per_query():
     f, pid, cam = people(seed=2)
     q, g = Embeddings(f[:40], pid[:40], cam[:40]), Embeddings(f[40:], pid[40:], cam[40:])
     r, whole = single_shot(q, g, n=6), full_gallery(q, g)
@@ -218,7 +218,7 @@ def items(tmp_path):
     return [Item(str(tmp_path / f"{k}.png"), k // 4, k % 4) for k in range(12)]
 
 
-def test_a_sets_own_protocol(items):
+def test_a_set_is_measured_by_its_own_protocol(items):
     sets = {n: ReIDData([], items[::2], items[1::2], n, n == "VID") for n in ("M", "VID")}
     assert evaluate(Net(), sets["M"], (8, 4)).draw is None
     assert np.bincount(evaluate(Net(), sets["VID"], (8, 4)).draw).tolist() == [9] * 10
@@ -228,7 +228,7 @@ def test_a_sets_own_protocol(items):
     assert t.loc[("M", "mAP")].isna()["sd"] and t.loc[("VID", "mAP")].notna()["sd"]
 
 
-def test_a_broken_vector_has_a_name(items):
+def test_a_broken_vector_is_reported_with_the_images_name(items):
     class Broken(Net):
         def embed(self, x):
             return super().embed(x) * torch.where(torch.arange(len(x)) == 3, torch.nan, 1.0)[:, None]

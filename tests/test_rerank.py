@@ -1,4 +1,4 @@
-"The sparse forms against the plain ones, and clustering on what they store."
+"Sparse re-ranking against the dense form, and clustering with the sparse distances."
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.retrieval.neighbours import by_distance, expand_sets, neighbour_weights, reciprocal_sets, rerank_dense
 from msinet.retrieval.refine import FlipAveraged, expand_queries, fit_whitening, whiten
 from msinet.retrieval.rerank import expand, jaccard, jaccard_sparse, k_nearest, reciprocal, rerank, sparse_weights
@@ -17,7 +17,7 @@ QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None
 
 @QUICK
 @given(st.integers(3, 60), st.integers(1, 5), st.integers(1, 25), st.integers(1, 9), st.integers(0, 10**6))
-def test_sparse_is_dense(N, D, k1, k2, seed):
+def test_sparse_equals_dense(N, D, k1, k2, seed):
     f = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     d = ((f[:, None] - f) ** 2).sum(2)
     order, (near, far) = by_distance(d), k_nearest(f, k1)
@@ -45,7 +45,7 @@ def test_single_precision_is_close_to_dense():
     assert_close(rerank(f[:100], f[100:]), rerank_dense(e[:100, 100:], e[:100, :100], e[100:, 100:]), rtol=0, atol=1e-6)
 
 
-def test_clusters():
+def test_sparse_distances_give_the_clusters_of_dense_ones():
     from sklearn.cluster import DBSCAN
 
     gen = torch.Generator().manual_seed(0)
@@ -60,13 +60,13 @@ def test_clusters():
     )
 
 
-def test_refine():
+def test_refined_vectors_and_their_errors():
     f = torch.randn(50, 4)
     w = fit_whitening(f, d=2)
     assert whiten(f, w).shape == (50, 2)
     assert_close(whiten(f, w).norm(dim=1), torch.ones(50))
     d = f.double()
-    t = d @ fit_whitening(d, share=0.0).turn  # a turn alone keeps distances
+    t = d @ fit_whitening(d, share=0.0).turn  # a rotation keeps distances
     assert_close((t[:, None] - t).norm(dim=2), (d[:, None] - d).norm(dim=2))
     assert_close(expand_queries(f[:5], f, k=1, alpha=0).norm(dim=1), torch.ones(5))
     with pytest.raises(InputError, match="1 training vectors"):

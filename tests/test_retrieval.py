@@ -1,4 +1,4 @@
-"Ranking against a slow reading of the protocol, against the released numbers, and its faults; re-ranking likewise."
+"Ranking and re-ranking against a slow form of the definition, against released numbers, and their errors."
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from msinet.data.loaders import test_loader as in_order
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.data.items import Item, ReIDData
 from msinet.retrieval.rerank import jaccard, rerank
 from msinet.retrieval.neighbours import rerank_dense
@@ -41,12 +41,12 @@ def case(seed, Q=20, G=150, ids=7, cams=3, values=4, D=3):
     gen = torch.Generator().manual_seed(seed)
     ints = lambda hi, *s: torch.randint(hi, s, generator=gen)
     one = lambda n, first: (1.0 + ints(values, n, D), first + ints(ids, n), ints(cams, n))
-    return *one(Q, 1), *one(G, 0)  # id 0 is a distractor, id 7 is asked and has no match
+    return *one(Q, 1), *one(G, 0)  # id 0 is a distractor, id 7 is a query without a match
 
 
 @pytest.mark.parametrize("same_cam_ok", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_as_slow(seed, same_cam_ok):
+def test_ranking_is_the_sorted_list(seed, same_cam_ok):
     c = case(seed)
     r, want = rank(*c, same_cam_ok), slow(*c, same_cam_ok)
     assert [r.of(k).tolist() for k in range(20)] == want
@@ -83,7 +83,7 @@ def test_equal_rows_are_ties(D, dtype):
 
 
 @pytest.mark.parametrize("name,ok", [("remove_cam", False), ("keep_cam", True)])
-def test_golden(name, ok):
+def test_ranking_gives_the_released_numbers(name, ok):
     z = golden("f_eval.npz")
     r = rank(z["query_feats"], z["q_pids"], z["q_camids"], z["gallery_feats"], z["g_pids"], z["g_camids"], ok)
     assert_close(r.mean_ap(), z[f"{name}.mAP"].item(), rtol=1e-9, atol=0)
@@ -105,7 +105,7 @@ def test_golden(name, ok):
     )
 
 
-def test_by_hand():
+def test_example_by_hand():
     f = lambda *v: torch.tensor(v)[:, None]
     t = torch.tensor
     c = f(1.0), t([1]), t([1]), f(1.1, 1.2, 1.3, 1.4, 1.5), t([1, 2, 1, 1, 3]), t([1, 2, 2, 3, 1])
@@ -115,7 +115,7 @@ def test_by_hand():
     assert rank(*no_cam, same_cam_ok=True).ranks.tolist() == [0, 2, 3]
 
 
-def test_faults():
+def test_errors_say_what_is_wrong():
     q_f, q_pid, q_cam, g_f, g_pid, g_cam = case(0)
     bad = lambda f, k, v: f.clone().index_fill_(0, torch.tensor([k]), v)
     good = (q_f, q_pid, q_cam, g_f, g_pid, g_cam)
@@ -123,7 +123,7 @@ def test_faults():
     def put(k, v):
         return *good[:k], v, *good[k + 1 :]
 
-    for said, args in {
+    for message, args in {
         "NaN in row 3 of the query": put(0, bad(q_f, 3, float("nan"))),
         "NaN in row 7 of the gallery": put(3, bad(g_f, 7, float("nan"))),
         "infinity in row 2": put(3, bad(g_f, 2, float("inf"))),
@@ -135,7 +135,7 @@ def test_faults():
         "queries have 2 features": put(0, q_f[:, :2]),
         "gallery has no cameras": put(5, None),
     }.items():
-        with pytest.raises(InputError, match=said) as e:
+        with pytest.raises(InputError, match=message) as e:
             rank(*args)
         assert "\n" not in str(e.value)
     r = rank(*put(1, q_pid + 100))
@@ -178,7 +178,7 @@ def items(tmp_path):
     return [Item(str(tmp_path / f"{k}.png"), k // 4, k % 4) for k in range(12)]
 
 
-def test_embed(items):
+def test_embed_keeps_order_and_modes(items):
     net = Net()
     e = embed(net, in_order(items, (8, 4), bs=5))
     assert e.f.shape == (12, 3) and e.f.dtype == torch.float32 and not e.f.is_inference()
@@ -189,7 +189,7 @@ def test_embed(items):
         embed(net, in_order([], (8, 4)))
 
 
-def test_evaluate(items):
+def test_evaluate_normalises_and_ranks(items):
     net, data = Net(), ReIDData([], items[::2], items[1::2], "x")
     q, g = (embed(net, in_order(l, (8, 4))) for l in (data.query, data.gallery))
     want = rank(F.normalize(q.f), q.pid, q.cam, F.normalize(g.f), g.pid, g.cam)
@@ -210,7 +210,7 @@ def want_args(q, g):
 
 @pytest.mark.parametrize("k1,k2,lam", [(20, 6, 0.3), (30, 10, 0.2), (5, 1, 0.5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rerank_golden(k1, k2, lam, dtype):
+def test_rerank_gives_the_released_numbers(k1, k2, lam, dtype):
     z = golden("f_rerank.npz")
     got = rerank_dense(z["q_g"].to(dtype), z["q_q"].to(dtype), z["g_g"].to(dtype), k1, k2, lam)
     assert_close(got.float(), z[f"final.k1_{k1}.k2_{k2}.lambda_{lam}"], rtol=0, atol=1e-5)
@@ -251,7 +251,7 @@ def test_rerank_is_the_definition(k1, k2, lam):
     assert_close(jaccard(f, k1, k2)[:6, 6:], torch.from_numpy(by_sets(d.numpy(), k1, k2, 0.0, 6)))
 
 
-def test_rerank_edges():
+def test_rerank_of_equal_few_and_broken_vectors():
     same = torch.ones(3, 4), torch.ones(20, 4)
     assert rerank(*same).isfinite().all()
     assert rerank(torch.randn(2, 4), torch.randn(3, 4)).shape == (2, 3), "fewer images than k1"

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from msinet.align import ALIGN, pairwise, unified
 from msinet.backbones import build_baseline
-from msinet.core import InputError, n_params
+from msinet.errors import InputError
+from msinet.core import n_params
 from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation, center
 
 G = {

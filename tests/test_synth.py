@@ -12,27 +12,12 @@ import pytest
 
 from msinet.rendering import world as module
 from msinet.rendering.persons import ACTORS, Pose
-from msinet.core import InputError
+from msinet.errors import InputError
 from msinet.rendering.tracer import View, cast
 from msinet.rendering.scene import KINDS, camera, keyed
-from msinet.rendering.world import (
-    LEVELS,
-    Dials,
-    Shot,
-    World,
-    get_data,
-    identity,
-    is_rendered,
-    lookalikes,
-    mask,
-    parse_path,
-    render,
-    site,
-    snap,
-    stage,
-    synth,
-    write_layout,
-)
+from msinet.rendering.world import LEVELS, Dials, Shot, World, identity, is_rendered, lookalikes, mask, parse_path
+from msinet.rendering.world import render, site, snap, stage, synth, write_layout
+from msinet.data.sets import get_data
 from msinet.rendering.vehicles import BODIES, footprint, mark_apart, marks_of
 
 SMALL = dict(n_ids=4, n_test=3, cams=3, visits=3, height=32)

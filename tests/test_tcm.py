@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from msinet.engine.checkpoint import save_weights
-from msinet.core import InputError
+from msinet.weights import save_weights
+from msinet.errors import InputError
 from msinet.data.items import Item, relabel
 from msinet.engine.devices import accelerator
-from msinet.training.search import SEARCH, build_search, trainable_params, search
-from msinet.rendering.world import get_data
+from msinet.config import SEARCH
+from msinet.training.search import build_search, search
+from msinet.engine.learner import trainable_params
+from msinet.data.sets import get_data
 from msinet.tcm import Memory, released_split, rounds, twin_split
-from msinet.training.train import network, open_net
+from msinet.backbones import network
+from msinet.weights import open_net
 
 GOLD = Path(__file__).parent / 'golden'
 G = {k: torch.from_numpy(v) for k, v in np.load(GOLD / 'e_memory.npz').items() if v.dtype.kind in 'fi'}

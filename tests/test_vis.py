@@ -1,4 +1,4 @@
-"What the images promise: same bytes twice, fonts inside, colours with one meaning, mistakes named in one line."
+"Figures: the same bytes twice, embedded fonts, one meaning for each colour, errors of one line."
 
 import base64
 
@@ -12,7 +12,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from msinet import vis
-from msinet.core import InputError
+from msinet.errors import InputError
 
 TABLE1 = "GGEGAGGNGAEA"
 
@@ -36,7 +36,7 @@ def test_save_repeats_and_embeds_fonts(tmp_path):
     def draw():
         return vis.draw_genotype(TABLE1, alpha=alpha()[-1])
 
-    (a, png), (b, png2) = vis.save(draw(), "a", tmp_path / "new"), vis.save(draw(), "b", tmp_path / "new")
+    (a, png), (b, png2) = vis.save_figure(draw(), "a", tmp_path / "new"), vis.save_figure(draw(), "b", tmp_path / "new")
     pdf = a.read_bytes()
     assert pdf == b.read_bytes() and png.read_bytes() == png2.read_bytes()
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
@@ -86,14 +86,14 @@ def test_strip_frames_and_distances():
     assert len(vis.strips([(images(1)[0], images(3), d, right, n) for n in "ab"]).axes) == 2
 
 
-def test_titles_of_unlike_pictures_stand_on_one_line():
+def test_titles_of_images_of_unlike_sizes_are_on_one_line():
     fig = vis.show_images([np.zeros((h, w, 3), np.uint8) for h, w in ((20, 60), (60, 24), (30, 30))], list("abc"))
     fig.draw_without_rendering()
     assert np.ptp([ax.title.get_window_extent().y0 for ax in fig.axes]) < 1
 
 
 def test_strips_keep_proportions():
-    "A truck, a motorcycle and a square, each as it is, in a place of its own on one line."
+    "Images of a truck, a motorcycle and a square keep their proportions, each in its own box."
     ims = [np.zeros((h, w, 3), np.uint8) for h, w in ((20, 60), (60, 24), (30, 30))]
     ax = vis.strip(ims[0], ims, [0.1, 0.2, 0.3], [True, False, True])
     boxes = [p.get_bbox() for p in ax.patches]
@@ -173,7 +173,7 @@ MISTAKES = dict(
     rgb_range=lambda: vis.rgb(3 * T(3, 4, 5) - 1),
     overlay_count=lambda: vis.overlay(T(2, 3, 8, 4), T(3, 4, 2)),
     overlay_shape=lambda: vis.overlay(T(3, 8, 4), T(1, 4, 2)),
-    no_pictures=lambda: vis.show_images([]),
+    no_images=lambda: vis.show_images([]),
     titles=lambda: vis.show_images(T(2, 3, 8, 4), titles=["a"]),
     colours=lambda: vis.show_images(T(2, 3, 8, 4), colors=["k"]),
     grid=lambda: vis.feature_grid(T(1, 2, 4, 4)),

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tidy import VIEW, tidy
 
-from msinet.core import InputError
-from msinet.training.search import SEARCH, AlphaHistory, search
+from msinet.errors import InputError
+from msinet.config import SEARCH
+from msinet.training.search import AlphaHistory, search
 from msinet.space import Mixed, supernet
 from msinet.widgets.live import LiveSearch, live_search
 from msinet.widgets.controls import Panel, slider
