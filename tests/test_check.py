@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from msinet.data.check import CheckConfig, check_data, describe_check, draw_check, run_check, write_exclusions
-from msinet.core import InputError
-from msinet.data.layouts import get_data
+from msinet.data.sets import get_data
+from msinet.errors import InputError
 
 RNG = np.random.default_rng(0)
 

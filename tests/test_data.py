@@ -20,15 +20,16 @@ from msinet.data.loaders import (
     PixelStream,
     PKSampler,
     load_image,
-    n_identities,
     pk_batches,
     test_loader,
     train_loader,
 )
 from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
 from msinet.data.check import CheckConfig, run_check
-from msinet.core import InputError
-from msinet.data.layouts import DATASETS, join_sets, get_data, market1501, msmt17, vehicleid, veri776
+from msinet.config import n_identities
+from msinet.data.layouts import join_sets, market1501, msmt17, vehicleid, veri776
+from msinet.data.sets import DATASETS, get_data
+from msinet.errors import InputError
 from msinet.data.items import Item, ReIDData, data_fingerprint, relabel, summary
 from msinet.data.folder import folder
 
@@ -315,11 +316,11 @@ def test_tables_that_lie(tmp_path):
     for text, said in {
         "file,pid\n0.jpg,1\n": "no column path, only file, pid",
         "path,pid,split\n0.jpg,1,val\n": "the split 'val'",
-        "path,pid\n0.jpg,\n": "says no pid in line 2",
+        "path,pid\n0.jpg,\n": "has no pid in line 2",
         "path,pid\n0.jpg,1\n0.jpg,2\n": "names 0.jpg twice",
         "path,pid\nx.jpg,1\n": "none of the 1 images",
         "": "not a table",
-        "path,pid,cam\n0.jpg,1,2\n1.jpg,1,\n": "says no cam in line 3",
+        "path,pid,cam\n0.jpg,1,2\n1.jpg,1,\n": "has no cam in line 3",
     }.items():
         with pytest.raises(InputError, match=said) as e:
             folder(table(tmp_path, text))
@@ -338,8 +339,9 @@ def lines(tmp_path):
     (tmp_path / "empty").mkdir()
     t = str(tmp_path)
     return {
-        "X=/": "known|expected one of M, MS, VR, VID, folder",
-        "M": "no path",
+        "X=/": "not a data set; expected synth, or one of M, MS, VR, VID, folder",
+        "M": "not a data set",
+        "M=": "has no path",
         f"M={t}/nowhere": "nowhere is not a folder",
         f"M={t}/empty": "has no bounding_box_train",
         f"MS={t}": "list_train.txt",
@@ -491,7 +493,8 @@ def test_a_run_on_odd_names(odd, tmp_path, capsys):
     from msinet.cli import main
     from msinet.deploy.hub import to_hub
     from msinet.figures.report import report
-    from msinet.training.train import TRAIN, train
+    from msinet.config import TRAIN
+    from msinet.training.train import train
 
     run = train(replace(TRAIN["smoke"], data=f"folder={odd}::{CAM}", out=str(tmp_path / "run\n<b>$x^$"), epochs=1)).run
     capsys.readouterr()
@@ -620,7 +623,7 @@ def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
     for k in range(3):
         open(items[k].path.replace(".png", ".tmp"), "wb").close()
         os.replace(items[k].path.replace(".png", ".tmp"), items[k].path)
-    with pytest.raises(InputError, match="3 of the first images read, 2 of 2000 may be"):
+    with pytest.raises(InputError, match="3 unreadable so far, at most 2 of 2000 may be"):
         train_loader(items, (8, 4), P=4, K=4, dir=where and tmp_path / where)
 
 
@@ -628,17 +631,17 @@ def test_a_picture_that_can_be_read_again(tmp_path, monkeypatch):
     items = many(tmp_path, 1000)
     import msinet.data.loaders as b
 
-    real = b.read_picture
+    real = b.read_image
 
     def flaky(path):
         if path.endswith("00007.png"):
             raise InputError("00007.png is not a readable image (network)")
         return real(path)
 
-    monkeypatch.setattr(b, "read_picture", flaky)
+    monkeypatch.setattr(b, "read_image", flaky)
     with pytest.warns(UserWarning, match="00007"):
         PixelCache(items, (8, 4), tmp_path / "c", max_bad=0.001)
-    monkeypatch.setattr(b, "read_picture", real)
+    monkeypatch.setattr(b, "read_image", real)
     assert (PixelCache(items, (8, 4), tmp_path / "c")[[7]] > 0).all()
 
 
@@ -712,8 +715,8 @@ def test_two_at_once(items, tmp_path):
 def test_killed_half_way(tmp_path, monkeypatch):
     import msinet.data.loaders as b
 
-    items, real = many(tmp_path, 1500), b.read_picture
-    monkeypatch.setattr(b, "read_picture", lambda p: (time.sleep(0.02), real(p))[1])
+    items, real = many(tmp_path, 1500), b.read_image
+    monkeypatch.setattr(b, "read_image", lambda p: (time.sleep(0.02), real(p))[1])
     run = multiprocessing.get_context("fork").Process(target=build, args=([i.path for i in items], tmp_path / "c"))
     run.start()
     end = time.time() + 60
@@ -723,7 +726,7 @@ def test_killed_half_way(tmp_path, monkeypatch):
     os.kill(run.pid, signal.SIGKILL)
     run.join(10)
     assert not list(tmp_path.glob("c/*.npy")) and list(tmp_path.glob("c/*.part"))
-    monkeypatch.setattr(b, "read_picture", real)
+    monkeypatch.setattr(b, "read_image", real)
     assert (PixelCache(items, (64, 32), tmp_path / "c")[[1499]] > 0).all()
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from msinet.rendering import world as module
 from msinet.rendering.persons import ACTORS, Pose
-from msinet.core import InputError
+from msinet.data.sets import get_data
+from msinet.errors import InputError
 from msinet.rendering.tracer import View, cast
 from msinet.rendering.scene import KINDS, camera, keyed
 from msinet.rendering.world import (
@@ -20,7 +21,6 @@ from msinet.rendering.world import (
     Dials,
     Shot,
     World,
-    get_data,
     identity,
     is_rendered,
     lookalikes,
@@ -63,7 +63,7 @@ def test_order_of_drawing_does_not_matter(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_another_process_draws_the_same(kind):
     paths = [i.path for i in images(small(kind=kind))][::9]
-    code = f"import zlib; from msinet.synth import render; print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])"
+    code = f"import zlib; from msinet.rendering.world import render; print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])"
     out = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
