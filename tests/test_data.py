@@ -438,7 +438,7 @@ ODD = [
 
 @pytest.fixture
 def odd(tmp_path):
-    "Names that a file system allows: markup, line breaks, control sequences, very long names, bytes that are not letters."
+    "Names that a file system allows: markup, line breaks, control sequences, very long, bytes without a letter."
     for k, name in enumerate(ODD):
         for c in (1, 2, 3):
             p = os.path.join(os.fsencode(tmp_path), b"$own^$<b>\xff", name + b"_cam%d.jpg" % c)
