@@ -36,12 +36,12 @@ def _own_items(
 ) -> dict[str, Item]:  # by path below `root`
     "The images of a folder of your own. Raises `InputError` when they show fewer than two identities."
     named = read_names(image_files(root), root, pattern or r'^(?P<pid>[^/]+)/')
-    whom, where = {i for _, i, _ in named}, {c for _, _, c in named}
-    if len(whom) < 2:
+    ids, cameras = {i for _, i, _ in named}, {c for _, _, c in named}
+    if len(ids) < 2:
         raise InputError(
-            f'all {len(named)} images in {root} show one identity, {min(whom)!r}; expected several: give a pattern'
+            f'all {len(named)} images in {root} show one identity, {min(ids)!r}; expected several: give a pattern'
         )
-    pids, cams = _number_texts(whom), {None: None} if None in where else _number_texts(where, keep=True)
+    pids, cams = _number_texts(ids), {None: None} if None in cameras else _number_texts(cameras, keep=True)
     return {p.relative_to(root).as_posix(): Item(str(p), pids[i], cams[c]) for p, i, c in named}
 
 # %% ../../nbs/data/02_folder.ipynb #f5a5814e

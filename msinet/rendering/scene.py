@@ -84,7 +84,7 @@ class _Post:
 
     places: tuple  # names of their places, one per camera, then again from the first
     elevation: tuple  # degrees above the horizon
-    path: tuple  # range of the azimuth from which actors are seen, degrees
+    path: tuple  # range of the camera's azimuth around an actor, degrees
     ways: tuple  # angles that may be added to it for the way back, degrees
 
 # %% ../../nbs/rendering/03_scene.ipynb #e7e52310
@@ -103,8 +103,8 @@ class Camera:
     name: tuple  # its key: seed, kind, domain, number
     place: str  # a key of `PLACES`
     elevation: float  # radians above the horizon
-    path: float  # actors are seen from this azimuth, radians
-    back: float  # or from this one, radians
+    path: float  # azimuth around an actor on its way, radians
+    back: float  # azimuth on the way back, radians
     sun: tuple  # azimuth and height of the sun, radians
     ambient: float  # share of the sky's light
     gain: float  # exposure
@@ -125,7 +125,7 @@ class Camera:
 # %% ../../nbs/rendering/03_scene.ipynb #9dec5849
 def sunlight(
     cam: Camera,  # the camera
-    azimuth: float,  # from which the camera sees the actor, radians
+    azimuth: float,  # of the camera around the actor, radians
 ) -> Light:
     "The camera's sun and sky as an actor sees them."
     a, e = azimuth + cam.sun[0], cam.sun[1]
@@ -169,10 +169,8 @@ def _rail(cam: Camera, r: np.random.Generator, h: int, w: int):
     y, x = np.mgrid[:h, :w]
     top, start = r.uniform(0.55, 0.75) * h, r.uniform(0.1, 0.9) * w
     bars = (np.abs(y - top) < 0.02 * h) | (np.abs(y - top - 0.16 * h) < 0.015 * h)
-    return _solid(
-        bars | ((y > top) & ((x + start) % (w / 2.2) < 0.07 * w)),
-        (0.30, 0.33, 0.36) if cam.name[2] == 'A' else (0.72, 0.70, 0.20),
-    )
+    posts = (y > top) & ((x + start) % (w / 2.2) < 0.07 * w)
+    return _solid(bars | posts, (0.30, 0.33, 0.36) if cam.name[2] == 'A' else (0.72, 0.70, 0.20))
 
 # %% ../../nbs/rendering/03_scene.ipynb #e37b2da9
 def _bush(cam: Camera, r: np.random.Generator, h: int, w: int):
@@ -180,9 +178,8 @@ def _bush(cam: Camera, r: np.random.Generator, h: int, w: int):
     y, x = np.mgrid[:h, :w]
     cover, colour = np.zeros((h, w), bool), np.zeros((h, w, 3))
     for _ in range(26):
-        leaf = (x - r.uniform(-0.1, 1.1) * w) ** 2 + (y - r.uniform(0.82, 1.05) * h) ** 2 < (
-            r.uniform(0.06, 0.15) * h
-        ) ** 2
+        d2 = (x - r.uniform(-0.1, 1.1) * w) ** 2 + (y - r.uniform(0.82, 1.05) * h) ** 2
+        leaf = d2 < (r.uniform(0.06, 0.15) * h) ** 2
         cover, colour[leaf] = cover | leaf, np.array([0.14, 0.30, 0.10]) * r.uniform(0.6, 1.5)
     return _solid(cover, colour)
 

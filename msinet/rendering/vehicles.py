@@ -208,10 +208,9 @@ def _doors(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     gaps = (1.0, 0.1, -0.42) if v.body == 'pickup' else (1.0, 0.0, -0.95)
     for gap in gaps:
         c[(np.abs(x - gap) < 0.013) & (z > 0.33)] *= 0.35
+    handle = _RUBBER if _PAINTS[v.colour].mean() > 0.3 else 0.5
     for gap in gaps[1:]:
-        c[(np.abs(x - gap - 0.22) < 0.09) & (np.abs(z - b.belt + 0.13) < 0.022)] = (
-            _RUBBER if _PAINTS[v.colour].mean() > 0.3 else 0.5
-        )
+        c[(np.abs(x - gap - 0.22) < 0.09) & (np.abs(z - b.belt + 0.13) < 0.022)] = handle
 
 # %% ../../nbs/rendering/03_vehicles.ipynb #488cc50c
 def _door_marks(c: np.ndarray, P: np.ndarray, v: _Vehicle):
@@ -220,9 +219,8 @@ def _door_marks(c: np.ndarray, P: np.ndarray, v: _Vehicle):
     if v.strip:
         c[np.abs(z - 0.62) < 0.05] = _PAINTS[v.strip]
     if v.door:
-        c[(y * v.door.side > 0) & PRINTS[v.door.shape]((x - v.door.at) / 0.30, (z - 0.68) / 0.22)] = _PAINTS[
-            v.door.colour
-        ]
+        inside = PRINTS[v.door.shape]((x - v.door.at) / 0.30, (z - 0.68) / 0.22)
+        c[(y * v.door.side > 0) & inside] = _PAINTS[v.door.colour]
     if v.dirt:
         dirty = (y * v.dirt > 0) & (z < 0.68 + 0.10 * np.sin(9 * x))
         c[dirty] = 0.35 * c[dirty] + np.array([0.17, 0.13, 0.08], np.float32)
@@ -574,13 +572,11 @@ def _closed_bed(
     def paint(P, n, k):
         c, (x, y, z) = np.repeat(_PAINTS[v.bed.colour][None], len(P), 0), P.T
         if v.logo:
-            c[(np.abs(n[:, 1]) > 0.5) & PRINTS[v.logo.shape]((x + 0.85) / 0.75, (z - 1.65) / 0.42)] = _PAINTS[
-                v.logo.colour
-            ]
+            inside = PRINTS[v.logo.shape]((x + 0.85) / 0.75, (z - 1.65) / 0.42)
+            c[(np.abs(n[:, 1]) > 0.5) & inside] = _PAINTS[v.logo.colour]
         c[(np.abs(z - 0.80) < 0.05) | (np.abs(z - 2.50) < 0.03)] *= 0.6
-        c[(n[:, 0] < -0.5) & ((np.abs(y) < 0.02) | ((np.abs(z - 1.5) < 0.5) & (np.abs(np.abs(y) - 0.22) < 0.02)))] *= (
-            0.4
-        )
+        bars = (np.abs(z - 1.5) < 0.5) & (np.abs(np.abs(y) - 0.22) < 0.02)
+        c[(n[:, 0] < -0.5) & ((np.abs(y) < 0.02) | bars)] *= 0.4
         return c
 
     return [box((-h, -w, 0.72), (1.05, w, 2.55), paint)]

@@ -170,7 +170,7 @@ def site(
 class _Visit(NamedTuple):
     "What all frames of one person by one camera share."
 
-    azimuth: float  # from which the camera sees it, radians
+    azimuth: float  # of the camera around the actor, radians
     spot: float  # position on the canvas, in [0, 1]
     phase: float  # of its walk
     swing: float  # of its legs
@@ -233,7 +233,7 @@ def _framed(
     shot: Shot,  # the image
     cam: Camera,  # its camera
     who,  # the identity
-    azimuth: float,  # from which the camera sees it, radians
+    azimuth: float,  # of the camera around the actor, radians
     r: np.random.Generator,  # source of randomness
 ) -> View:
     "The view of a detector's box: the actor nearly fills the image; for the split `cut` the box is bad."
