@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from msinet.data.check import CheckConfig, check_data, describe_check, draw_check, run_check, write_exclusions
-from msinet.errors import InputError
 from msinet.data.sets import get_data
+from msinet.errors import InputError
+from msinet.rendering.world import synth
 
 RNG = np.random.default_rng(0)
 
@@ -93,7 +94,7 @@ def test_each_fault_is_found_and_mended(market, tmp_path, kind):
     assert check_data(f"M={market}::exclude={fix}").safe
 
 
-def test_missing_pictures_of_a_list(tmp_path):
+def test_missing_images_of_a_list_are_found(tmp_path):
     root = tmp_path / "MSMT17_V1"
     name = lambda p, c: f"{p:04d}/{p:04d}_000_{c:02d}_0303morning_0008_0.jpg"
     for part, rows in dict(train=[(0, 1), (1, 2)], val=[(0, 3), (1, 3)], query=[(0, 1)], gallery=[(0, 2)]).items():
@@ -108,7 +109,7 @@ def test_missing_pictures_of_a_list(tmp_path):
     assert check_data(f"MS={root}::exclude={tmp_path / 'bad.txt'}").safe
 
 
-def test_queries_in_the_gallery_are_meant(tmp_path):
+def test_queries_may_be_in_the_gallery(tmp_path):
     for n in (
         "image_train/0001_c001_1_0.jpg",
         "image_train/0002_c002_1_0.jpg",
@@ -122,7 +123,7 @@ def test_queries_in_the_gallery_are_meant(tmp_path):
     assert c.safe and not len(c.faults)
 
 
-def test_no_query_can_be_answered(market):
+def test_a_set_whose_queries_have_no_match_is_not_safe(market):
     for p in (market / "bounding_box_test").glob("*.jpg"):
         p.rename(
             p.with_name(p.name.replace("_c2", "_c1").replace("_c3", "_c1").replace("_01.jpg", f"_{p.name[6]}.jpg"))
@@ -131,7 +132,7 @@ def test_no_query_can_be_answered(market):
     assert c.stops == ["no positive"] and not c.safe
 
 
-def test_list_among_the_data_is_refused(market):
+def test_list_among_the_data_is_an_error(market):
     cut(one(market))
     with pytest.raises(InputError, match="data are never touched"):
         run_check(CheckConfig(f"M={market}", fix=str(market / "query" / "bad.txt")), say=lambda t: None)
@@ -142,7 +143,7 @@ def test_list_among_the_data_is_refused(market):
     assert not os.path.exists("x")
 
 
-def test_list_of_another_copy_is_told(market, tmp_path):
+def test_list_of_another_copy_is_a_warning(market, tmp_path):
     (tmp_path / "bad.txt").write_text("# a comment\nquery/elsewhere.jpg\ttruncated\n")
     with pytest.warns(UserWarning, match="none of the 1 images"):
         get_data(f"M={market}::exclude={tmp_path / 'bad.txt'}")
@@ -150,7 +151,7 @@ def test_list_of_another_copy_is_told(market, tmp_path):
         get_data(f"M={market}::exclude={tmp_path / 'lost.txt'}")
 
 
-def test_every_way_of_cutting_is_found(market):
+def test_every_truncated_file_is_found(market):
     p = one(market)
     whole = p.read_bytes()
     for share in (0.1, 0.3, 0.6, 0.9):
@@ -158,7 +159,7 @@ def test_every_way_of_cutting_is_found(market):
         assert check_data(f"M={market}").stops == ["truncated"]
 
 
-def test_joined_sets_picture_and_words(market, tmp_path):
+def test_joined_sets_figure_and_text(market, tmp_path):
     said = []
     cut(one(market))
     assert run_check(CheckConfig(f"M={market}+M={market}"), say=said.append) == 1 and len(said) == 2
@@ -169,7 +170,7 @@ def test_joined_sets_picture_and_words(market, tmp_path):
 
 
 @pytest.mark.parametrize("K", [2, 8])
-def test_picture_of_a_uniform_set(tmp_path, K):
+def test_figure_of_a_uniform_set(tmp_path, K):
     "Every identity has two images and nothing is wrong: bars and line are in view, and ticks are whole numbers."
     for p in range(6):
         for c in (1, 2):
@@ -193,8 +194,7 @@ def test_picture_of_a_uniform_set(tmp_path, K):
 
 
 def test_rendered_sets_are_checked_without_files():
-    synth = pytest.importorskip("msinet.rendering.world")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        c = check_data(synth.synth(n_ids=2))
+        c = check_data(synth(n_ids=2))
     assert c.safe and c.counts.loc["train", "ids"] == 2

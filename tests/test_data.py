@@ -16,12 +16,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 from msinet.data.loaders import PixelCache, PixelStream, PKSampler, load_image, pk_batches, test_loader, train_loader
-from msinet.config import n_identities
 from msinet.data.augment import augment, normalise, pad_crop, random_boxes, random_erase, random_flip
 from msinet.data.check import CheckConfig, run_check
-from msinet.errors import InputError
-from msinet.data.sets import DATASETS, get_data
+from msinet.config import n_identities
 from msinet.data.layouts import join_sets, market1501, msmt17, vehicleid, veri776
+from msinet.data.sets import DATASETS, get_data
+from msinet.errors import InputError
+from msinet.rendering.world import render, synth
 from msinet.data.items import Item, ReIDData, data_fingerprint, relabel, summary
 from msinet.data.folder import folder
 
@@ -36,7 +37,7 @@ def draw(root, names, size=(6, 12)):
 
 
 def litter(folder):
-    "What real copies carry: all of it must be passed over."
+    "What real copies carry: all of it must be skipped."
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("._0002_c1s1_000001_01.jpg", "Thumbs.db", "9999_c1s1_000001_01.jpg"):
         (folder / name).touch()
@@ -58,7 +59,7 @@ def market(tmp_path):
     return root
 
 
-def test_market(market):
+def test_market_is_read(market):
     d = market1501(market)
     assert who(d.train) == [(2, 1), (2, 6), (7, 2)] and who(d.query) == [(3, 1)]
     assert who(d.gallery) == [(0, 2), (3, 4)], "-1 dropped, 0000 kept"
@@ -66,21 +67,21 @@ def test_market(market):
     assert market1501(market.parent) == market1501(market.parent.parent) == d
 
 
-def test_market_mac_copy(market):
+def test_market_copy_from_a_mac(market):
     draw(market.parent / "__MACOSX" / "bounding_box_train", ["0001_c1s1_000001_01.jpg"])
     for part in ("query", "bounding_box_test"):
         litter(market.parent / "__MACOSX" / part)
     assert len(market1501(market.parent).train) == 3
 
 
-def test_names_that_do_not_fit_are_told(market):
+def test_names_that_do_not_fit_are_left_out_with_a_warning(market):
     draw(market / "query", ["holiday.jpg"])
     with pytest.warns(UserWarning, match="1 of 2 names.*holiday.jpg"):
         assert len(market1501(market).query) == 1
 
 
 @pytest.mark.parametrize("version", ["V1", "V2"])
-def test_msmt(tmp_path, version):
+def test_msmt_is_read(tmp_path, version):
     folders = dict(V1=("train", "test"), V2=("mask_train_v2", "mask_test_v2"))[version]
     root = tmp_path / f"MSMT17_{version}"
     name = lambda p, cam: f"{p:04d}/{p:04d}_000_{cam:02d}_0303morning_0008_0.jpg"
@@ -141,7 +142,7 @@ def test_msmt_renamed_as_market(tmp_path, market):
 
 
 @pytest.mark.filterwarnings("default:.*as published")
-def test_counts_are_told_and_never_fatal(market):
+def test_other_counts_are_a_warning(market):
     with pytest.warns(UserWarning, match="train has 3 images instead of 12,936, query has 1 images instead of 3,368"):
         d = market1501(market)
     assert d.source.published["gallery"] == (751, 15913) and d.source.root == str(market) and d == market1501(market)
@@ -149,7 +150,7 @@ def test_counts_are_told_and_never_fatal(market):
     assert not market1501(market).source.published, "a rendered set has numbers of its own"
 
 
-def test_joined(market, tmp_path):
+def test_joined_sets_share_no_identity(market, tmp_path):
     draw(
         tmp_path / "VeRi",
         [
@@ -178,7 +179,7 @@ def test_joined(market, tmp_path):
     assert who(none.train) == [(3, None), (4, None)] and none.same_cam_ok
 
 
-def test_choices(tmp_path):
+def test_options_after_the_path(tmp_path):
     draw(tmp_path / "VehicleID" / "image", [f"{k:07d}.jpg" for k in range(6)])
     (tmp_path / "VehicleID" / "train_test_split").mkdir()
     for name, rows in (
@@ -196,7 +197,7 @@ def test_choices(tmp_path):
         get_data(f"VID={tmp_path}::big")
 
 
-def test_veri(tmp_path):
+def test_veri_is_read(tmp_path):
     draw(tmp_path / "VeRi" / "image_train", ["0001_c001_00016460_0.jpg"])
     draw(tmp_path / "VeRi" / "image_query", ["0002_c002_00030600_0.jpg"])
     draw(tmp_path / "VeRi" / "image_test", ["0002_c002_00030600_0.jpg", "0002_c020_00030605_0.jpg"])
@@ -204,7 +205,7 @@ def test_veri(tmp_path):
     assert (who(d.train), who(d.query), who(d.gallery)) == ([(1, 1)], [(2, 2)], [(2, 2), (2, 20)])
 
 
-def test_vehicleid(tmp_path):
+def test_vehicleid_is_read(tmp_path):
     root = tmp_path / "VehicleID_V1.0"
     draw(root / "image", [f"{k:07d}.jpg" for k in range(9)])
     (root / "train_test_split").mkdir()
@@ -303,16 +304,16 @@ def test_folder_by_table(tmp_path):
         folder(table(tmp_path, "path,pid\n0.jpg,1\n1.jpg,1\nlost.jpg,2\n"), train_share=0)
 
 
-def test_tables_that_lie(tmp_path):
+def test_wrong_tables_are_errors(tmp_path):
     draw(tmp_path, ["0.jpg", "1.jpg"])
     for text, said in {
         "file,pid\n0.jpg,1\n": "no column path, only file, pid",
         "path,pid,split\n0.jpg,1,val\n": "the split 'val'",
-        "path,pid\n0.jpg,\n": "says no pid in line 2",
+        "path,pid\n0.jpg,\n": "has no pid in line 2",
         "path,pid\n0.jpg,1\n0.jpg,2\n": "names 0.jpg twice",
         "path,pid\nx.jpg,1\n": "none of the 1 images",
         "": "not a table",
-        "path,pid,cam\n0.jpg,1,2\n1.jpg,1,\n": "says no cam in line 3",
+        "path,pid,cam\n0.jpg,1,2\n1.jpg,1,\n": "has no cam in line 3",
     }.items():
         with pytest.raises(InputError, match=said) as e:
             folder(table(tmp_path, text))
@@ -331,8 +332,9 @@ def lines(tmp_path):
     (tmp_path / "empty").mkdir()
     t = str(tmp_path)
     return {
-        "X=/": "known|expected one of M, MS, VR, VID, folder",
-        "M": "no path",
+        "X=/": "not a data set; expected synth, or one of M, MS, VR, VID, folder",
+        "M": "not a data set",
+        "M=": "has no path",
         f"M={t}/nowhere": "nowhere is not a folder",
         f"M={t}/empty": "has no bounding_box_train",
         f"MS={t}": "list_train.txt",
@@ -351,14 +353,14 @@ def lines(tmp_path):
     }
 
 
-def test_messages(tmp_path):
+def test_messages_are_one_line_and_say_what_was_expected(tmp_path):
     for spec, said in lines(tmp_path).items():
         with pytest.raises(InputError, match=said) as e:
             get_data(spec)
         assert "\n" not in str(e.value) and isinstance(e.value, ValueError)
 
 
-def test_lists_that_lie(tmp_path):
+def test_wrong_lists_are_errors(tmp_path):
     draw(tmp_path, [f"{n}_cam{c}.jpg" for n in "abc" for c in (1, 2)])
     with pytest.raises(InputError, match="1 of 2 listed images.*z.jpg"):
         folder(tmp_path, CAM, train=["a_cam1.jpg", "z.jpg"])
@@ -428,7 +430,7 @@ ODD = [
 
 @pytest.fixture
 def odd(tmp_path):
-    "Names that a file system allows: markup, line breaks, orders to a terminal, very long, bytes that are no letters."
+    "Names that a file system allows: markup, line breaks, control sequences, very long, bytes without a letter."
     for k, name in enumerate(ODD):
         for c in (1, 2, 3):
             p = os.path.join(os.fsencode(tmp_path), b"$own^$<b>\xff", name + b"_cam%d.jpg" % c)
@@ -510,7 +512,7 @@ def test_a_run_on_odd_names(odd, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 31 and all(
         line.isprintable() for line in lines
-    )  # 29 of 30 images, for the asking one is no answer, and two files
+    )  # 29 of 30 images, since the query is not a result, and two files
     assert "folder=…" in (to_hub(run, tmp_path / "hub") / "README.md").read_text(encoding="utf-8")
 
 
@@ -575,7 +577,7 @@ def test_cache_follows_files(items, tmp_path):
     assert len(list((tmp_path / "c").iterdir())) == 4
 
 
-def test_broken_pictures(items, tmp_path):
+def test_broken_images_are_errors(items, tmp_path):
     whole = open(items[5].path, "rb").read()
     for wrong in (whole[: len(whole) // 2], b"", b"not an image"):
         open(items[5].path, "wb").write(wrong)
@@ -595,7 +597,7 @@ def many(tmp_path, n=2000):
 
 
 @pytest.mark.parametrize("where", [None, "c"])
-def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
+def test_a_few_bad_images_are_named_and_left_out(tmp_path, where):
     items = many(tmp_path)
     os.unlink(items[5].path)
     for attempt in range(2):  # built, then opened
@@ -614,29 +616,29 @@ def test_a_few_bad_pictures_are_named_and_left_out(tmp_path, where):
     for k in range(3):
         open(items[k].path.replace(".png", ".tmp"), "wb").close()
         os.replace(items[k].path.replace(".png", ".tmp"), items[k].path)
-    with pytest.raises(InputError, match="3 of the first images read, 2 of 2000 may be"):
+    with pytest.raises(InputError, match="3 unreadable so far, at most 2 of 2000 may be"):
         train_loader(items, (8, 4), P=4, K=4, dir=where and tmp_path / where)
 
 
-def test_a_picture_that_can_be_read_again(tmp_path, monkeypatch):
+def test_an_image_that_can_be_read_again(tmp_path, monkeypatch):
     items = many(tmp_path, 1000)
     import msinet.data.loaders as b
 
-    real = b.read_picture
+    real = b.read_image
 
     def flaky(path):
         if path.endswith("00007.png"):
             raise InputError("00007.png is not a readable image (network)")
         return real(path)
 
-    monkeypatch.setattr(b, "read_picture", flaky)
+    monkeypatch.setattr(b, "read_image", flaky)
     with pytest.warns(UserWarning, match="00007"):
         PixelCache(items, (8, 4), tmp_path / "c", max_bad=0.001)
-    monkeypatch.setattr(b, "read_picture", real)
+    monkeypatch.setattr(b, "read_image", real)
     assert (PixelCache(items, (8, 4), tmp_path / "c")[[7]] > 0).all()
 
 
-def test_stream(items, tmp_path):
+def test_stream_gives_what_the_cache_gives(items, tmp_path):
     cache, stream = PixelCache(items, (16, 8)), PixelStream(items, (16, 8), max_bad=0.2)
     assert_close(stream[[3, 0, 3]], cache[[3, 0, 3]], rtol=0, atol=0)
     a, b = (list(train_loader(items, (16, 8), P=2, K=2, seed=3, pad=2, cached=c)) for c in (True, False))
@@ -653,7 +655,7 @@ def test_stream(items, tmp_path):
         stream[[4, 5, 8, 9]]
 
 
-def test_blocks_that_are_not_whole(items, tmp_path):
+def test_incomplete_blocks_are_made_again(items, tmp_path):
     PixelCache(items, (8, 8), tmp_path / "c")
     (file,) = (tmp_path / "c").iterdir()
     want = file.read_bytes()
@@ -664,7 +666,7 @@ def test_blocks_that_are_not_whole(items, tmp_path):
     os.utime(old, (1, 1))
     (young := tmp_path / "c" / "y.1.part").touch()
     PixelCache(items, (9, 9), tmp_path / "c")
-    assert not old.exists() and young.exists(), "what killed runs left is swept after an hour"
+    assert not old.exists() and young.exists(), "files of killed runs are removed after an hour"
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot take 0.0 GB"):
         PixelCache(items, (8, 8), tmp_path / "file" / "c")
@@ -675,7 +677,7 @@ needs_fork = pytest.mark.skipif(
 )
 
 
-def test_full_disk(items, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(items, tmp_path, monkeypatch):
     def full(*a):
         raise OSError(28, "No space left on device")
 
@@ -690,7 +692,7 @@ def build(paths, dir):
 
 
 @needs_fork
-def test_two_at_once(items, tmp_path):
+def test_two_processes_may_build_one_block(items, tmp_path):
     paths = [i.path for i in items]
     runs = [multiprocessing.get_context("fork").Process(target=build, args=(paths, tmp_path / "c")) for _ in range(2)]
     for r in runs:
@@ -703,11 +705,11 @@ def test_two_at_once(items, tmp_path):
 
 
 @needs_fork
-def test_killed_half_way(tmp_path, monkeypatch):
+def test_a_killed_run_leaves_no_block(tmp_path, monkeypatch):
     import msinet.data.loaders as b
 
-    items, real = many(tmp_path, 1500), b.read_picture
-    monkeypatch.setattr(b, "read_picture", lambda p: (time.sleep(0.02), real(p))[1])
+    items, real = many(tmp_path, 1500), b.read_image
+    monkeypatch.setattr(b, "read_image", lambda p: (time.sleep(0.02), real(p))[1])
     run = multiprocessing.get_context("fork").Process(target=build, args=([i.path for i in items], tmp_path / "c"))
     run.start()
     end = time.time() + 60
@@ -717,21 +719,20 @@ def test_killed_half_way(tmp_path, monkeypatch):
     os.kill(run.pid, signal.SIGKILL)
     run.join(10)
     assert not list(tmp_path.glob("c/*.npy")) and list(tmp_path.glob("c/*.part"))
-    monkeypatch.setattr(b, "read_picture", real)
+    monkeypatch.setattr(b, "read_image", real)
     assert (PixelCache(items, (64, 32), tmp_path / "c")[[1499]] > 0).all()
 
 
-def test_rendered_pixels():
-    synth = pytest.importorskip("msinet.rendering.world")
-    d = synth.synth(n_ids=1)
+def test_rendered_images_need_no_files():
+    d = synth(n_ids=1)
     x = PixelCache(d.train[:2], (64, 32))[[0, 1]]
-    assert np.array_equal(x[0].numpy(), synth.render(d.train[0].path)) and x.shape == (2, 64, 32, 3)
+    assert np.array_equal(x[0].numpy(), render(d.train[0].path)) and x.shape == (2, 64, 32, 3)
 
 
 # batches
 
 
-def test_pk_law():
+def test_batches_have_p_identities_and_k_images():
     rng = np.random.default_rng(0)
     for trial in range(20):
         P, K, n = rng.integers(2, 6), rng.integers(1, 5), rng.integers(8, 14)
@@ -770,7 +771,7 @@ def test_sampler_repeats_and_resumes():
         assert list(d) == first[1][done:] and list(d) == first[2]
 
 
-def test_sampler_faults():
+def test_too_few_identities_are_an_error():
     with pytest.raises(InputError, match="3 identities, but a batch takes P = 4"):
         PKSampler([0, 1, 2, -1], 4, 2)
     with pytest.raises(InputError, match="batch of 62"):
@@ -929,7 +930,7 @@ def reference(T, size, *more):
 
 
 def test_float_path_is_the_reference(items, transforms):
-    "What no dice decide is equal to torchvision on Pillow images, image by image."
+    "Everything that is not random is equal to torchvision on Pillow images, image by image."
     T, size = transforms, (32, 16)
     pics = [Image.open(i.path).convert("RGB") for i in items]
     each = lambda *more: torch.stack([reference(T, size, *more)(p) for p in pics])
@@ -948,7 +949,7 @@ def test_float_path_is_the_reference(items, transforms):
 
 
 def test_colours_follow_the_reference(items, transforms):
-    "The three dials, factor by factor; torchvision rounds to bytes after each, which allows one level."
+    "The three adjustments, factor by factor; torchvision rounds to bytes after each, which allows one level."
     from msinet.data.loaders import PixelCache
     import msinet.data.augment as a
 

@@ -1,4 +1,4 @@
-"The rendered set: the same for everybody, exact masks, and readable as a published set."
+"The rendered set: the same on every machine, exact masks, and readable as a published set."
 
 import os
 import subprocess
@@ -12,12 +12,12 @@ import pytest
 
 from msinet.rendering import world as module
 from msinet.rendering.persons import ACTORS, Pose
+from msinet.data.sets import get_data
 from msinet.errors import InputError
 from msinet.rendering.tracer import View, cast
 from msinet.rendering.scene import KINDS, camera, keyed
 from msinet.rendering.world import LEVELS, Dials, Shot, World, identity, is_rendered, lookalikes, mask, parse_path
 from msinet.rendering.world import render, site, snap, stage, synth, write_layout
-from msinet.data.sets import get_data
 from msinet.rendering.vehicles import BODIES, footprint, mark_apart, marks_of
 
 SMALL = dict(n_ids=4, n_test=3, cams=3, visits=3, height=32)
@@ -35,7 +35,7 @@ def images(data):
     return data.train + data.query + data.gallery
 
 
-# ---------------------------------------------------------------- the same for everybody
+# ---------------------------------------------------------------- the same on every machine
 @pytest.mark.parametrize('kind', KINDS)
 def test_order_of_drawing_does_not_matter(kind):
     paths = [i.path for i in images(small(kind=kind))][::3]
@@ -48,7 +48,10 @@ def test_order_of_drawing_does_not_matter(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_another_process_draws_the_same(kind):
     paths = [i.path for i in images(small(kind=kind))][::9]
-    code = f"import zlib; from msinet.synth import render; print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])"
+    code = (
+        'import zlib; from msinet.rendering.world import render; '
+        f'print([zlib.crc32(render(p).tobytes()) for p in {paths!r}])'
+    )
     out = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
@@ -70,7 +73,7 @@ def test_more_people_and_cameras_change_nothing():
 
 
 def test_geometry_is_golden():
-    "Masks and label maps come out as they always did; when a change is wanted, raise `DRAWING` and renew these numbers."
+    "Masks and label maps do not change; when a change is wanted, raise `DRAWING` and renew these numbers."
     world = World('person', 'B', 3, 64, LEVELS['hard'])
     masks = [
         np.round(255 * stage(Shot(world, s, n, n % 6 + 1, n % 3))[1]).astype(np.uint8)
@@ -99,7 +102,7 @@ def test_geometry_of_vehicles_is_golden():
     assert (crc(np.stack(masks)), crc(np.stack(labels))) == (619641726, 2303821163)
 
 
-def test_chance_has_names():
+def test_each_name_has_its_own_random_generator():
     assert keyed('a', 1).random() == keyed('a', 1).random() != keyed('a', 2).random()
     assert repr(camera(0, 'person', 'A', 4)) == repr(camera(0, 'person', 'A', 4)) != repr(camera(1, 'person', 'A', 4))
     world = World('person', 'A', 0, 32, LEVELS['easy'])
@@ -123,7 +126,7 @@ def test_a_set_is_a_reid_set():
         assert any(g.pid == q.pid and g.cam != q.cam for g in data.gallery)
 
 
-def test_pictures_and_masks():
+def test_images_and_masks_have_the_right_shapes():
     for i in images(small(height=48))[::7]:
         x, m = render(i.path), mask(i)
         assert x.shape == (48, 24, 3) and x.dtype == np.uint8 and x.std() > 5
@@ -165,7 +168,7 @@ def test_vehicles_are_square_seen_whole_and_from_where_the_domain_says():
         assert (m > 0).any(1).sum() < 32 and (m > 0).any(0).sum() <= 32
 
 
-def test_lookalike_vehicles_share_the_factorys_part():
+def test_lookalike_vehicles_share_what_the_factory_made():
     data = synth('vehicle', 'B', n_ids=8, level='hard')
     world, group = parse_path(data.train[0].path).world, lookalikes(data)
     cars = {p: identity(world, 'train', p) for p in sorted({i.pid for i in data.train})}
@@ -207,13 +210,13 @@ def test_marks_suit_the_body_and_shadows_are_ellipses():
         dict(level=Dials(bg_bias=2.0)),
     ],
 )
-def test_mistakes_are_told_in_one_line(wrong):
+def test_mistakes_are_reported_in_one_line(wrong):
     with pytest.raises(InputError) as e:
         synth(**wrong)
     assert '\n' not in str(e.value) and 'expected' in str(e.value)
 
 
-def test_names_of_nothing(tmp_path):
+def test_names_without_an_image_are_errors(tmp_path):
     for f in (parse_path, render, mask):
         for path in ('synth:person', 'synth:person,A,0:train/1/c1/f0', f'{tmp_path}/none.jpg'):
             with pytest.raises(InputError, match='expected'):
@@ -222,7 +225,8 @@ def test_names_of_nothing(tmp_path):
 
 # ---------------------------------------------------------------- on disk
 def loaders():
-    data = pytest.importorskip('msinet.data.layouts')
+    from msinet.data.layouts import layouts as data
+
     return dict(M=data.market1501, MS=data.msmt17, VR=data.veri776, VID=data.vehicleid)
 
 
@@ -268,7 +272,7 @@ def test_other_layouts_come_back(layout, kind, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_vehicles_by_name(tmp_path, monkeypatch):
+def test_vehicles_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv('MSINET_CACHE', str(tmp_path))
     data = get_data('synth:kind=vehicle,domain=B,n_ids=3,n_test=2,cams=3,visits=2', (32, 32))
     assert len({i.pid for i in data.train}) == 3 and {i.pid for i in data.query} == {2, 4}
@@ -291,7 +295,7 @@ def test_a_set_is_written_once_and_whole(tmp_path, monkeypatch):
     assert not list((tmp_path / 'new').iterdir())
 
 
-def test_another_process_may_be_faster(tmp_path, monkeypatch):
+def test_two_processes_may_write_the_same_set(tmp_path, monkeypatch):
     data, draw = small(n_ids=2, n_test=2), module.draw_into
 
     def slow(*args):
@@ -305,7 +309,7 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [there.name]
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_what_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(InputError, match='expected one of M'):
         write_layout(small(), tmp_path, 'X')
     with pytest.raises(InputError, match='at most 6'):

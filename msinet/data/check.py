@@ -35,11 +35,11 @@ _NOTE = ('duplicate', 'no positive', 'shared identity', 'odd name', 'not an imag
 
 # %% ../../nbs/data/04_check.ipynb #e4db69ed
 class Fault(NamedTuple):
-    "Something that is wrong with one file."
+    "One fault of one file."
 
     path: str  # of the file
     kind: str  # one of `_STOP` or `_NOTE`
-    detail: str = ''  # more about it
+    detail: str = ''  # such as the other file, or the decoder's message
 
 # %% ../../nbs/data/04_check.ipynb #51c978dd
 _MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'BM', b'RIFF', b'II*', b'MM', b'GIF8')  # what image files begin with
@@ -48,7 +48,7 @@ _MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'BM', b'RIFF', b'II*', b'MM', b'GIF8')  
 def check_image(
     path: str,  # of an image
 ) -> tuple[Fault | None, bytes]:  # what is wrong with it, fingerprint of its bytes
-    "Read one file whole, and decode it."
+    "Read a whole file and decode it."
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -69,9 +69,9 @@ def check_image(
 # %% ../../nbs/data/04_check.ipynb #ad57cb57
 def _check_images(
     paths,  # of images, each once
-    progress: bool = False,  # show a bar
-    step: int = 64,  # images a thread takes at a time
-) -> tuple[list[Fault], dict[str, bytes]]:  # what is wrong; path -> fingerprint of those that can be read
+    progress: bool = False,  # show a progress bar
+    step: int = 64,  # images per task of a thread
+) -> tuple[list[Fault], dict[str, bytes]]:  # faults; path -> fingerprint of files that can be read
     "Read and decode many files, with threads."
     blocks = [paths[k : k + step] for k in range(0, len(paths), step)]
     faults = []
@@ -91,7 +91,7 @@ def repeated_images(
     data: ReIDData,  # any set
     digest: dict[str, bytes],  # path -> fingerprint of the file
 ) -> list[Fault]:
-    "Images that are in a set more than once, as files of their own."
+    "Images that are in a set more than once, in different files."
     uses, groups = defaultdict(set), defaultdict(list)
     for part in ('train', 'query', 'gallery'):
         for i in getattr(data, part):
@@ -106,20 +106,19 @@ def _judge(
     uses: dict,  # path -> set of (list, identity, camera)
     same_cam_ok: bool,  # do images by the query's own camera count?
 ) -> list[Fault]:
-    "What it means that these files are one image."
+    "The faults of files that are one image."
     fit = [p for p in paths if any(part == 'train' for part, _, _ in uses[p])]
     if fit and len(fit) < len(paths):
         return [Fault(p, 'in train and test', f'the same as {min(set(paths) - set(fit))}') for p in fit]
-    whom = lambda p: {pid for _, pid, _ in uses[p]}
-    if fit and len(set.union(*map(whom, fit))) > 1:
+    pids = lambda p: {pid for _, pid, _ in uses[p]}
+    if fit and len(set.union(*map(pids, fit))) > 1:
         return [
-            Fault(p, 'two identities', f'identity {min(whom(p))}, the same as {min(set(paths) - {p})}') for p in fit
+            Fault(p, 'two identities', f'identity {min(pids(p))}, the same as {min(set(paths) - {p})}') for p in fit
         ]
     first, out = {}, []
     for p in paths:
-        role = (
-            'any' if fit or same_cam_ok else min((part, cam or 0) for part, _, cam in uses[p])
-        )  # a query may be in the gallery too
+        # a query may be in the gallery too
+        role = 'any' if fit or same_cam_ok else min((part, cam or 0) for part, _, cam in uses[p])
         if role in first:
             out.append(Fault(p, 'duplicate', f'the same as {first[role]}'))
         first.setdefault(role, p)
@@ -129,7 +128,7 @@ def _judge(
 def queries_without_match(
     data: ReIDData,  # any set
 ) -> list[Fault]:
-    "Queries without a positive in the gallery."
+    "Queries without a match in the gallery."
     cams = defaultdict(set)
     for g in data.gallery:
         cams[g.pid].add(g.cam)
@@ -140,7 +139,7 @@ def queries_without_match(
 def shared_identities(
     data: ReIDData,  # any set
 ) -> list[Fault]:
-    "The first training image of each identity that is tested with, too."
+    "The first training image of each identity that is also in the test."
     if data.name == 'MS':
         return []
     first = {i.pid: i for i in reversed(data.train)}
@@ -153,14 +152,8 @@ def _unlisted_files(
 ) -> list[Fault]:
     "Empty files, and files that are no images, beside the images of a set."
     root = data.source.root if data.source else ''
-    tops = (
-        {
-            os.path.join(root, os.path.relpath(i.path, root).split(os.sep)[0])
-            for i in data.train + data.query + data.gallery
-        }
-        if root
-        else ()
-    )
+    items = data.train + data.query + data.gallery
+    tops = {os.path.join(root, os.path.relpath(i.path, root).split(os.sep)[0]) for i in items} if root else ()
     if any(os.path.isfile(t) for t in tops):
         tops = {root}
     faults = []
@@ -175,13 +168,13 @@ def _unlisted_files(
 # %% ../../nbs/data/04_check.ipynb #fb5755eb
 @dataclass(frozen=True)
 class Check:
-    "What was found out about a set."
+    "The result of a check."
 
     data: ReIDData  # the set
     faults: pd.DataFrame  # columns path, kind, detail: one row per file
-    counts: pd.DataFrame  # rows train, query, gallery: ids, images, cameras, and as published
+    counts: pd.DataFrame  # rows train, query, gallery; columns ids, images, cameras, and published counts
     cameras: pd.DataFrame  # rows cameras, columns lists: how many images
-    notes: tuple = ()  # what the loader warned of
+    notes: tuple = ()  # warnings of the loader
 
     @property
     def table(self) -> pd.DataFrame:
@@ -196,13 +189,12 @@ class Check:
     def stops(self) -> list[str]:
         "The kinds that forbid training."
         n = self.faults.kind.value_counts()
-        return [k for k in _STOP if n.get(k, 0)] + ['no positive'] * int(
-            0 < len(self.data.query) == n.get('no positive', 0)
-        )
+        unmatched = 0 < len(self.data.query) == n.get('no positive', 0)
+        return [k for k in _STOP if n.get(k, 0)] + ['no positive'] * int(unmatched)
 
     @property
     def why(self) -> str:
-        "Why it isn't safe, in words."
+        "The reasons why training is not safe, in words."
         return ', '.join(self.stops) or 'fewer than two training identities'
 
     @property
@@ -214,7 +206,7 @@ class Check:
 def _counted(
     data: ReIDData,  # any set
 ) -> pd.DataFrame:  # rows train, query, gallery
-    "`summary`, and beside it what was published."
+    "`summary` with the published counts beside it."
     t, published = summary(data), data.source.published if data.source else {}
     for k, name in enumerate(('ids', 'images')):
         t[f'published {name}'] = [published[p][k] if p in published else pd.NA for p in t.index]
@@ -239,19 +231,18 @@ def _per_camera(
 
 # %% ../../nbs/data/04_check.ipynb #f8a04d0c
 def check_data(
-    data,  # a set, or what `get_data` takes for one: 'M=path'
-    progress: bool = False,  # show a bar
+    data,  # a set, or its spec for `get_data`: 'M=path'
+    progress: bool = False,  # show a progress bar
 ) -> Check:
-    "Look at every image of a set once. Raises `InputError` when it can't be read as a set at all."
-    with warnings.catch_warnings(record=True) as told:
+    "Check every image of a set once. Raises `InputError` when it can't be read as a set at all."
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         if isinstance(data, str):
             data = get_data(data)
-    told = [w.message for w in told]
-    faults = [Fault(p, m.why) for m in told if isinstance(m, LeftOut) for p in m.paths]
-    paths = sorted(
-        {i.path for i in data.train + data.query + data.gallery if not i.path.startswith('synth:')}
-    )  # those are drawn, not read
+    notes = [w.message for w in caught]
+    faults = [Fault(p, m.why) for m in notes if isinstance(m, LeftOut) for p in m.paths]
+    items = data.train + data.query + data.gallery
+    paths = sorted({i.path for i in items if not i.path.startswith('synth:')})  # rendered images are not files
     broken, digest = _check_images(paths, progress)
     faults += (
         broken
@@ -270,16 +261,16 @@ def check_data(
         pd.DataFrame(rows, columns=['path', 'kind', 'detail']),
         _counted(data),
         _per_camera(data),
-        tuple(str(m) for m in told),
+        tuple(str(m) for m in notes),
     )
 
 # %% ../../nbs/data/04_check.ipynb #c576f541
 @style()
 def draw_check(
     check: Check,  # as from `check_data`
-    K: int = 4,  # images of each identity in a batch: a line is drawn there
+    K: int = 4,  # images of each identity in a batch, shown as a line
 ) -> Figure:
-    "Images per camera, images per identity, faults."
+    "Three plots: images per camera, images per identity, faults."
     fig, (ax, bx, cx) = plt.subplots(1, 3, figsize=(COL2, 2.2), layout='constrained', width_ratios=(3, 2, 2))
     check.cameras.plot.bar(ax=ax, width=0.8, rot=0, color=[NETS[0], QUERY, NETS[2]])
     ax.set(xlabel='camera', ylabel='images', ylim=(0, 1.5 * check.cameras.to_numpy().max()))
@@ -313,7 +304,10 @@ def write_exclusions(
     check: Check,  # as from `check_data`
     file,  # text file to write; not among the data
 ) -> int:  # files listed
-    "Write the exclusion list of a check. Raises `InputError` when the file lies in the set's folder or can't be written."
+    """Write the exclusion list of a check.
+
+    Raises `InputError` when the file lies in the set's folder or can't be written.
+    """
     file, root = Path(file).expanduser(), Path(check.data.source.root if check.data.source else '.')
     if root.resolve() in file.resolve().parents:
         raise InputError(
@@ -321,9 +315,8 @@ def write_exclusions(
             'choose another'
         )
     out = check.faults[check.faults.kind.isin([*_STOP, 'duplicate'])].drop_duplicates('path')
-    name = lambda p: re.sub(
-        r'^(?=[#\s])', './', one_line(os.path.relpath(p, root))
-    )  # a line with # in front is a remark
+    # a line that begins with # is a comment
+    name = lambda p: re.sub(r'^(?=[#\s])', './', one_line(os.path.relpath(p, root)))
     rows = [f'{name(p)}\t{kind}' for p, kind in zip(out.path, out.kind)]
     old = sorted(f'{name(p)}\tas before' for p in (check.data.source.excluded if check.data.source else ()))
     try:
@@ -345,14 +338,14 @@ class CheckConfig:
 
     data: Positional[str]  # M=/path, MS=/path, VR=/path, VID=/path or folder=/path; several may be joined by +
     fix: str = ''  # write an exclusion list here, for M=/path::exclude=FILE; the data are never touched
-    figure: str = ''  # save the image here, such as check.png
+    figure: str = ''  # save the figure here, such as check.png
 
 # %% ../../nbs/data/04_check.ipynb #8af3109b
 def describe_check(
     check: Check,  # as from `check_data`
     n: int = 3,  # examples of each kind
 ) -> str:  # lines
-    "A check in words and tables."
+    "A check as text: tables, examples of each fault, verdict."
     source = check.data.source
     some = [
         one_line(f"  {kind:18} {r.path}{f' ({r.detail})' if r.detail else ''}")
@@ -376,9 +369,9 @@ def describe_check(
 
 # %% ../../nbs/data/04_check.ipynb #d0e6a78f
 def run_check(
-    cfg: CheckConfig,
-    say=print,  # shows lines
-    progress: bool = False,  # show a bar
+    cfg: CheckConfig,  # what to check
+    say=print,  # called with each text
+    progress: bool = False,  # show a progress bar
 ) -> int:  # exit code: 0 safe, 1 not
     "`msinet data check`. Raises `InputError` when the set can't be read as one at all."
     sets = split_spec(cfg.data)
@@ -408,7 +401,7 @@ def _save_check(
     check: Check,  # as from `check_data`
     file,  # .png, .pdf or .svg
 ):
-    "Save the image of a check. Raises `InputError` when it can't be written."
+    "Save the figure of a check. Raises `InputError` when it can't be written."
     fig = draw_check(check)
     try:
         fig.savefig(file, dpi=150)

@@ -26,9 +26,9 @@ DATASETS = dict(M=market1501, MS=msmt17, VR=veri776, VID=vehicleid, folder=folde
 # %% ../../nbs/data/04_sets.ipynb #84ef2297
 def _choices(
     name: str,  # a key of `DATASETS`
-    text: str,  # what the user wrote after `::`
+    text: str,  # what follows `::`
 ) -> dict:  # arguments of the loader
-    "What is chosen beside the path. Raises `InputError` when the set has no such choice."
+    "The options after the path. Raises `InputError` when the set has no such option."
     if not text:
         return {}
     if name == 'folder':
@@ -39,19 +39,19 @@ def _choices(
         return dict(n_test=int(text))
     known = dict(MS='::noval', VID='::2400').get(name, 'nothing')
     raise InputError(
-        f"{name} takes no pattern, '{text}' was given; expected {known} after the path: only folder takes a pattern"
+        f"{name} takes no pattern, but '{text}' was given; expected {known} after the path: only folder takes a pattern"
     )
 
 # %% ../../nbs/data/04_sets.ipynb #3b42d4ad
 def _published(
     spec: str,  # as for `get_data`, one set that is not rendered
 ) -> ReIDData:
-    "A single set by its short name and path. Raises `InputError` when the name is not known or nothing can be read."
+    "One set by its short name and path. Raises `InputError` when the name is unknown or nothing can be read."
     name, eq, rest = spec.partition('=')
     path, *more = rest.split('::')
     if not eq or name not in DATASETS:
         raise InputError(
-            f'{spec!r} is not a data set, expected synth, or one of {", ".join(DATASETS)} with a path: write it like '
+            f'{spec!r} is not a data set; expected synth, or one of {", ".join(DATASETS)} with a path: write it like '
             'synth:n_ids=16 or M=/path'
         )
     if not path:
@@ -64,35 +64,38 @@ def _published(
 def split_spec(
     spec: str,  # as for `get_data`
 ) -> list[str]:  # one for each set
-    "Take joined sets apart; a plus inside a path stays."
+    "Split the spec of joined sets; a plus inside a path stays."
     return re.split(rf"\+(?=(?:{'|'.join(DATASETS)})=|synth(?:[:+]|$))", spec)
 
 # %% ../../nbs/data/04_sets.ipynb #ca6f2eea
 def synth_options(
     spec: str,  # 'synth' or 'synth:n_ids=16,level=medium'
 ) -> dict:  # arguments of `synth`
-    "What a word asks of `synth`. Raises `InputError` for an option that isn't one."
+    "The options of `synth` in a spec. Raises `InputError` for an unknown option."
     known = {k: p.default for k, p in inspect.signature(synth).parameters.items() if k != 'height'}
     out = {}
     for part in filter(None, spec.partition(':')[2].split(',')):
         k, eq, v = (t.strip() for t in part.partition('='))
         if k not in known or not eq:
             raise InputError(
-                f'{part!r} is no option of synth, expected one of {", ".join(known)}: write it like '
+                f'{part!r} is not an option of synth; expected one of {", ".join(known)}: write it like '
                 'synth:n_ids=16,level=medium'
             )
         if not isinstance(known[k], str) and not v.isdigit():
-            raise InputError(f'{k} is {v!r}, expected a whole number: write it like synth:{k}=16')
+            raise InputError(f'{k} is {v!r}; expected a whole number: write it like synth:{k}=16')
         out[k] = v if isinstance(known[k], str) else int(v)
     return out
 
 # %% ../../nbs/data/04_sets.ipynb #74246275
 def _rendered(
     spec: str,  # as for `synth_options`
-    size: tuple[int, int],  # (H, W) in pixels; images are drawn as high
+    size: tuple[int, int],  # (H, W) in pixels; images are drawn with this height
     progress: bool = False,  # show a bar while drawing
 ) -> ReIDData:
-    "A rendered set from the folder that MSINET_CACHE names, or from ~/.cache/msinet; drawn when it isn't there. Errors as `synth`."
+    """A rendered set from the folder that MSINET_CACHE names, or from ~/.cache/msinet.
+
+    The images are drawn when they are not there yet. Errors as `synth`.
+    """
     want = dict(synth_options(spec), height=size[0])
     key = hashlib.sha256(f'{DRAWING} {sorted(want.items())}'.encode()).hexdigest()[:10]
     root = Path(os.environ.get('MSINET_CACHE') or Path.home() / '.cache' / 'msinet') / f'synth-{key}'
@@ -101,11 +104,11 @@ def _rendered(
 
 # %% ../../nbs/data/04_sets.ipynb #a4bc0b64
 def get_data(
-    spec: str = 'synth',  # synth, synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path, several with +
-    size: tuple[int, int] = (64, 32),  # (H, W) in pixels that are wanted; rendered images are drawn as high
+    spec: str = 'synth',  # synth:n_ids=16,…, M=/path, MS=/path, VR=/path, VID=/path, folder=/path; several with +
+    size: tuple[int, int] = (64, 32),  # (H, W) in pixels of the network's input; rendered images have this height
     progress: bool = False,  # show a bar while drawing
 ) -> ReIDData:
-    "Any set by its name; of several, all are trained on and the first is tested. Errors as the readers and `synth`."
+    "Any set by its spec; joined sets are all trained on and the first is tested. Errors as the readers and `synth`."
 
     def one(name):
         return _rendered(name, size, progress) if name.partition(':')[0] == 'synth' else _published(name)
