@@ -540,8 +540,8 @@ class InfiniteLoader:
     ):
         if not len(dl):
             raise InputError(
-                'no batch can be drawn from the validation twin, it has too few images of each identity; expected K: '
-                'make K or the batch smaller'
+                'no batch can be drawn, there are too few images of each identity; expected K of each: make K or the '
+                'batch smaller'
             )
         self.dl, self.it = dl, iter(dl)
 
