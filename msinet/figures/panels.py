@@ -24,9 +24,9 @@ def map_table(
     cols=None,  # K texts
     images=None,  # K images for a row on top, any form that `rgb` takes
     vmax=None,  # the end of the scale; the largest value unless given
-    vmin=0.0,  # its beginning
-    label='',  # of the colour bar
-    marks=None,  # {column: (row, column)} places of the maps to mark in all rows, in steps of the map
+    vmin=0.0,  # the beginning of the scale
+    label='',  # text beside the colour bar
+    marks=None,  # {column: (row, column)} positions to ring in all rows, in steps of the map
     cmap=HEAT,  # colours of the maps
     width=COL2,  # inches
     fig=None,  # figure or subfigure to draw in
@@ -74,7 +74,7 @@ def map_table(
 # %% ../../nbs/figures/01_panels.ipynb #674d47e0
 def doubt(
     h,  # (..., 4) alpha
-) -> Tensor:  # (...) bits, 0 when settled, log2 of their number (2 of four) when even
+) -> Tensor:  # (...) bits: 0 for one-hot shares, 2 for four equal ones
     "Entropy of the shares of Eq. (1)."
     w = torch.as_tensor(h).double().softmax(-1)
     return -(w * w.clamp_min(1e-300).log2()).sum(-1)
@@ -83,7 +83,7 @@ def doubt(
 def lead(
     h,  # (..., 4) alpha
 ) -> Tensor:  # (...) in [0, 1]
-    "How far the largest share of Eq. (1) is ahead of the second."
+    "Difference between the largest and the second largest share of Eq. (1)."
     first, second = torch.as_tensor(h).double().softmax(-1).topk(2, -1).values.unbind(-1)
     return first - second
 
@@ -110,7 +110,8 @@ def share_maps(
             f'per epoch, a column for each of {op_letters()}'
         )
     fig = fig or plt.figure(figsize=(COL2, 0.35 + 1.35 * len(ps)), layout='constrained')
-    axs, top = fig.subplots(len(ps), n, squeeze=False, sharey=True), max(p.max() for p in ps.values())
+    axs = fig.subplots(len(ps), n, squeeze=False, sharey=True)
+    top = max(p.max() for p in ps.values())
     for row, (name, p) in zip(axs, ps.items()):
         for ax, x in zip(row, p.permute(2, 1, 0)):
             im = ax.imshow(
@@ -139,8 +140,8 @@ def share_maps(
 @style()
 def slot_dots(
     values: dict,  # name of a search -> (12,) one number per slot
-    y='',  # what the numbers are
-    ax=None,  # where
+    y='',  # text of the axis: what the numbers are
+    ax=None,  # axes to draw in
 ) -> Axes:
     "One number per slot for several searches, in the order of the network."
     ax = ax or plt.subplots(figsize=(COL1, 1.7), layout='constrained')[1]
