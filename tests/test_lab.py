@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a Chromium on the PATH")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+)
 SETTINGS = {
     "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
     "notebook-extension/tracker": dict(windowingMode="none", autosave=False),
@@ -25,9 +28,14 @@ READY = """async () => { const a = window.jupyterapp; await a.restored; const w 
   await w.context.ready; await w.sessionContext.ready; return w.sessionContext.prevKernelName }"""
 IDLE = """() => { const w = window.jupyterapp.shell.currentWidget;
   const cells = [...w.model.cells].filter(c => c.type === 'code' && c.sharedModel.source.trim());
-  return cells.length > 0 && cells.every(c => c.executionCount) && w.sessionContext.session.kernel.status === 'idle' }"""
-ERRORS = """() => [...window.jupyterapp.shell.currentWidget.model.cells].filter(c => c.type === 'code').flatMap(c => {
-  const bad = []; for (let i = 0; i < c.outputs.length; i++) { const o = c.outputs.get(i).toJSON(); if (o.output_type === 'error') bad.push(o.ename + ': ' + o.evalue) } return bad })"""
+  return cells.length > 0 && cells.every(c => c.executionCount)
+    && w.sessionContext.session.kernel.status === 'idle' }"""
+ERRORS = """() => {
+  const bad = [], cells = [...window.jupyterapp.shell.currentWidget.model.cells].filter(c => c.type === 'code');
+  for (const c of cells) for (let i = 0; i < c.outputs.length; i++) {
+    const o = c.outputs.get(i).toJSON();
+    if (o.output_type === 'error') bad.push(o.ename + ': ' + o.evalue) }
+  return bad }"""
 IMAGES = "() => document.querySelectorAll('.jp-Notebook .jp-OutputArea img').length"
 
 
@@ -69,8 +77,12 @@ def lab(notebooks):
     "A JupyterLab on the loopback address, behind a token."
     tmp, port, env = notebooks, free_port(), environment(notebooks)
     token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
-    command = f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token={token} --allow-root --LabApp.expose_app_in_browser=True"
-    command += f" --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly --ServerApp.root_dir={tmp / 'nbs'}"
+    command = (
+        f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 "
+        f"--IdentityProvider.token={token} --allow-root --LabApp.expose_app_in_browser=True "
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly "
+        f"--ServerApp.root_dir={tmp / 'nbs'}"
+    )
     with open(tmp / "server.log", "w") as log:
         server = subprocess.Popen([sys.executable, *command.split()], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -138,7 +150,7 @@ def test_the_index_runs(lab, page, shot):
 
 
 def move(page, name, key="End"):
-    "Move the slider of that name by the keyboard, wait until the panel's image has changed, and say how long that took."
+    "Move a slider by the keyboard; seconds until the panel's image has changed."
     row = page.locator(".jp-Notebook .widget-inline-hbox", has=page.get_by_text(name, exact=True)).first
     panel = page.locator(".jp-Notebook .widget-vbox", has=page.get_by_text(name, exact=True)).first
     image, before = panel.locator("img").first, panel.locator("img").first.get_attribute("src")
@@ -183,9 +195,16 @@ SLIDERS = dict(
     augment_lab="seed",
 )
 CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=-1)
-EXECUTE = """async code => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, f = k.requestExecute({code, store_history: false}); let out = '';
-  f.onIOPub = m => { out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') }; await f.done; return out }"""
-ICONS = "() => [...document.fonts].some(f => f.family.includes('Font Awesome') && f.weight === '900' && f.status === 'loaded')"
+EXECUTE = """async code => {
+  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const f = kernel.requestExecute({code, store_history: false});
+  let out = '';
+  f.onIOPub = m => {
+    out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') };
+  await f.done;
+  return out }"""
+ICONS = """() => [...document.fonts].some(f =>
+  f.family.includes('Font Awesome') && f.weight === '900' && f.status === 'loaded')"""
 CHANGED = "([e, before]) => e.getAttribute('src') !== before && e.complete"
 
 
@@ -292,7 +311,10 @@ def test_search_is_started_paused_stepped_stopped_and_resumed(lab, tour, shot):
 def test_the_tour_works_as_a_web_page(notebooks, page, shot):
     pytest.importorskip("voila")
     port = free_port()
-    command = f"-m voila {notebooks / 'nbs' / 'widgets' / '40a_tour.ipynb'} --no-browser --Voila.ip=127.0.0.1 --port={port} --port_retries=0 --theme=light"
+    command = (
+        f"-m voila {notebooks / 'nbs' / 'widgets' / '40a_tour.ipynb'} --no-browser --Voila.ip=127.0.0.1 "
+        f"--port={port} --port_retries=0 --theme=light"
+    )
     with open(notebooks / "voila.log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, *command.split()], env=environment(notebooks), stdout=log, stderr=subprocess.STDOUT

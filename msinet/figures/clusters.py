@@ -60,14 +60,14 @@ def cluster_curves(
     axs[1].set(title='share in no cluster', ylim=(0, 1))
     for v, name, ls in ((purity, 'purity', '--'), (ari, 'ARI', '-')):
         axs[2].plot(e, v, ls, label=name)
-    axs[2].set(title='agreement with identities', ylim=(0, 1))
+    axs[2].set(title='agreement', ylim=(0, 1))
     axs[2].legend(loc='best')
     rows, low = [cluster_fates(a, b) for a, b in zip(labels, labels[1:])], np.zeros(len(e) - 1)
     for name, c in _FATES.items():
         n = np.array([r[name] for r in rows])
         axs[3].bar(e[1:], n, bottom=low, color=c, label=name, width=0.8)
         low = low + n
-    axs[3].set(title='fate of previous clusters')
+    axs[3].set(title='previous clusters')
     axs[3].legend(loc='upper left', bbox_to_anchor=(1, 1))
     for ax in axs:
         ax.set_xlabel('epoch')

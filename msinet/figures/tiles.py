@@ -38,8 +38,12 @@ class Tiling:
         height = self.rows * (self.height + self.above + self.gap) - self.gap + self.below
         return width, height
 
-    def place(self, r: int, k: int) -> tuple:
-        "Left and upper edge of the tile in row `r` and column `k`, inches."
+    def place(
+        self,
+        r: int,  # row
+        k: int,  # column
+    ) -> tuple:  # left and upper edge, inches
+        "Where a tile begins."
         return self.left + k * (self.width + self.gap), self.above + r * (self.height + self.above + self.gap)
 
     def box(
