@@ -461,21 +461,19 @@ def _network_figures(
         for k, v in vectors.items()
         if (d := nearest_negatives(*v, data.same_cam_ok)).isfinite().all(0).any()
     }
-    return [
-        *(
-            [
-                RunFigure(
-                    'glance',
-                    'Overview',
-                    'The architecture with the final shares of each slot, and the images retrieved for two queries '
-                    'before and after training. By average precision, the first query is in the middle of all '
-                    'queries, the second near the best. Green is right, red is wrong.',
-                    overview(about['genotype'], alphas[-1], rows),
-                )
-            ]
-            if rows
-            else []
-        ),
+    figures = []
+    if rows:
+        figures.append(
+            RunFigure(
+                'glance',
+                'Overview',
+                'The architecture with the final shares of each slot, and the images retrieved for two queries before '
+                'and after training. By average precision, the first query is in the middle of all queries, the '
+                'second near the best. Green is right, red is wrong.',
+                overview(about['genotype'], alphas[-1], rows),
+            )
+        )
+    figures += [
         RunFigure(
             'strips',
             'Retrieved images',
@@ -490,19 +488,18 @@ def _network_figures(
             'Share of queries with a true match among the first k images; the legend has the share for k = 1.',
             cmc_plot({n: c.curve(20) for n, c in rankings.items()}).figure,
         ),
-        *(
-            [
-                RunFigure(
-                    'gap',
-                    'Distance to the ten nearest negatives',
-                    'Mean distance of each query to its ten nearest images of other identities; the dot is the mean '
-                    'over the queries, its bar the 95 % interval.',
-                    gap(negatives).figure,
-                )
-            ]
-            if negatives
-            else []
-        ),
+    ]
+    if negatives:
+        figures.append(
+            RunFigure(
+                'gap',
+                'Distance to the ten nearest negatives',
+                'Mean distance of each query to its ten nearest images of other identities; the dot is the mean over '
+                'the queries, its bar the 95 % interval.',
+                gap(negatives).figure,
+            )
+        )
+    return figures + [
         RunFigure(
             'embeddings',
             't-SNE of embeddings',
