@@ -121,7 +121,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("name", VISUAL)
 def test_a_visual_notebook_ends_with_its_figures(name):
-    assert re.search(r"\bsave\(", "\n".join(cells(name, "code"))), "must save its figures"
+    assert re.search(r"\bsave_figure\(", "\n".join(cells(name, "code"))), "must save its figures"
     assert "**Caption.**" in "\n".join(cells(name, "markdown")), "must have a caption"
 
 
