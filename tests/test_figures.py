@@ -1,4 +1,4 @@
-"Every figure of a run, and of a visual notebook, as a file: its size, its letters, and that something is on it."
+"Every figure of a run, and of a visual notebook, as a file: its size, its fonts, and that it is not empty."
 
 import json
 import re
@@ -7,37 +7,47 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from msinet.cli import main
+from msinet.config import SEARCH, TRAIN, TrainConfig
+from msinet.data.sets import get_data
+from msinet.engine.run import read_config, read_run, run_data_spec
 from msinet.errors import InputError
 from msinet.figures.run import initial_network, overview, run_figures
-from msinet.engine.run import read_config, read_run, run_data_spec
 from msinet.retrieval.evaluate import evaluate
-from msinet.config import SEARCH
 from msinet.training.search import search
-from msinet.data.sets import get_data
-from msinet.config import TRAIN, TrainConfig
-from msinet.weights import open_net
 from msinet.training.train import train
 from msinet.vis import COL1, COL2, save_figure
+from msinet.weights import open_net
 
 NBS = Path(__file__).parent.parent / "nbs"
-VISUAL = "02a_meet_the_identities 03b_can_it_be_learnt 04a_turn_the_dials 05a_top15 11a_cell_maps 11b_counting 14a_memory_in_motion 15a_alignment 22a_alpha_evolution 23a_activation 51a_where_time_goes"
-VISUAL = [*VISUAL.split(), *(f"paper/fig{i}" for i in (1, 2, 3, 4, 6))]
+VISUAL = [
+    "11a_cell_maps",
+    "11b_counting",
+    "14a_memory_in_motion",
+    "15a_alignment",
+    "bench/51a_where_time_goes",
+    "data/02a_meet_the_identities",
+    "data/04a_turn_the_dials",
+    "rendering/03b_can_it_be_learnt",
+    "retrieval/05a_top15",
+    "training/22a_alpha_evolution",
+    "training/23a_activation",
+    *(f"paper/fig{i}" for i in (1, 2, 3, 4, 6)),
+]
 
 
 def check(pdf):
-    "One column or one page wide, letters inside, no date, and something on it."
+    "One column or one page wide, fonts embedded, no date, not empty."
     data = pdf.read_bytes()
     width, height = (float(v) / 72 for v in re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+)", data).groups())
     assert min(abs(width - COL1), abs(width - COL2)) < 0.002 and 0.5 < height < 9.2, (
         f"{pdf.name} is {width:.3f} by {height:.3f} inches"
     )
-    assert b"/FontFile2" in data and b"/Type3" not in data, f"{pdf.name}: letters must travel in the file"
+    assert b"/FontFile2" in data and b"/Type3" not in data, f"{pdf.name}: fonts must be embedded"
     assert b"CreationDate" not in data
     pixels = np.asarray(Image.open(pdf.with_suffix(".png")).convert("L"))
     assert (pixels < 250).mean() > 0.005, f"{pdf.name} is empty"
@@ -53,12 +63,12 @@ def cells(name, kind):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("runs") / "run")
-    word = search(replace(SEARCH["smoke"], out=out)).genotype
-    return train(replace(TRAIN["smoke"], out=out, resume=True, genotype=word)).run
+    genotype = search(replace(SEARCH["smoke"], out=out)).genotype
+    return train(replace(TRAIN["smoke"], out=out, resume=True, genotype=genotype)).run
 
 
 def test_the_untrained_network_is_the_one_that_was_measured(run):
-    "What figures call untrained gives the run's own numbers from before its training."
+    "The network that figures call untrained has the metrics that the run measured before its training."
     cfg, (net, about) = read_config(run, TrainConfig), open_net(run)
     name, first = initial_network(cfg, net)
     got = evaluate(first, get_data(run_data_spec(run), about["size"]), about["size"])
@@ -66,7 +76,7 @@ def test_the_untrained_network_is_the_one_that_was_measured(run):
     assert name == "untrained" and abs(got.mean_ap() - want["mAP"]) < 1e-6 and abs(got.curve(1)[0] - want["R1"]) < 1e-6
 
 
-def test_figures_from_the_shell(run, tmp_path, capsys):
+def test_the_command_figures_writes_every_figure(run, tmp_path, capsys):
     main(["figures", str(run), "--out", str(tmp_path)])
     pdfs = sorted(tmp_path.glob("*.pdf"))
     assert {p.stem for p in pdfs} >= {
@@ -104,24 +114,24 @@ def test_strips_fill_the_page_whatever_the_shape(shape):
     plt.close(fig)
 
 
-def test_no_run(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         run_figures(tmp_path)
 
 
 @pytest.mark.parametrize("name", VISUAL)
 def test_a_visual_notebook_ends_with_its_figures(name):
-    assert re.search(r"\bsave\(", "\n".join(cells(name, "code"))), "saves its figures"
-    assert "**Caption.**" in "\n".join(cells(name, "markdown")), "says what they show"
+    assert re.search(r"\bsave_figure\(", "\n".join(cells(name, "code"))), "must save its figures"
+    assert "**Caption.**" in "\n".join(cells(name, "markdown")), "must have a caption"
 
 
 @pytest.mark.parametrize("name", ["14a_memory_in_motion", "paper/fig2"])
-def test_files_of_a_notebook(name, tmp_path, monkeypatch):
+def test_a_notebook_writes_its_figures(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    place = {}
+    namespace = {}
     for code in cells(name, "code"):
-        exec(code, place)
+        exec(code, namespace)
     pdfs = sorted(tmp_path.rglob("*.pdf"))
     assert pdfs
     for pdf in pdfs:
@@ -135,7 +145,7 @@ def test_every_file_is_a_column_or_a_page_wide(width, tmp_path):
     ax.plot([1, 2], label="a")
     ax.legend()
     assert round(check(save_figure(fig, "a", tmp_path)[0]), 2) == round(COL1 if width <= COL1 else COL2, 2)
-    assert tuple(fig.get_size_inches()) == (width, 1.5), "the figure itself stays as it is"
+    assert tuple(fig.get_size_inches()) == (width, 1.5), "the figure itself is not resized"
     plt.close(fig)
 
 
@@ -146,12 +156,12 @@ def test_a_figure_wider_than_the_page_is_refused(tmp_path):
     plt.close("all")
 
 
-def test_a_run_without_identities_has_a_page_and_files(tmp_path, capsys):
+def test_an_unsupervised_run_has_a_page_and_figures(tmp_path, capsys):
     out = tmp_path / "run"
     main(["usl", "--preset", "smoke", "--out", str(out)])
     assert (
         str(out / "report.html") in capsys.readouterr().out
-        and "How clusters formed" in (out / "report.html").read_text()
+        and "Clusters over the epochs" in (out / "report.html").read_text()
     )
     main(["figures", str(out)])
     names = {Path(f).stem for f in capsys.readouterr().out.split()}
@@ -159,6 +169,6 @@ def test_a_run_without_identities_has_a_page_and_files(tmp_path, capsys):
     for f in (out / "figures").glob("*.pdf"):
         check(f)
     plt.close("all")
-    main(["evaluate", "--run", str(out)])  # embeds by the normalised features, as it was trained
-    said = float(re.search(r"(\d+\.\d)", capsys.readouterr().out.split("\n")[1]).group())
-    assert abs(said - 100 * json.loads((out / "metrics.json").read_text())["after"]["mAP"]) < 0.06
+    main(["evaluate", "--run", str(out)])  # embeds by the normalised features, as in training
+    printed = float(re.search(r"(\d+\.\d)", capsys.readouterr().out.split("\n")[1]).group())
+    assert abs(printed - 100 * json.loads((out / "metrics.json").read_text())["after"]["mAP"]) < 0.06

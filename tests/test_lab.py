@@ -1,4 +1,4 @@
-"Open the kit in a real JupyterLab in a headless browser and run the first page, as a newcomer would."
+"Open the kit in JupyterLab in a headless browser, run notebooks, and use the widgets."
 
 import json
 import os
@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a Chromium on the PATH")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage"
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+)
 SETTINGS = {
     "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
     "notebook-extension/tracker": dict(windowingMode="none", autosave=False),
@@ -25,10 +28,15 @@ READY = """async () => { const a = window.jupyterapp; await a.restored; const w 
   await w.context.ready; await w.sessionContext.ready; return w.sessionContext.prevKernelName }"""
 IDLE = """() => { const w = window.jupyterapp.shell.currentWidget;
   const cells = [...w.model.cells].filter(c => c.type === 'code' && c.sharedModel.source.trim());
-  return cells.length > 0 && cells.every(c => c.executionCount) && w.sessionContext.session.kernel.status === 'idle' }"""
-ERRORS = """() => [...window.jupyterapp.shell.currentWidget.model.cells].filter(c => c.type === 'code').flatMap(c => {
-  const bad = []; for (let i = 0; i < c.outputs.length; i++) { const o = c.outputs.get(i).toJSON(); if (o.output_type === 'error') bad.push(o.ename + ': ' + o.evalue) } return bad })"""
-PICTURES = "() => document.querySelectorAll('.jp-Notebook .jp-OutputArea img').length"
+  return cells.length > 0 && cells.every(c => c.executionCount)
+    && w.sessionContext.session.kernel.status === 'idle' }"""
+ERRORS = """() => {
+  const bad = [], cells = [...window.jupyterapp.shell.currentWidget.model.cells].filter(c => c.type === 'code');
+  for (const c of cells) for (let i = 0; i < c.outputs.length; i++) {
+    const o = c.outputs.get(i).toJSON();
+    if (o.output_type === 'error') bad.push(o.ename + ': ' + o.evalue) }
+  return bad }"""
+IMAGES = "() => document.querySelectorAll('.jp-Notebook .jp-OutputArea img').length"
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +77,12 @@ def lab(notebooks):
     "A JupyterLab on the loopback address, behind a token."
     tmp, port, env = notebooks, free_port(), environment(notebooks)
     token, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
-    command = f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token={token} --allow-root --LabApp.expose_app_in_browser=True"
-    command += f" --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly --ServerApp.root_dir={tmp / 'nbs'}"
+    command = (
+        f"-m jupyterlab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 "
+        f"--IdentityProvider.token={token} --allow-root --LabApp.expose_app_in_browser=True "
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly "
+        f"--ServerApp.root_dir={tmp / 'nbs'}"
+    )
     with open(tmp / "server.log", "w") as log:
         server = subprocess.Popen([sys.executable, *command.split()], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -131,14 +143,14 @@ def shot(page, tmp_path):
     return take
 
 
-def test_first_page_runs(lab, page, shot):
+def test_the_index_runs(lab, page, shot):
     open_and_run(lab, page, "index")
-    assert page.evaluate(PICTURES) >= 6
+    assert page.evaluate(IMAGES) >= 6
     shot("index")
 
 
 def move(page, name, key="End"):
-    "Move the slider of that name by the keyboard, wait until the panel's image has changed, and say how long that took."
+    "Move a slider by the keyboard; seconds until the panel's image has changed."
     row = page.locator(".jp-Notebook .widget-inline-hbox", has=page.get_by_text(name, exact=True)).first
     panel = page.locator(".jp-Notebook .widget-vbox", has=page.get_by_text(name, exact=True)).first
     image, before = panel.locator("img").first, panel.locator("img").first.get_attribute("src")
@@ -154,7 +166,7 @@ def move(page, name, key="End"):
 
 
 def test_augmentation_sliders_move(lab, page, shot):
-    open_and_run(lab, page, "04a_turn_the_dials")
+    open_and_run(lab, page, "data/04a_turn_the_dials")
     seconds = [move(page, name) for name in ("mirror", "shift", "brightness", "contrast", "saturation", "seed")]
     seconds.append(move(page, "erase", "Home"))
     shot("augment_lab")
@@ -178,19 +190,26 @@ SLIDERS = dict(
     cell_browser="cell",
     activation_lens="query",
     retrieval_browser="query",
-    sam_explorer="place",
+    sam_explorer="position",
     embedding_map="point",
     augment_lab="seed",
 )
 CLICKS = dict(interaction_lab=3, cell_browser=5, sam_explorer=14, embedding_map=-1)
-EXECUTE = """async code => { const k = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel, f = k.requestExecute({code, store_history: false}); let out = '';
-  f.onIOPub = m => { out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') }; await f.done; return out }"""
-ICONS = "() => [...document.fonts].some(f => f.family.includes('Font Awesome') && f.weight === '900' && f.status === 'loaded')"
+EXECUTE = """async code => {
+  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const f = kernel.requestExecute({code, store_history: false});
+  let out = '';
+  f.onIOPub = m => {
+    out += m.content.text ?? (m.content.ename ? m.content.ename + ': ' + m.content.evalue : '') };
+  await f.done;
+  return out }"""
+ICONS = """() => [...document.fonts].some(f =>
+  f.family.includes('Font Awesome') && f.weight === '900' && f.status === 'loaded')"""
 CHANGED = "([e, before]) => e.getAttribute('src') !== before && e.complete"
 
 
 class TourPanel:
-    "One panel of the tour, in whatever page it is."
+    "One panel of the tour, in JupyterLab or on a web page."
 
     def __init__(self, page, name):
         self.page, self.panel = page, page.locator(".widget-vbox").nth(PANELS.index(name))
@@ -231,12 +250,12 @@ class TourPanel:
 
 @pytest.fixture(scope="session")
 def tour(lab, page):
-    open_and_run(lab, page, "40a_tour")
+    open_and_run(lab, page, "widgets/40a_tour")
     page.wait_for_function(f"() => document.querySelectorAll('.widget-vbox img').length === {len(PANELS)}")
     return page
 
 
-def test_tour_answers_to_sliders_and_clicks(tour):
+def test_panels_of_the_tour_follow_sliders_and_clicks(tour):
     seconds = {name: TourPanel(tour, name).slide(label) for name, label in SLIDERS.items()}
     clicks = {name: TourPanel(tour, name).spot(i) for name, i in CLICKS.items()}
     print(
@@ -254,10 +273,10 @@ def test_tour_answers_to_sliders_and_clicks(tour):
 
 
 def test_search_is_started_paused_stepped_stopped_and_resumed(lab, tour, shot):
-    live, lens = TourPanel(tour, "live_search"), TourPanel(tour, "alpha_player")
+    live, player = TourPanel(tour, "live_search"), TourPanel(tour, "alpha_player")
     live.timed(lambda: live.press("start"))
     live.says("running")
-    lens.slide("epoch", ("ArrowLeft", "ArrowRight"))  # the notebook answers meanwhile
+    player.slide("epoch", ("ArrowLeft", "ArrowRight"))  # the notebook responds meanwhile
     live.press("pause")
     live.says("paused")
     iteration = live.panel.locator(".widget-label", has_text="iteration").inner_text()
@@ -273,26 +292,29 @@ def test_search_is_started_paused_stepped_stopped_and_resumed(lab, tour, shot):
     assert (
         tour.evaluate(
             EXECUTE,
-            "import threading; print(any('search' in t.name for t in threading.enumerate()), live.pulse.answered)",
+            "import threading; print(any('search' in t.name for t in threading.enumerate()), live.page.answered)",
         ).strip()
         == "False True"
     )
-    tour.evaluate(EXECUTE, "live.pulse.every, live.pulse.patience, live.pulse.silent = .3, 5, 0")
-    live.press("go on")
+    tour.evaluate(EXECUTE, "live.page.every, live.page.patience, live.page.unanswered = .3, 5, 0")
+    live.press("resume")
     live.says("running")
-    tour.goto("about:blank")  # the reader leaves: after a while the search does, too
+    tour.goto("about:blank")  # the page is closed: after a while the search stops
     time.sleep(5)
     url, token = lab
-    tour.goto(f"{url}/lab/tree/40a_tour.ipynb?token={token}&reset", wait_until="domcontentloaded")
+    tour.goto(f"{url}/lab/tree/widgets/40a_tour.ipynb?token={token}&reset", wait_until="domcontentloaded")
     tour.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext")
     tour.evaluate(READY)
     assert tour.evaluate(EXECUTE, "print(live.search.state)").strip() in ("stopped", "finished")
 
 
-def test_tour_as_a_web_page(notebooks, page, shot):
+def test_the_tour_works_as_a_web_page(notebooks, page, shot):
     pytest.importorskip("voila")
     port = free_port()
-    command = f"-m voila {notebooks / 'nbs' / '40a_tour.ipynb'} --no-browser --Voila.ip=127.0.0.1 --port={port} --port_retries=0 --theme=light"
+    command = (
+        f"-m voila {notebooks / 'nbs' / 'widgets' / '40a_tour.ipynb'} --no-browser --Voila.ip=127.0.0.1 "
+        f"--port={port} --port_retries=0 --theme=light"
+    )
     with open(notebooks / "voila.log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, *command.split()], env=environment(notebooks), stdout=log, stderr=subprocess.STDOUT
@@ -311,9 +333,9 @@ def test_tour_as_a_web_page(notebooks, page, shot):
         page.goto(f"http://127.0.0.1:{port}/", wait_until="domcontentloaded")
         page.wait_for_function(f"() => document.querySelectorAll('.widget-vbox img').length === {len(PANELS)}")
         page.wait_for_function(ICONS)
-        cells, places = TourPanel(page, "cell_browser"), TourPanel(page, "sam_explorer")
+        cells, positions = TourPanel(page, "cell_browser"), TourPanel(page, "sam_explorer")
         cells.slide("cell")
-        places.spot(9)
+        positions.spot(9)
         assert "Traceback" not in page.inner_text("body") and page.locator(".jp-InputArea-editor").count() == 0
         shot("voila")
         if "MSINET_SHOTS" in os.environ:

@@ -1,4 +1,4 @@
-"Comparisons on one scale, certainty of a search, and reasons on a map."
+"Maps on one scale, certainty of a search, and Grad-CAM."
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from msinet.figures.panels import doubt, lead, map_table, settled, share_maps
 
 
 @pytest.fixture(autouse=True)
-def closed():
+def no_open_figures():
     yield
     plt.close("all")
 
@@ -40,7 +40,7 @@ def test_doubt_and_lead_of_known_shares():
     torch.testing.assert_close(lead(h), torch.tensor([0.25], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_the_query_needs_no_reason_and_shares_follow_masks():
+def test_object_share_follows_masks_and_the_query_has_no_gradient():
     cam = pytest.importorskip("msinet.figures.cam")
     m = np.zeros((1, 8, 4))
     m[:, :4] = 1

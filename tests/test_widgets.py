@@ -1,4 +1,4 @@
-"Panels: what holds for all of them, without a browser."
+"Widgets, without a browser: what holds for every panel, and the search in a thread."
 
 import base64
 import json
@@ -13,13 +13,13 @@ import pytest
 import torch
 from tidy import VIEW, tidy
 
-from msinet.errors import InputError
 from msinet.config import SEARCH
-from msinet.training.search import AlphaHistory, search
+from msinet.errors import InputError
 from msinet.space import Mixed, supernet
-from msinet.widgets.live import LiveSearch, live_search
+from msinet.training.search import AlphaHistory, search
 from msinet.widgets.controls import Panel, slider
 from msinet.widgets.lab import alpha_player, augment_lab, cost, interaction_lab, word_cost
+from msinet.widgets.live import LiveSearch, live_search
 
 
 def bar(n):
@@ -33,7 +33,7 @@ def panel():
     return Panel(bar, dict(n=slider("n", 2, 0, 9)))
 
 
-def test_a_control_changes_the_picture_and_no_figure_is_left(panel):
+def test_a_control_changes_the_figure_and_none_stays_open(panel):
     first = panel.image.value
     panel.controls["n"].value = 4
     assert panel.image.value != first and not plt.get_fignums()
@@ -41,9 +41,9 @@ def test_a_control_changes_the_picture_and_no_figure_is_left(panel):
 
 def test_an_error_is_shown_and_goes_away(panel):
     panel.controls["n"].value = 0
-    assert "ZeroDivisionError" in panel.said.value and panel.image.layout.display == "none"
+    assert "ZeroDivisionError" in panel.message.value and panel.image.layout.display == "none"
     panel.controls["n"].value = 2
-    assert panel.said.value == "" and panel.error is None and panel.image.layout.display is None
+    assert panel.message.value == "" and panel.error is None and panel.image.layout.display is None
 
 
 def test_an_error_is_text_not_markup():
@@ -51,10 +51,10 @@ def test_an_error_is_text_not_markup():
         raise ValueError("<img src=x onerror=alert(1)>")
 
     p = Panel(draw, dict(n=slider("n", 1, 0, 9)))
-    assert "<img" not in p.said.value and "&lt;img" in p.said.value
+    assert "<img" not in p.message.value and "&lt;img" in p.message.value
 
 
-def test_a_stored_page_keeps_the_picture_alone(panel):
+def test_a_stored_page_keeps_only_the_image(panel):
     bundle = panel._repr_mimebundle_()
     assert (
         base64.b64decode(bundle["image/png"]) == panel.image.value and VIEW in bundle and bundle["text/plain"] == "n 2"
@@ -63,7 +63,9 @@ def test_a_stored_page_keeps_the_picture_alone(panel):
         cells=[dict(outputs=[dict(data=json.loads(json.dumps(bundle)))]), dict(outputs=[dict(data={VIEW: {}})]), dict()]
     )
     assert tidy(nb) and list(nb["cells"][0]["outputs"][0]["data"]) == ["image/png", "text/plain"]
-    assert nb["cells"][1]["outputs"] == [] and not tidy(nb), "a view without an image goes, and nothing else changes"
+    assert nb["cells"][1]["outputs"] == [] and not tidy(nb), (
+        "a view without an image is dropped, and nothing else changes"
+    )
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 3), (32, 64, 3)])
@@ -85,11 +87,11 @@ def test_a_click_sets_controls_and_draws_once():
         spots=lambda a, b: [((0, 0, 0.5, 1), "left"), ((0.5, 0, 0.5, 1), "right")],
         click=lambda i, a, b: dict(a=i + 3, b=i + 5),
     )
-    p.stage.places.children[1].click()
+    p.clickable.places.children[1].click()
     assert drawn == [(1, 1), (4, 6)] and p.values() == dict(a=4, b=6)
     p.click = lambda i, a, b: 1 / 0
-    p.stage.places.children[0].click()
-    assert "ZeroDivisionError" in p.said.value
+    p.clickable.places.children[0].click()
+    assert "ZeroDivisionError" in p.message.value
 
 
 def test_an_error_closes_its_own_figure_alone():
@@ -112,10 +114,10 @@ def test_alpha_player_takes_one_search_or_two():
         assert p.error is None, p.error
 
 
-def test_a_letter_is_turned_by_a_click():
+def test_a_click_changes_a_letter():
     p = interaction_lab([torch.randint(256, (64, 32, 3), dtype=torch.uint8).numpy()], word="N" * 12)
     for letter in "EGAN":
-        p.stage.places.children[11].click()
+        p.clickable.places.children[11].click()
         assert p.error is None and p.values()["word"] == "N" * 11 + letter
 
 
@@ -134,33 +136,33 @@ def searching():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5])
-def test_a_search_goes_on_where_it_was_left(tmp_path, steps):
+def test_a_stopped_search_is_resumed_without_loss(tmp_path, steps):
     straight = search(replace(TINY, out=str(tmp_path / "a")))
     s = LiveSearch(replace(TINY, out=str(tmp_path / "b")))
-    s.go(steps)
+    s.start(steps)
     s.join()
-    assert s.state == "paused" and len(s.reins.h) == steps
+    assert s.state == "paused" and len(s.control.h) == steps
     s.stop(wait=True)
     assert s.state == "stopped" and not searching()
-    s.go()
+    s.start()
     s.join()
-    assert s.state == "finished" and (s.found.alphas == straight.alphas).all() and not searching()
-    assert len(straight.steps) == len(straight.alphas) * 3 and (s.found.steps == straight.steps).all()
+    assert s.state == "finished" and (s.result.alphas == straight.alphas).all() and not searching()
+    assert len(straight.steps) == len(straight.alphas) * 3 and (s.result.steps == straight.steps).all()
     assert all((np.load(tmp_path / r / "alpha_steps.npy") == straight.steps).all() for r in "ab")
 
 
-def test_one_folder_is_searched_once_at_a_time(tmp_path):
+def test_two_searches_in_one_folder_are_an_error(tmp_path):
     a, b = (LiveSearch(replace(TINY, out=str(tmp_path / "a"))) for _ in range(2))
-    a.go(1)
+    a.start(1)
     a.join()
     with pytest.raises(InputError, match="being searched already"):
-        b.go()
+        b.start()
     a.stop(wait=True)
 
 
 def test_closing_the_panel_ends_its_thread_and_errors_are_shown(tmp_path):
     p = live_search(replace(TINY, out=str(tmp_path / "a")))
-    p.search.go(2)
+    p.search.start(2)
     p.search.join()
     p.close()
     for _ in range(200):
@@ -169,10 +171,10 @@ def test_closing_the_panel_ends_its_thread_and_errors_are_shown(tmp_path):
         time.sleep(0.02)
     assert not searching()
     bad = live_search(replace(TINY, out=str(tmp_path / "b"), K=3))
-    bad.search.go()
+    bad.search.start()
     bad.search.join()
-    bad.news()
-    assert "does not divide" in bad.said.value and not searching()
+    bad.refresh()
+    assert "does not divide" in bad.message.value and not searching()
 
 
 def test_alpha_between_epochs_is_thinned_evenly_and_survives_a_stop(tmp_path):
@@ -211,11 +213,11 @@ def test_alpha_between_epochs_is_thinned_evenly_and_survives_a_stop(tmp_path):
         steps.dtype == np.float32 and steps[:, 0, 0].tolist() == [3, 5, 7] * 2 and (steps[2::3] == second.array()).all()
     )
     old = AlphaHistory()
-    old.load_state_dict(dict(rows=first.state_dict()["steps"]))  # of a run from before there were steps
+    old.load_state_dict(dict(rows=first.state_dict()["steps"]))  # of a run without stored steps
     assert len(go(old, 7).step_array()) == len(old.array())
 
 
-def test_a_word_costs_the_sum_of_its_letters():
+def test_a_genotype_costs_the_sum_of_its_letters():
     for seed in range(3):
-        word = "".join(np.random.default_rng(seed).choice(list("NEGA"), 12))
-        assert word_cost(word, (8, 32, 48, 64), (64, 32)) == cost(word, (8, 32, 48, 64), (64, 32))
+        genotype = "".join(np.random.default_rng(seed).choice(list("NEGA"), 12))
+        assert word_cost(genotype, (8, 32, 48, 64), (64, 32)) == cost(genotype, (8, 32, 48, 64), (64, 32))
