@@ -15,7 +15,7 @@ _PLACES = {  # module -> the names that `import msinet` offers
     "rendering.world": ["mask", "render", "synth", "write_layout"],
     "retrieval.places": ["Embeddings"],
     "retrieval.ranking": ["rank", "Ranking"],
-    "retrieval.evaluate": ["embed", "evaluate", "retrieval_metrics"],
+    "retrieval.evaluate": ["embed", "embeddings", "evaluate", "retrieval_metrics"],
     "retrieval.neighbours": ["rerank_dense"],
     "retrieval.rerank": ["jaccard", "rerank"],
     "ops": ["ChannelGate", "CrossAttention", "Exchange", "Keep", "OPS"],

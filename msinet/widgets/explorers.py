@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..figures.tiles import tiles, tiling
 from ..vis import activation, denormalise, NETS, overlay, QUERY, rgb, RIGHT, strongest, style, WRONG
 from ..data.loaders import load_image, load_images
-from ..retrieval.evaluate import nearest
+from ..retrieval.evaluate import embeddings, nearest
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank
 from ..losses import unit
@@ -29,7 +29,7 @@ from ..engine.run import read_config
 from ..weights import open_net
 from ..figures.cam import cam
 from ..training.train import build
-from ..figures.run import embeddings, pca_2d, sample_identities, scatter_ids, spread, tsne_2d
+from ..figures.run import pca_2d, sample_identities, scatter_ids, spread, tsne_2d
 from .controls import choice, Panel, slider
 
 # %% ../../nbs/widgets/40_explorers.ipynb #1c8c3565
