@@ -20,7 +20,6 @@ from ..data.loaders import test_loader
 from .places import Embeddings, filtered_scores, valid_vectors
 from .protocols import full_gallery, protocol_of
 from .ranking import metrics_table, Ranking
-from ..necks import ReIDNet
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #da86ca95
 class Nearest(NamedTuple):
@@ -129,7 +128,7 @@ def evaluate(
 
 # %% ../../nbs/retrieval/05_evaluate.ipynb #5bb4ce7b
 def embeddings(
-    net: ReIDNet,  # network that embeds
+    net: nn.Module,  # with a method `embed`
     data: ReIDData,  # its queries and gallery
     size,  # (H, W) of the network's input
 ) -> tuple[Embeddings, Embeddings]:  # queries, gallery; unit vectors
