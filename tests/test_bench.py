@@ -11,7 +11,8 @@ from msinet.bench.measure import bench_data, pillow_path, ratio
 from msinet.bench.all import bench, with_share
 from msinet.bench.method import bench_infer, bench_memory
 from msinet.cli import BenchConfig, parse_args
-from msinet.core import InputError, set_seed, threads
+from msinet.core import set_seed, threads
+from msinet.errors import InputError
 from msinet.necks import BNNeck, ReIDNet
 from msinet.bench.roofline import Machine, Work, measure_machine, share, work
 from msinet.space import derived

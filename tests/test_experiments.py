@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 
 from msinet.cli import main
-from msinet.core import InputError
+from msinet.config import SMOKE_SYNTH
+from msinet.errors import InputError
 from msinet.paper.experiments import differences, figure, planned, results, table
 from msinet.paper.runs import PARTS, key_of, names_of, run_of
-from msinet.training.search import SMOKE_SYNTH
 from msinet.paper.trials import collect, grid, perform, read_rows, rows, shrunk
 
 NAMES = ("MS/none", "MS/gate", "MS/exchange")
@@ -26,7 +26,7 @@ NAMES = ("MS/none", "MS/gate", "MS/exchange")
 SCRIPT = f"""
 import sys
 from msinet.paper.runs import run_of
-from msinet.training.search import SMOKE_SYNTH
+from msinet.config import SMOKE_SYNTH
 from msinet.paper.trials import grid, shrunk
 if __name__ == '__main__':
     print(grid([shrunk(run_of(n, 'demo'), SMOKE_SYNTH, 12) for n in {NAMES}], sys.argv[1], workers=2)[['key','run','status']].to_string())

@@ -10,7 +10,9 @@ from scipy import stats
 from torch import nn
 from torch.testing import assert_close
 
-from msinet.core import InputError, set_seed
+from msinet.config import SEARCH, TABLE1, TRAIN
+from msinet.core import set_seed
+from msinet.errors import InputError
 from msinet.paper.evidence import (
     background_drift,
     drawn_means,
@@ -34,11 +36,10 @@ from msinet.paper.probes import (
     twin_loss,
     random_genotypes,
 )
-from msinet.training.search import SEARCH, split_from_config
-from msinet.space import TABLE1, Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
+from msinet.training.search import split_twins
+from msinet.space import Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
 from msinet.rendering.world import mask, render, synth
 from msinet.tcm import Memory
-from msinet.training.train import TRAIN
 
 WIDTHS = (8, 16, 24, 32)
 
@@ -143,7 +144,7 @@ def test_held_out_identities_are_new_to_training_and_to_the_test_set():
 
 def test_passes_count_batches():
     data, cfg = synth(n_ids=8, n_test=4, cams=4), SEARCH['smoke']
-    n = batches_per_epoch(split_from_config(data.train, cfg)[0], cfg)
+    n = batches_per_epoch(split_twins(data.train, cfg.overlap, cfg.seed, cfg.released_split)[0], cfg)
     assert (
         search_passes(cfg, data) == 2 * cfg.epochs * n
         and search_passes(replace(cfg, unrolled=True), data) == 5 * cfg.epochs * n
