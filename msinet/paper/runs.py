@@ -197,11 +197,15 @@ def changed(
     return {k: v for k, v in asdict(cfg).items() if v != d[k] and k not in _NOT_RESULT}
 
 # %% ../../nbs/paper/50_runs.ipynb #fdf5130b
+_OLD_NAMES = dict(milestones='drops', milestones_alpha='drops_alpha', random_erasing='erase')  # fields in old keys
+
+
 def key_of(
     r: Run,  # a run
 ) -> str:  # twelve hexadecimal digits
-    "The key of a run's result: a hash of its configuration."
-    about = dict(train=changed(r.train), search=changed(r.search), weights=r.weights)
+    "The key of a run's result: a hash of its configuration. Renamed fields keep their old names in it."
+    old = lambda cfg: {_OLD_NAMES.get(k, k): v for k, v in changed(cfg).items()}
+    about = dict(train=old(r.train), search=old(r.search), weights=r.weights)
     if r.kind != 'train':
         about['kind'] = r.kind
     if r.start:
