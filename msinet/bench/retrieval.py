@@ -101,13 +101,14 @@ def loop_ap(
     "Average precision by a plain loop: sort everything, then one query at a time."
     d = sq_dist(q_f, g_f).numpy()
     order, aps = d.argsort(axis=1), []
-    q_pid, q_cam, g_pid, g_cam = (v.numpy() for v in (q_pid, q_cam, g_pid, g_cam))
+    q_pid, q_cam = q_pid.numpy(), q_cam.numpy()
+    g_pid, g_cam = g_pid.numpy(), g_cam.numpy()
     for k, o in enumerate(order):
         keep = same_cam_ok | (g_pid[o] != q_pid[k]) | (g_cam[o] != q_cam[k])
         hit = (g_pid[o] == q_pid[k])[keep].astype(int)
         if not hit.any():
             continue
-        precision = [n / (place + one) for place, n in enumerate(hit.cumsum())]
+        precision = [n / (position + one) for position, n in enumerate(hit.cumsum())]
         aps.append((np.array(precision) * hit).sum() / hit.sum())
     return np.array(aps)
 
@@ -204,18 +205,18 @@ def bench_case(
                 *loops,
             ]
         )
-    mm, mm_torch, ours, loop, lean = np.array(times).T
+    t = pd.DataFrame(times, columns=['numpy', 'torch', 'ranking', 'loop', 'lean'])
     r = ranking()
     return dict(
         queries=f'{some} of {case.Q}',
         gallery=case.G,
         mAP=round(r.mean_ap(), 3),
         mINP=round(r.minp(), 3),
-        seconds=round(np.median(ours) * case.Q / some, 3),
-        over_product=_spread(ours / mm),
-        over_torch_product=_spread(ours / mm_torch),
-        loop_over_ours=_spread(loop / ours),
-        lean_loop_over_ours=_spread(lean / ours),
+        seconds=round(np.median(t.ranking) * case.Q / some, 3),
+        over_product=_spread(t.ranking / t.numpy),
+        over_torch_product=_spread(t.ranking / t.torch),
+        loop_over_ours=_spread(t.loop / t.ranking),
+        lean_loop_over_ours=_spread(t.lean / t.ranking),
         peak_MB=round(memory),
     )
 
@@ -241,7 +242,8 @@ def bench_rerank(
     rows = {}
     with threadpool_limits(n_threads), threads(n_threads):
         for Q, G in [*sizes, *([large] if large else [])]:
-            q, _, _, g, _, _ = bench_features(Case(Q, G, max(2, G // 21), 2.2))
+            features = bench_features(Case(Q, G, max(2, G // 21), 2.2))
+            q, g = features[0], features[3]
 
             def dense():
                 d = sq_dist(f := torch.cat([q, g]), f).sqrt()

@@ -93,9 +93,9 @@ def paired(
         raise InputError(
             f'none of {len(a)} queries has both values, expected at least one: check identities and cameras'
         )
-    d, who = (a - b)[valid], pids[valid]
-    low, high = np.quantile(drawn_means(d, who, n, seed), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(d.mean()), float(low), float(high), len(np.unique(who)))
+    d, ids = (a - b)[valid], pids[valid]
+    low, high = np.quantile(drawn_means(d, ids, n, seed), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(d.mean()), float(low), float(high), len(np.unique(ids)))
 
 # %% ../../nbs/paper/25_evidence.ipynb #31ff6e86
 def rank_correlation(

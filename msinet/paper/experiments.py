@@ -296,13 +296,13 @@ def _estimate(
 
 # %% ../../nbs/paper/50_experiments.ipynb #61e1713c
 def pairs(
-    words,  # texts of the form NAME=/path
+    texts,  # of the form NAME=/path
 ) -> dict:  # name -> path
     "Paths by their names. Raises `InputError` for a text of another form."
-    wrong = [w for w in words if '' in w.partition('=')]
+    wrong = [t for t in texts if '' in t.partition('=')]
     if wrong:
         raise InputError(f'found {wrong[0]!r}, expected a name and a path: write MS=/path')
-    return dict(w.split('=', 1) for w in words)
+    return dict(t.split('=', 1) for t in texts)
 
 # %% ../../nbs/paper/50_experiments.ipynb #6461545c
 def _row_text(

@@ -49,12 +49,12 @@ def _missing_files(
 
 # %% ../../nbs/paper/50_trials.ipynb #5b0e7c41
 def _missing_files_message(
-    who: str,  # which run, or runs
+    what: str,  # name of the run, or every run
     names,  # of the missing sets and weights
 ) -> str:
     "The error message for missing paths."
     how = ' '.join(f'{n}=/path' for n in names)
-    return f"{who} needs {' and '.join(names)}, expected a path for each: write --files {how}"
+    return f"{what} needs {' and '.join(names)}, expected a path for each: write --files {how}"
 
 # %% ../../nbs/paper/50_trials.ipynb #5b0e7c42
 def _with_paths(
