@@ -1,4 +1,4 @@
-"The timing tool: medians of ratios; the pipeline's promise."
+"Benchmarks: medians of ratios, counted work, the speed of the pixel cache."
 
 import numpy as np
 import pandas as pd
@@ -11,14 +11,14 @@ from msinet.bench.measure import bench_data, pillow_path, ratio
 from msinet.bench.all import bench, with_share
 from msinet.bench.method import bench_infer, bench_memory
 from msinet.cli import BenchConfig, parse_args
-from msinet.errors import InputError
 from msinet.core import set_seed, threads
+from msinet.errors import InputError
 from msinet.necks import BNNeck, ReIDNet
 from msinet.bench.roofline import Machine, Work, measure_machine, share, work
 from msinet.space import derived
 
 
-def test_ratio_is_of_rounds():
+def test_ratio_compares_within_rounds():
     now, cost = [0.0], {"a": iter([99, 4, 6, 8]), "b": iter([99, 2, 3, 2])}
 
     def f(k):
@@ -29,7 +29,7 @@ def test_ratio_is_of_rounds():
 
 
 def test_pillow_path_is_the_usual_one():
-    "Without the dice, the same numbers as torchvision's transforms."
+    "Without randomness, the same numbers as torchvision's transforms."
     try:
         from msinet.core import ensure_torchvision
 
@@ -38,7 +38,7 @@ def test_pillow_path_is_the_usual_one():
     except (ImportError, RuntimeError) as e:
         pytest.skip(f"torchvision does not import: {e}")
 
-    class Still:  # neither mirrored nor erased, cropped back to where it was
+    class Still:  # neither flipped nor erased, cropped at the original position
         def random(self):
             return 1.0
 
@@ -104,7 +104,7 @@ def test_any_network_can_be_measured():
         assert t.index.tolist() == ["as trained, 1", "as trained, 2"] and (t.GB > 0).all()
 
 
-def test_the_shell_asks_for_all_or_one():
+def test_the_shell_measures_all_parts_or_one():
     assert parse_args(["bench"]) == BenchConfig() and BenchConfig().what == "all"
     assert parse_args(["bench", "memory", "--rounds", "2"]) == BenchConfig("memory", 2)
     with pytest.raises(InputError, match="not there"):

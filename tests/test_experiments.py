@@ -1,4 +1,4 @@
-"The grid: nothing is done twice, a failure is a row, a killed worker costs its last epoch."
+"The grid: no run is repeated, a failure is a row, a killed worker loses only its last epoch."
 
 import json
 import os
@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 
 from msinet.cli import main
+from msinet.config import SMOKE_SYNTH
 from msinet.errors import InputError
 from msinet.paper.experiments import differences, figure, planned, results, table
 from msinet.paper.runs import PARTS, key_of, names_of, run_of
-from msinet.config import SMOKE_SYNTH
 from msinet.paper.trials import collect, grid, perform, read_rows, rows, shrunk
 
 NAMES = ("MS/none", "MS/gate", "MS/exchange")
@@ -29,7 +29,8 @@ from msinet.paper.runs import run_of
 from msinet.config import SMOKE_SYNTH
 from msinet.paper.trials import grid, shrunk
 if __name__ == '__main__':
-    print(grid([shrunk(run_of(n, 'demo'), SMOKE_SYNTH, 12) for n in {NAMES}], sys.argv[1], workers=2)[['key','run','status']].to_string())
+    runs = [shrunk(run_of(n, 'demo'), SMOKE_SYNTH, 12) for n in {NAMES}]
+    print(grid(runs, sys.argv[1], workers=2)[['key', 'run', 'status']].to_string())
 """
 
 
@@ -38,7 +39,7 @@ def tiny(name, seed=0, epochs=2):
 
 
 def workers_of(pid):
-    "Ray's processes below ours that carry out a trial now."
+    "Ray's child processes that carry out a trial now."
     import psutil
 
     out = []
@@ -51,7 +52,7 @@ def workers_of(pid):
     return out
 
 
-def test_a_killed_worker_costs_no_row(tmp_path):
+def test_a_killed_worker_loses_no_row(tmp_path):
     pytest.importorskip("ray")
     env = os.environ | dict(OMP_NUM_THREADS="1")
     job = subprocess.Popen(
@@ -65,7 +66,7 @@ def test_a_killed_worker_costs_no_row(tmp_path):
         killed = 0
         for _ in range(2400):
             time.sleep(0.1)
-            begun = list((tmp_path / "grid").glob("*/train/train.pt"))  # a checkpoint: in the middle of a training
+            begun = list((tmp_path / "grid").glob("*/train/train.pt"))  # a checkpoint: a training has begun
             busy = workers_of(job.pid)
             if begun and busy:
                 busy[0].send_signal(signal.SIGKILL)
@@ -79,16 +80,14 @@ def test_a_killed_worker_costs_no_row(tmp_path):
     assert killed and job.returncode == 0, out[-2000:]
     found = read_rows(tmp_path / "grid")
     assert sorted(r["run"] for r in found) == sorted(NAMES) and {r["status"] for r in found} == {"done"}, out[-2000:]
-    for r in found:  # each epoch once, and none missing, also of the one that was killed
+    for r in found:  # each epoch exactly once, also in the trial that was killed
         log = [json.loads(t) for t in (tmp_path / "grid" / r["key"] / "train/history.jsonl").read_text().splitlines()]
         assert [e["epoch"] for e in log] == list(range(1, 13))
-    alone = perform(
-        tiny(NAMES[0], epochs=12), tmp_path / "alone"
-    )  # and the numbers are those of a run that nobody killed
+    alone = perform(tiny(NAMES[0], epochs=12), tmp_path / "alone")  # not killed: the same metrics
     assert next(r for r in found if r["run"] == NAMES[0])["metrics"] == alone["metrics"]
 
 
-def test_a_grid_goes_on_where_it_stopped(tmp_path):
+def test_a_grid_continues_where_it_stopped(tmp_path):
     bad = replace(tiny("MS/gate"), train=replace(tiny("MS/gate").train, genotype="GG"))
     seen = []
     t = grid([tiny("MS/none"), bad], tmp_path, say=seen.append)
@@ -102,7 +101,7 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path):
     assert not list(tmp_path.glob("*/*/*.pt")) or not (tmp_path / key_of(tiny("MS/none")) / "train/train.pt").exists()
 
 
-def test_collect_keeps_rows_of_both(tmp_path):
+def test_collect_keeps_the_rows_of_folder_and_file(tmp_path):
     perform(tiny("MS/none"), tmp_path / "a")
     perform(tiny("MS/none", 1), tmp_path / "b")
     for d in "ab":
@@ -110,7 +109,7 @@ def test_collect_keeps_rows_of_both(tmp_path):
     assert sorted(r["seed"] for r in read_rows(tmp_path / "rows.jsonl")) == [0, 1]
 
 
-def test_a_row_carries_what_it_takes_to_judge_it(tmp_path):
+def test_a_row_has_its_configuration_environment_and_fingerprint(tmp_path):
     r = perform(tiny("VR>VID/sam"), tmp_path)
     assert r["status"] == "done", r["error"]
     assert r["config"]["train"]["lambda_sa"] == 2 if "lambda_sa" in r["config"]["train"] else True
@@ -124,7 +123,7 @@ def test_a_row_carries_what_it_takes_to_judge_it(tmp_path):
 
 
 @pytest.mark.parametrize("name, kind", [("M/gs", "usl"), ("M>MS/idm", "uda")])
-def test_a_run_without_identities_starts_from_another(name, kind, tmp_path):
+def test_a_run_without_identities_starts_from_another_run(name, kind, tmp_path):
     row = perform(tiny(name), tmp_path)
     assert row["status"] == "done", row["error"]
     first = next(r for r in read_rows(tmp_path) if r["run"] == "MS/long")
@@ -145,7 +144,7 @@ def test_what_several_runs_start_from_is_trained_first_and_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", [k for k, p in PARTS.items() if p.against])
-def test_every_part_is_compared_with_an_arm_that_it_prints(name):
+def test_the_baseline_of_a_part_is_one_of_its_rows(name):
     part = PARTS[name]
     t = pd.DataFrame(
         [
@@ -156,8 +155,8 @@ def test_every_part_is_compared_with_an_arm_that_it_prints(name):
         ]
     )
     d = differences(t, part.against)
-    references = {part.against} if isinstance(part.against, str) else {*part.against.values()}
-    assert len(d) == (len(part.arms) - len(references)) * len(part.columns) and set(d.seeds) == {2}
+    baselines = {part.against} if isinstance(part.against, str) else {*part.against.values()}
+    assert len(d) == (len(part.arms) - len(baselines)) * len(part.columns) and set(d.seeds) == {2}
 
 
 def test_a_network_is_compared_with_itself_without_alignment():
@@ -171,17 +170,22 @@ def test_a_network_is_compared_with_itself_without_alignment():
     }
 
 
+def test_stored_rows_have_the_keys_of_their_runs():
+    for r in read_rows(Path(__file__).parents[1] / "nbs/paper/demo.jsonl"):
+        assert key_of(run_of(r["run"], "demo", r["seed"])) == r["key"], r["run"]
+
+
 def test_every_run_has_a_config_at_both_scales():
     keys = {}
     for name in names_of(""):
         for scale in ("paper", "demo"):
             keys.setdefault(key_of(run_of(name, scale)), set()).add((scale, name))
-    for same in keys.values():  # names that share a key must be the same arm in columns that share a training
+    for same in keys.values():  # names with one key are one ablation in columns that share a training
         assert len({s for s, _ in same}) == 1 and len({n.split("/")[1] for _, n in same}) == 1, same
 
 
 @pytest.mark.parametrize("n", range(1, 7))
-def test_tables_without_rows_say_so(n, tmp_path):
+def test_a_table_without_rows_says_not_run(n, tmp_path):
     t = table(n, tmp_path)
     if n > 1:
         ours = t.xs("ours", axis=1, level=1)
@@ -207,7 +211,7 @@ def test_a_difference_against_a_loop(tmp_path):
     assert np.isclose(d.high - d.difference, 3.182446 * np.std(each, ddof=1) / 2, rtol=1e-5)
 
 
-def test_commands(tmp_path, capsys):
+def test_commands_run_and_table(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(["run", "figure 9"])
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -219,7 +223,7 @@ def test_commands(tmp_path, capsys):
     assert len(planned("figure 5c", "demo", 2)) == 6 and "figure 5c" in PARTS
 
 
-def test_a_figure_of_rows(tmp_path):
+def test_a_figure_is_drawn_from_rows(tmp_path):
     for name in ("MS/none", "MS/gate"):
         for seed in (0, 1):
             r = run_of(name, "demo", seed)
@@ -232,7 +236,7 @@ def test_a_figure_of_rows(tmp_path):
     assert (tmp_path / "fig/b.pdf").read_bytes()[:5] == b"%PDF-" and (tmp_path / "fig/b.png").exists()
 
 
-def test_a_failed_run_is_told_by_the_exit_code(tmp_path, capsys):
+def test_a_failed_run_sets_the_exit_code(tmp_path, capsys):
     for i in range(2):
         with pytest.raises(SystemExit) as e:
             main(
@@ -253,26 +257,26 @@ def test_a_failed_run_is_told_by_the_exit_code(tmp_path, capsys):
     assert [r["status"] for r in read_rows(tmp_path / "grid")] == ["failed"]
 
 
-def test_a_grid_that_knows_none_of_its_places_does_not_start(tmp_path, capsys):
+def test_a_grid_without_paths_does_not_start(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main(["run", "table 3", "--scale", "paper", "--dir", str(tmp_path / "grid")])
-    said = capsys.readouterr().err
+    err = capsys.readouterr().err
     assert (
         e.value.code == 2
-        and said.count("\n") == 1
-        and "--files M=/path msinet+imagenet=/path MS=/path" in said
+        and err.count("\n") == 1
+        and "--files M=/path msinet+imagenet=/path MS=/path" in err
         and not (tmp_path / "grid").exists()
     )
 
 
-def test_rows_that_are_not_there_are_not_an_empty_table(tmp_path):
+def test_missing_rows_are_an_error_not_an_empty_table(tmp_path):
     for words in (["table", "5"], ["figure", "5b"]):
         with pytest.raises(SystemExit) as e:
             main([*words, "--rows", str(tmp_path / "no.jsonl")])
         assert e.value.code == 2
 
 
-def test_bars_and_intervals_stand_in_the_same_order():
+def test_bars_and_intervals_have_the_same_order():
     rows = Path(__file__).parents[1] / "nbs/paper/demo.jsonl"
     fig = figure("table 2", rows)  # OSNet has vehicles only, and they come later in the list of columns
     left, right = fig.axes
@@ -288,7 +292,7 @@ def test_bars_and_intervals_stand_in_the_same_order():
     plt.close(fig)
 
 
-def test_a_part_without_a_reference_has_one_half():
+def test_a_part_without_a_baseline_has_one_half():
     fig = figure("table 4", Path(__file__).parents[1] / "nbs/paper/demo.jsonl")
     assert len(fig.axes) == 1 and "minus" not in fig.axes[0].get_xlabel()
     plt.close(fig)

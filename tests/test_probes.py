@@ -1,4 +1,4 @@
-"What claims about a search need: words, a supernet that plays them, intervals, pairs, measures with masks."
+"Claims about a search: random genotypes, genotypes in a supernet, intervals, paired differences, measures with masks."
 
 from dataclasses import replace
 from itertools import combinations
@@ -10,20 +10,18 @@ from scipy import stats
 from torch import nn
 from torch.testing import assert_close
 
-from msinet.errors import InputError
+from msinet.config import SEARCH, TABLE1, TRAIN
 from msinet.core import set_seed
+from msinet.errors import InputError
 from msinet.paper.evidence import background_drift, drawn_means, elsewhere, mean_ci, object_gain, object_gains, paired
 from msinet.paper.evidence import rank_correlation
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.paper.probes import batches_per_epoch, discretisation_gap, held_out, own_stats, with_genotype
 from msinet.paper.probes import random_search, evaluate_genotype, search_passes, twin_loss, random_genotypes
-from msinet.config import SEARCH
-from msinet.training.search import split_from_config
-from msinet.config import TABLE1
+from msinet.training.search import split_twins
 from msinet.space import Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
 from msinet.rendering.world import mask, render, synth
 from msinet.tcm import Memory
-from msinet.config import TRAIN
 
 WIDTHS = (8, 16, 24, 32)
 
@@ -39,25 +37,25 @@ def net():
     return n
 
 
-# words
+# random genotypes
 
 
-def test_words_are_words_and_differ():
+def test_random_genotypes_are_valid_and_differ():
     ws = random_genotypes(500, 1)
     assert len({*ws}) == 500 and all(check_genotype(w) == w for w in ws)
     assert random_genotypes(20, 1) == ws[:20] and random_genotypes(20, 2) != ws[:20]
-    assert not {*random_genotypes(500, 1, but=ws[:10])} & {*ws[:10]}
+    assert not {*random_genotypes(500, 1, exclude=ws[:10])} & {*ws[:10]}
     for n in (-1, 4**12 + 1):
         with pytest.raises(InputError, match='expected 0 to'):
             random_genotypes(n)
     with pytest.raises(InputError):
-        random_genotypes(1, but=['GGX'])
+        random_genotypes(1, exclude=['GGX'])
 
 
-# the supernet plays
+# genotypes in a supernet
 
 
-def test_playing_puts_every_bit_back_even_after_a_mistake(net):
+def test_alpha_comes_back_even_after_an_error(net):
     before = alphas(net)
     with pytest.raises(RuntimeError):
         with with_genotype(net, 'A' * 12):
@@ -66,18 +64,18 @@ def test_playing_puts_every_bit_back_even_after_a_mistake(net):
     assert torch.equal(alphas(net), before)
 
 
-@pytest.mark.parametrize('word', [TABLE1, 'N' * 12, *random_genotypes(3, 5)])
-def test_a_played_word_is_the_derived_network(net, word):
+@pytest.mark.parametrize('letters', [TABLE1, 'N' * 12, *random_genotypes(3, 5)])
+def test_a_genotype_in_the_supernet_is_the_derived_network(net, letters):
     net.eval()
     x = torch.randn(2, 3, 64, 32)
-    alone = derived(word, WIDTHS).eval()
-    alone.load_state_dict(subnet_state_dict(net.backbone, word))
+    alone = derived(letters, WIDTHS).eval()
+    alone.load_state_dict(subnet_state_dict(net.backbone, letters))
     with torch.no_grad():
-        assert torch.equal(evaluate_genotype(net, word, lambda n: n.backbone(x)[-1]), alone(x)[-1])
+        assert torch.equal(evaluate_genotype(net, letters, lambda n: n.backbone(x)[-1]), alone(x)[-1])
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_own_statistics_are_the_mean_over_batches_and_leave(net, training):
+def test_own_statistics_are_means_over_batches_and_are_removed(net, training):
     net.train(training)
     batches, before = (
         [(torch.randn(8, 3, 32, 16), None) for _ in range(3)],
@@ -128,14 +126,14 @@ def test_held_out_identities_are_new_to_training_and_to_the_test_set():
 
 def test_passes_count_batches():
     data, cfg = synth(n_ids=8, n_test=4, cams=4), SEARCH['smoke']
-    n = batches_per_epoch(split_from_config(data.train, cfg)[0], cfg)
+    n = batches_per_epoch(split_twins(data.train, cfg.overlap, cfg.seed, cfg.released_split)[0], cfg)
     assert (
         search_passes(cfg, data) == 2 * cfg.epochs * n
         and search_passes(replace(cfg, unrolled=True), data) == 5 * cfg.epochs * n
     )
 
 
-def test_random_search_keeps_to_its_budget(tmp_path):
+def test_random_search_stays_within_its_budget(tmp_path):
     cfg = replace(TRAIN['smoke'], lambda_sa=0.0, epochs=3, out=str(tmp_path / 'r'))
     found = random_search(cfg, 2, seed=4)
     assert (
@@ -147,7 +145,7 @@ def test_random_search_keeps_to_its_budget(tmp_path):
     again = random_search(replace(cfg, out=str(tmp_path / 'again')), 2, seed=4)
     assert again.table.equals(found.table)
     for k in (0, 4):
-        with pytest.raises(InputError, match='expected at least one word'):
+        with pytest.raises(InputError, match='expected at least one genotype'):
             random_search(cfg, k)
 
 
@@ -223,7 +221,7 @@ def test_elsewhere_keeps_the_object_and_changes_the_rest(kind):
             assert np.array_equal(p, elsewhere(item, c))
 
 
-def test_only_rendered_pictures_can_be_moved(tmp_path):
+def test_only_rendered_images_get_another_background(tmp_path):
     with pytest.raises(InputError, match='no rendered image'):
         elsewhere(str(tmp_path / '0001_c1.jpg'), 2)
     data = synth(n_ids=4, n_test=2)
@@ -231,7 +229,7 @@ def test_only_rendered_pictures_can_be_moved(tmp_path):
         background_drift(nn.Identity(), [i for i in data.train if i.cam == data.train[0].cam])
 
 
-def test_gain_of_even_and_of_perfect_maps():
+def test_gain_of_constant_and_of_perfect_maps():
     m = torch.zeros(2, 16, 8)
     m[0, 4:12, 2:6], m[1, :, :4] = 1, 1
     assert_close(object_gain(torch.ones(2, 4, 2), m), torch.ones(2))
@@ -239,7 +237,7 @@ def test_gain_of_even_and_of_perfect_maps():
     assert_close(object_gain(3 * m, m), object_gain(m, m))
 
 
-def test_both_measures_read_every_picture():
+def test_both_measures_give_a_value_per_image():
     items = synth(n_ids=4, n_test=2, cams=4).train[::4]
     net = ReIDNet(derived(TABLE1, WIDTHS), FBLNeck(WIDTHS[1:])).eval()
     gains, drift = object_gains(net, items, (64, 32)), background_drift(net, items)
