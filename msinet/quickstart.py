@@ -22,7 +22,7 @@ from .figures.report import report
 
 # %% ../nbs/32_quickstart.ipynb #85087e04
 def configs(
-    cfg: DemoConfig,
+    cfg: DemoConfig,  # the few answers
     run: Path,  # where the run goes
 ) -> tuple[SearchConfig, TrainConfig]:  # both write into `run`
     "The two configurations of a demo: the preset's, and what the user changed."
@@ -50,7 +50,7 @@ class DemoResult:
 
 # %% ../nbs/32_quickstart.ipynb #7f782d32
 def demo(
-    cfg: DemoConfig = DemoConfig(),
+    cfg: DemoConfig = DemoConfig(),  # which preset, data, folder and seed
     data: ReIDData = None,  # instead of what `cfg.data` names
     progress: bool = False,  # show bars
     say=lambda text: None,  # called with a line at each step, e.g. `print`
@@ -75,9 +75,9 @@ def demo(
 
 # %% ../nbs/32_quickstart.ipynb #aefb1653
 def _check_batches(
-    data: ReIDData,
-    s: SearchConfig,
-    t: TrainConfig,
+    data: ReIDData,  # its training images
+    s: SearchConfig,  # of the search
+    t: TrainConfig,  # of the training
 ):
     "Raises `InputError` when batches of the search or of the training can't be drawn from a set."
     for items, cfg in [(twin, s) for twin in split_twins(data.train, s.overlap, s.seed, s.released_split)] + [
@@ -87,7 +87,7 @@ def _check_batches(
 
 # %% ../nbs/32_quickstart.ipynb #a3928e1b
 def found_line(
-    found: SearchResult,
+    found: SearchResult,  # of `search`
 ) -> str:
     "What a search found, in a line: the genotype, and how large the twelve largest shares of α are."
     alpha = torch.as_tensor(found.alphas[-1])

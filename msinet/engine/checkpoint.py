@@ -59,7 +59,7 @@ def to_bytes(
 # %% ../../nbs/engine/21_checkpoint.ipynb #43203dea
 def save(
     obj,  # tensors, plain values, lists and dicts of them
-    path,
+    path,  # where the file goes
 ):
     "Store a state whole, with its checksum."
     write_atomic(path, to_bytes(obj))
@@ -129,7 +129,7 @@ def checkpoint_paths(
 
 # %% ../../nbs/engine/21_checkpoint.ipynb #ea09565e
 def _link_or_copy(
-    path: Path,
+    path: Path,  # the file
     other: Path,  # other is replaced
 ):
     "Give a file a second name by a hard link, or by a copy where the disk has no links."

@@ -28,7 +28,7 @@ from ..ops import to_float32
 
 # %% ../../nbs/engine/20_devices.ipynb #a5fe4c75
 def check_precision(
-    device: torch.device,
+    device: torch.device,  # where the network runs
     precision: str,  # 'no', 'bf16' or 'fp16'
 ):
     "Raises `InputError` for a precision that the device lacks."
@@ -214,14 +214,14 @@ def share_bn_statistics(
 
 # %% ../../nbs/engine/20_devices.ipynb #1d415bbd
 def scaler(
-    acc: Accelerator,
+    acc: Accelerator,  # of `accelerator`
 ) -> dict:  # empty unless the precision is fp16
     "The loss scale, for a step's state."
     return dict(scaler=acc.scaler) if acc.scaler is not None else {}
 
 # %% ../../nbs/engine/20_devices.ipynb #547bcc1c
 def gather_fn(
-    acc: Accelerator,
+    acc: Accelerator,  # of `accelerator`
 ):  # `gather`, or None where there is one process
     "How images that several processes embedded come together, for `embed`."
     return gather if acc.num_processes > 1 else None

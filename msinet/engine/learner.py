@@ -343,8 +343,8 @@ class Guard(Callback):
 
 # %% ../../nbs/engine/20_learner.ipynb #21af5f79
 def _not_finite(
-    what: str,
-    x: float,  # a loss's name and its value
+    what: str,  # a loss's name
+    x: float,  # its value
     epoch: int,  # epochs that are done
     step: int,  # of the epoch that is not
     names: list,  # images in its batch

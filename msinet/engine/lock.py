@@ -231,7 +231,7 @@ class StopOnSignal(Callback):
 
     def __init__(
         self,
-        signals: Signals,
+        signals: Signals,  # those that are handled
         inside: bool = True,  # can an epoch be left in its middle?
     ):
         self.signals, self.inside = signals, inside

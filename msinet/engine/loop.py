@@ -52,7 +52,7 @@ def apply_runtime_options(
 def run_callbacks(
     run: Path,  # the run's folder
     kind: str,  # search, train
-    signals: Signals,
+    signals: Signals,  # those that are handled
     best,  # row -> how good an epoch was, or None
     progress: bool = False,  # show a bar
     inside: bool = True,  # as for `StopOnSignal`
@@ -66,8 +66,8 @@ def run_callbacks(
 
 # %% ../../nbs/engine/21_loop.ipynb #7e210f43
 def _state_size(
-    learn: Learner,
-    c: Checkpoint,
+    learn: Learner,  # ready to fit
+    c: Checkpoint,  # one of its callbacks
 ) -> int:  # bytes, about
     """How large a checkpoint will be: as now, and what optimisers and histories add, two numbers per weight and a
     megabyte.
@@ -76,7 +76,7 @@ def _state_size(
 
 # %% ../../nbs/engine/21_loop.ipynb #c78790af
 def start_or_resume(
-    learn: Learner,
+    learn: Learner,  # ready to fit
     run: Path,  # the run's folder
     kind: str,  # search, train, usl, uda or pretrain
     config: dict,  # its configuration
@@ -218,7 +218,7 @@ class RunContext:
 
     def save(
         self,
-        net: nn.Module,
+        net: nn.Module,  # trained
         name: str,  # of the file: NAME.safetensors
         about: dict,  # how to build the network again
     ):

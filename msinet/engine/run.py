@@ -118,8 +118,8 @@ def check_same(
 # %% ../../nbs/engine/21_run.ipynb #42ba872d
 @contextmanager
 def locked_run_folder(
-    out: str,
-    kind: str,
+    out: str,  # as for `run_folder`
+    kind: str,  # as for `run_folder`
     resume: bool,  # as for `run_folder`
 ):
     """The run's folder, locked until the block ends.

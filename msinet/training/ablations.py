@@ -46,8 +46,8 @@ class SharedClassifier(nn.Module):
 
 # %% ../../nbs/training/22_ablations.ipynb #b013960f
 def check_same_people(
-    train,
-    val,  # of `Item`, the twins
+    train,  # of `Item`, the training twin
+    val,  # of `Item`, the validation twin
 ):
     "Raises `InputError` unless both twins hold the same identities."
     a, b = ({t.pid for t in twin} for twin in (train, val))

@@ -52,7 +52,7 @@ class ClassStep(Step):
 
     def __init__(
         self,
-        net: Classifier,
+        net: Classifier,  # the network that learns
         opt,  # an optimiser of its parameters
         eps: float = 0.1,  # label smoothing
         acc=None,  # of `accelerator`; None takes float32
@@ -133,10 +133,10 @@ class _Fresh(Callback):
 # %% ../../nbs/training/23_pretrain.ipynb #ade49474
 @torch.no_grad()
 def top_k(
-    net: Classifier,
-    loader,
-    device='cpu',
-    ks=(1, 5),
+    net: Classifier,  # measured in eval mode
+    loader,  # batches of (x, y)
+    device='cpu',  # where the network is
+    ks=(1, 5),  # how many classes may be guessed
 ) -> dict:  # share of images whose class is among the first k
     "How often the right class is among the best."
     net.eval()
@@ -151,7 +151,7 @@ def top_k(
 
 # %% ../../nbs/training/23_pretrain.ipynb #07a55207
 def pretrain(
-    cfg: PretrainConfig,
+    cfg: PretrainConfig,  # all that the run depends on
     progress: bool = False,  # show bars
     cbs=(),  # more callbacks for the `Learner`
 ) -> Path:  # backbone.safetensors in the run's folder

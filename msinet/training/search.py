@@ -37,7 +37,7 @@ from .ablations import check_same_people, look_ahead, SharedClassifier
 # %% ../../nbs/training/22_search.ipynb #df92bae7
 @contextmanager
 def grad_only(
-    net: nn.Module,
+    net: nn.Module,  # some of its parameters
     to: list,  # the parameters that shall have a gradient
 ):
     "Only these parameters need a gradient inside the block, so nothing is computed or kept for the others."
@@ -325,7 +325,7 @@ OBJECTIVES = dict(tcm=memories, ce=classifiers)  # Fig. 5a
 
 # %% ../../nbs/training/22_search.ipynb #25adb01b
 def check_ablations(
-    cfg: SearchConfig,
+    cfg: SearchConfig,  # of the search
     train,  # images of the training twin
     val,  # images of the validation twin
 ):
@@ -348,7 +348,7 @@ def check_ablations(
 def split_twins(
     items,  # training images
     overlap: float = 0.4,  # identities in both twins, as a share of all
-    seed: int = 0,
+    seed: int = 0,  # of the shuffled identities
     released: bool = False,  # the released code's twins instead
 ) -> tuple[list, list]:  # training twin, validation twin
     "The two twins of a search, §3.1."
@@ -406,8 +406,8 @@ def build_search(
 
 # %% ../../nbs/training/22_search.ipynb #809bf131
 def alpha_callbacks(
-    cfg: SearchConfig,
-    step: SearchStep,
+    cfg: SearchConfig,  # of the search
+    step: SearchStep,  # its step
 ) -> list:
     "The schedules of both optimisers, and the released code's pause of α."
     omega = partial(lr_at, base=cfg.lr, warmup=cfg.warmup, milestones=cfg.milestones)
@@ -417,7 +417,7 @@ def alpha_callbacks(
 
 # %% ../../nbs/training/22_search.ipynb #85588940
 def search(
-    cfg: SearchConfig,
+    cfg: SearchConfig,  # all that the run depends on
     data: ReIDData = None,  # instead of what `cfg.data` names
     progress: bool = False,  # show bars
     cbs=(),  # more callbacks for the `Learner`

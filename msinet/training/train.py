@@ -85,7 +85,7 @@ class TrainStep(Step):
 
 # %% ../../nbs/training/23_train.ipynb #94970036
 def build(
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # of the training
     n_ids: int,  # training identities; 0 for no classifiers
 ) -> tuple[ReIDNet, SAM]:  # the network, and the alignment module or None
     "The network of a configuration. Errors as `network`."
@@ -124,7 +124,7 @@ def build_train(
 
 # %% ../../nbs/training/23_train.ipynb #481fd01b
 def train(
-    cfg: TrainConfig,
+    cfg: TrainConfig,  # all that the run depends on
     data: ReIDData = None,  # instead of what `cfg.data` names
     progress: bool = False,  # show bars
     cbs=(),  # more callbacks for the `Learner`

@@ -59,7 +59,7 @@ class ClusterStep(Step):
 
     def __init__(
         self,
-        net: ReIDNet,
+        net: ReIDNet,  # the network that learns
         memory,  # one of `unsup.memories`
         opt,  # of all that learns
         extra=None,  # called as extra(x, f, i), gives more losses; has `ema_update` and a state
@@ -102,7 +102,7 @@ class _AllOf:
 
     def __init__(
         self,
-        pixels: PixelCache,
+        pixels: PixelCache,  # the images
         bs: int = 128,  # images in a batch
         device=None,  # where batches go
     ):
@@ -124,9 +124,9 @@ class Recluster(Callback):
 
     def __init__(
         self,
-        net: ReIDNet,
+        net: ReIDNet,  # embeds the images
         images,  # loader of all images in order
-        memory,
+        memory,  # gets the clusters of each epoch
         sampler,  # gets the labels of each epoch
         find,  # called as find(f, epoch, before, limit), gives `Clusters`
         own: bool,  # un-clustered images are classes of their own; False drops them
@@ -215,7 +215,7 @@ class FeatureSnapshots(Callback):
 
     def __init__(
         self,
-        recluster: Recluster,
+        recluster: Recluster,  # embeds the images
         n: int,  # images at most, at even steps through the list
         path=None,  # of watched.npy
     ):
@@ -282,7 +282,7 @@ METHODS = dict(
 
 # %% ../../nbs/unsup/24_train.ipynb #ef4777bf
 def resolve_defaults(
-    cfg: UnsupConfig,
+    cfg: UnsupConfig,  # with None where the method decides
     kind: str,  # 'usl' or 'uda'
 ) -> UnsupConfig:  # without None but for `eps_last`
     """A configuration with its method's published values where it leaves them open.
@@ -366,9 +366,9 @@ class _Built(NamedTuple):
 
 # %% ../../nbs/unsup/24_train.ipynb #32585f9d
 def centroids(
-    net: ReIDNet,
-    source: TrainLoader,
-    plan: Plan,
+    net: ReIDNet,  # with a normalisation for each domain
+    source: TrainLoader,  # batches with identities
+    plan: Plan,  # of `by_domain`
     device,  # where the network is
 ) -> Tensor:  # (S, D)
     "The source identities' mean features, through the source's normalisation."
@@ -381,7 +381,7 @@ def centroids(
 
 # %% ../../nbs/unsup/24_train.ipynb #fd603e7a
 def _clustered_loader(
-    run: RunContext,
+    run: RunContext,  # of an `UnsupConfig`
     pixels: PixelCache,  # of the images that are clustered
 ) -> tuple[TrainLoader, ClusterSampler]:
     "Batches of the images' numbers, drawn as the method wants them from the clusters of the epoch."
@@ -394,7 +394,7 @@ def _clustered_loader(
 
 
 def _memory(
-    cfg: UnsupConfig,
+    cfg: UnsupConfig,  # names the method
     rows: Tensor = None,  # centroids of the source's identities
 ) -> nn.Module:
     "The memory of a method: a row for each cluster, for each image, or for source identities and images."
@@ -438,7 +438,7 @@ def build_unsup(
 
 # %% ../../nbs/unsup/24_train.ipynb #3461def9
 def _channels_of(
-    backbone: nn.Module,
+    backbone: nn.Module,  # with a stem
     size,  # (H, W) of the images in pixels
 ) -> int:
     "Channels after the stem."
@@ -475,10 +475,10 @@ def _best_of(
 
 # %% ../../nbs/unsup/24_train.ipynb #b40c8862
 def _run_unsup(
-    cfg: UnsupConfig,
+    cfg: UnsupConfig,  # all that the run depends on
     kind: str,  # 'usl' or 'uda'
-    progress: bool,
-    cbs,
+    progress: bool,  # show bars
+    cbs,  # more callbacks for the `Learner`
     **given,  # sets from Python instead of those that the configuration names
 ) -> TrainResult:
     "Both regimes: build, cluster and contrast, measure."
@@ -487,7 +487,7 @@ def _run_unsup(
         run.load()
         source = run.load('source') if kind == 'uda' else None
         built = build_unsup(run, source)
-        net, recluster, bridge = built.net, built.recluster, built.bridge
+        net, recluster = built.net, built.recluster
         metrics = dict(pixels=run.measure(Pixels()), before=run.measure(net))
         folder = run.take_folder()
         recluster.path = folder / 'pseudo.npy'
@@ -498,8 +498,8 @@ def _run_unsup(
         callbacks = [*cbs, *keepers, Schedule(built.step.opt, rate), evaluate, health]
         learn = run.fit(built.whole, built.step, built.dl, callbacks, lambda row: row.get('mAP'))
         metrics |= dict(after=run.measure(net), **_best_of(learn.history))
-        if bridge is not None:
-            bridge.off()
+        if built.bridge is not None:
+            built.bridge.off()
         net = net if source is None else of_domain(net)
         with final_write(folder):
             for k in keepers:
@@ -512,7 +512,7 @@ def _run_unsup(
 
 # %% ../../nbs/unsup/24_train.ipynb #d2d7354d
 def usl(
-    cfg: UnsupConfig,
+    cfg: UnsupConfig,  # all that the run depends on
     data: ReIDData = None,  # instead of what `cfg.data` names
     progress: bool = False,  # show bars
     cbs=(),  # more callbacks for the `Learner`
@@ -525,7 +525,7 @@ def usl(
 
 # %% ../../nbs/unsup/24_train.ipynb #53634310
 def uda(
-    cfg: UnsupConfig,
+    cfg: UnsupConfig,  # all that the run depends on
     data: ReIDData = None,  # instead of what `cfg.data` names: the target
     source: ReIDData = None,  # instead of what `cfg.source` names
     progress: bool = False,  # show bars
