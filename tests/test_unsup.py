@@ -36,8 +36,8 @@ from msinet.weights import open_net
 from msinet.unsup.train import METHODS, Recluster, resolve_defaults, uda, usl
 
 SMOKE = replace(UNSUP["smoke"], iters=2, watch=20)
-ARMS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
-assert {m for m, _ in ARMS} == set(METHODS)
+METHOD_KINDS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
+assert {m for m, _ in METHOD_KINDS} == set(METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method,kind", ARMS)
+@pytest.mark.parametrize("method,kind", METHOD_KINDS)
 def test_resume_is_bit_exact(method, kind, sets, tmp_path):
     "Network, memories, teacher, bridge, labels: all as if nothing had happened."
     cfg = replace(SMOKE, method=method, epochs=3)
