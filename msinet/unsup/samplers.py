@@ -52,10 +52,11 @@ def camera_draw(
     for c in rng.permutation(len(own)):
         some = rng.permutation(own[c])
         if cams is not None:
-            some = some[np.argsort(np.r_[-1, np.asarray(cams)[some[1:]] == np.asarray(cams)[some[0]]], kind='stable')]
-        line += (
-            some[:K] if len(some) >= K or len(some) == 1 else np.r_[some, rng.choice(some, K - len(some))]
-        ).tolist()
+            same = np.asarray(cams)[some[1:]] == np.asarray(cams)[some[0]]
+            some = some[np.argsort(np.r_[-1, same], kind='stable')]
+        if 1 < len(some) < K:
+            some = np.r_[some, rng.choice(some, K - len(some))]
+        line += some[:K].tolist()
     return _whole_batches(line, P * K)
 
 # %% ../../nbs/unsup/24_samplers.ipynb #a46ea3f3
