@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,32 +13,29 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from slides import kind, slides
+from tidy import is_check
 from torch import nn
 
 from msinet import vis
-from msinet.errors import InputError
+from msinet.config import SEARCH, TABLE1, TRAIN
 from msinet.core import n_params
+from msinet.errors import InputError
 from msinet.engine.health import alpha_sameness
 from msinet.docs.lesson import check, exercises
 from msinet.widgets.live import live_search
 from msinet.ops import OPS
 from msinet.figures.panels import doubt, share_maps
 from msinet.figures.report import report
-from msinet.config import SEARCH
 from msinet.training.search import search
 from msinet.figures.slots import moment
-from msinet.config import TABLE1
 from msinet.space import alphas, subnet_state_dict, derived, genotype, set_genotype, supernet
-from msinet.config import TRAIN
 from msinet.training.train import train
 from msinet.widgets.lab import alpha_player, cost, interaction_lab, word_cost
 
-sys.path.insert(0, str(Path(__file__).parent))
-from slides import kind, slides  # noqa: E402
-from tidy import is_check  # noqa: E402
 
 CLASS = Path(__file__).parent.parent / "nbs" / "class"
-WORD = "NEGADNEGADND"
+GENOTYPE = "NEGADNEGADND"
 
 
 class Difference(nn.Module):
@@ -55,7 +51,7 @@ class Difference(nn.Module):
 
 @pytest.fixture
 def fifth():
-    "Two lines, and everything as it was afterwards."
+    "A fifth interaction in two lines, removed afterwards."
     OPS["D"] = Difference
     vis.OP_COLORS["D"] = "#0072b2"
     yield
@@ -74,20 +70,20 @@ def test_a_search_among_five(fifth, tmp_path):
     assert found.alphas.shape[1:] == found.steps.shape[1:] == (12, 5) and set(found.genotype) <= set("NEGAD")
     moved = [n for n, p in found.net.named_parameters() if n.endswith("D.share") and p.abs().sum() > 0]
     assert len(moved) == 12  # the fifth is trained like the others
-    set_genotype(found.net.backbone, WORD)
-    assert genotype(found.net.backbone) == WORD
-    x, small = torch.randn(2, 3, 64, 32), derived(WORD, (8, 32, 48, 64))
-    small.load_state_dict(subnet_state_dict(found.net.backbone, WORD))
+    set_genotype(found.net.backbone, GENOTYPE)
+    assert genotype(found.net.backbone) == GENOTYPE
+    x, small = torch.randn(2, 3, 64, 32), derived(GENOTYPE, (8, 32, 48, 64))
+    small.load_state_dict(subnet_state_dict(found.net.backbone, GENOTYPE))
     for a, b in zip(small.eval()(x), found.net.backbone.eval()(x)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert genotype(small) == WORD
-    run = train(replace(TRAIN["smoke"], out=str(tmp_path), resume=True, genotype=WORD)).run
+    assert genotype(small) == GENOTYPE
+    run = train(replace(TRAIN["smoke"], out=str(tmp_path), resume=True, genotype=GENOTYPE)).run
     page = report(run).read_text(encoding="utf-8")
     assert page.count("<h2>") > 5 and "#0072b2" in page and "1/5 when the search starts" in page
     live_search(replace(SEARCH["smoke"], out=str(tmp_path / "live")))
 
 
-def test_every_picture_takes_five(fifth):
+def test_every_figure_takes_five(fifth):
     h = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(0))
     even = torch.zeros(12, 5)
     fig = vis.plot_alphas(h)
@@ -98,7 +94,7 @@ def test_every_picture_takes_five(fifth):
         len(
             [
                 p
-                for p in vis.draw_genotype(WORD, h[-1]).patches
+                for p in vis.draw_genotype(GENOTYPE, h[-1]).patches
                 if p.get_facecolor()[:3] == matplotlib.colors.to_rgb("#0072b2")
             ]
         )
@@ -114,7 +110,7 @@ def test_the_lab_turns_through_five(fifth):
     for first in "DN":  # a click gives the next letter, after the last one the first
         panel.clicked(0)
         assert panel.error is None and panel.values()["word"] == first + "A" * 11
-    assert word_cost(WORD) == cost(WORD)
+    assert word_cost(GENOTYPE) == cost(GENOTYPE)
 
 
 def test_other_columns_are_named(fifth):
@@ -138,7 +134,7 @@ PAGES = sorted(p for p in CLASS.glob("0*.ipynb"))
 
 @pytest.fixture
 def restored():
-    "What a page adds to the letters is gone afterwards."
+    "Letters that a page adds are removed afterwards."
     tables = [(t, dict(t)) for t in (OPS, vis.OP_COLORS, vis.OP_NAMES)]
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
@@ -151,7 +147,7 @@ def restored():
 
 
 def asked(ns, code):
-    "What a check cell says now, and what it was called with."
+    "The verdict of a check cell, and the arguments of its call."
     calls = []
     ns["check"] = lambda answer, right, why, wrong=(), on=(): calls.append((answer, right, why, wrong, on))
     exec(code, ns)
@@ -161,7 +157,7 @@ def asked(ns, code):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_every_exercise_knows_its_answers(path, restored, monkeypatch):
-    "One pass with hardly any training: at each exercise the open line, the solution, each foreseen mistake, and nonsense. The whole page, unanswered, is a test of its own."
+    "One pass with hardly any training: at each exercise no answer, the solution, each listed mistake, and nonsense."
     monkeypatch.chdir(CLASS)
     todo = {e.place: e for e in exercises(path)}
     assert 3 <= len(todo) <= 5
@@ -209,7 +205,7 @@ def test_slides_leave_answers_out():
     pytest.importorskip("nbconvert")
     page = slides(CLASS / "02_twins.ipynb")
     assert "No description" not in page and "fig-alt" not in page and page.count("<img") >= 3
-    assert page.count("<section") > 9 and "check(answer" not in page and "from msinet" not in page
+    assert page.count("<section") > 9 and "wrong=[" not in page and "from msinet" not in page
     assert (
         kind(dict(cell_type="markdown", source=["## Next"])) == "slide"
         and kind(dict(cell_type="markdown", source=["### Exercise"])) == "subslide"

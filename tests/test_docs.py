@@ -1,17 +1,16 @@
-"The site: its configuration hangs together, every notebook is on it, links lead somewhere, and each fault is found by `docs_check`."
+"The site: its configuration is consistent, every notebook is on it, links work, and `docs_check` finds each fault."
 
 import re
 import sys
 from pathlib import Path
 
+import docs_check as dc
 import nbformat
 import pytest
 import yaml
+from tidy import title_alone
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import docs_check as dc  # noqa: E402
-from tidy import title_alone  # noqa: E402
 
 NBS = ROOT / "nbs"
 NAMES = dc.notebooks(NBS)
@@ -40,7 +39,7 @@ def said(tmp_path, to_html, cells, others=(), listed=True):
     return dc.faults(pages, rows, tmp_path, "https://example.org/kit")
 
 
-PICTURE = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
+FIGURE = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
 OTHER = {"sub/b.ipynb": md("# b", "## Two words, and β\n\n### `fold`")}
 
 
@@ -55,9 +54,9 @@ def test_a_sound_page_has_no_fault(tmp_path, to_html):
     assert said(tmp_path, to_html, cells, OTHER) == []
 
 
-def test_a_pictures_words_reach_the_page(to_html):
+def test_the_description_of_a_figure_reaches_the_page(to_html):
     page = dc.Page(
-        "a.ipynb", [code("#| label: two\n#| fig-alt: Two curves, one <below> the other\ndraw()", PICTURE, PICTURE)]
+        "a.ipynb", [code("#| label: two\n#| fig-alt: Two curves, one <below> the other\ndraw()", FIGURE, FIGURE)]
     )
     dc.render(page, to_html)
     assert (
@@ -83,7 +82,7 @@ def test_a_pictures_words_reach_the_page(to_html):
         (md("<img alt='x'>"), "without a source"),
         (md("![](data:,)"), "1 of its images without words"),
         (
-            [code("draw()", PICTURE, PICTURE)],
+            [code("draw()", FIGURE, FIGURE)],
             "2 of its images without words for those who can't see them, the first under “a”",
         ),
         (md("as @eq-far says"), "equation eq-far"),
@@ -185,7 +184,7 @@ def hrefs(node):
     return [node] if isinstance(node, str) and node.endswith(".ipynb") and "*" not in node else []
 
 
-def test_the_configuration_hangs_together():
+def test_the_configuration_is_consistent():
     top, inner, side = configs().values()
     assert inner["metadata-files"] == ["../_quarto.yml", "nbdev.yml", "sidebar.yml"]
     settings = (ROOT / "settings.ini").read_text()
@@ -267,7 +266,7 @@ def test_the_commands_of_the_guide_are_there(monkeypatch, capsys):
     asked = {}
     for line in re.findall(
         r"(?:msinet(?:\.cli)?) "
-        r"((?:demo|search|train|evaluate|usl|uda|query|compare|figures|run|table|figure|bench|export|pretrain)\b[^`\n#]*)",
+        r"((?:demo|search|train|evaluate|usl|uda|query|compare|verify|figures|run|table|figure|bench|export|pretrain)\b[^`\n#]*)",
         texts,
     ):
         asked.setdefault(line.split()[0], set()).update(re.findall(r"(--[a-z-]+)", line))

@@ -1,4 +1,4 @@
-"What a visitor sees first is true: badges, links, versions, workflows, the way into each notebook."
+"What a visitor sees first is true: badges, links, versions, workflows, the map of the notebooks."
 
 import json
 import re
@@ -74,8 +74,12 @@ def test_badges_say_what_is_so():
 
 
 def test_every_notebook_is_on_the_map():
-    linked = set(re.findall(r"\]\((nbs/[\w/.]+\.ipynb)\)", README))
-    assert linked == {p.relative_to(ROOT).as_posix() for p in NBS}
+    "The map is the table at the end of the start page."
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    last = "".join([c for c in cells if c["cell_type"] == "markdown"][-1]["source"])
+    linked = re.findall(r"\]\(([\w/.]+\.ipynb)\)", last[last.index("## All notebooks") :])
+    assert len(linked) == len(set(linked)), "a notebook is on the map twice"
+    assert set(linked) == {p.relative_to(ROOT / "nbs").as_posix() for p in NBS} - {"index.ipynb"}
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

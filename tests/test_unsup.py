@@ -15,21 +15,20 @@ from msinet.data.loaders import PKSampler
 from msinet.unsup.clusters import Clusters, dbscan, find_clusters, fits, outliers_as_classes, pseudo_labels, purity
 from msinet.unsup.clusters import rand_index, reliable
 from msinet.unsup.memories import ClusterMemory, InstanceMemory
+from msinet.config import SMOKE_SYNTH, UNSUP
+from msinet.data.sets import get_data
 from msinet.errors import InputError
 from msinet.unsup.domains import DomainBN
 from msinet.unsup.samplers import ClusterSampler, camera_draw, group_draw, pk_draw
 from msinet.engine.learner import Callback
 from msinet.losses import unit
 from msinet.retrieval.rerank import jaccard, jaccard_sparse
-from msinet.config import SMOKE_SYNTH
-from msinet.data.sets import get_data
 from msinet.weights import open_net
 from msinet.unsup.train import METHODS, Recluster, resolve_defaults, uda, usl
-from msinet.config import UNSUP
 
 SMOKE = replace(UNSUP["smoke"], iters=2, watch=20)
-ARMS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
-assert {m for m, _ in ARMS} == set(METHODS)
+METHOD_KINDS = [("cc", "usl"), ("gs", "usl"), ("hdcrl", "usl"), ("spcl", "uda"), ("idm", "uda")]
+assert {m for m, _ in METHOD_KINDS} == set(METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method,kind", ARMS)
+@pytest.mark.parametrize("method,kind", METHOD_KINDS)
 def test_resume_is_bit_exact(method, kind, sets, tmp_path):
     "Network, memories, teacher, bridge, labels: all as if nothing had happened."
     cfg = replace(SMOKE, method=method, epochs=3)
@@ -182,7 +181,7 @@ def test_nan_from_the_start_is_a_mistake(sets, tmp_path):
         go("usl", replace(SMOKE, out=str(tmp_path / "run")), sets, [Poison(0)])
 
 
-def test_labels_are_those_of_the_dense_form():
+def test_labels_are_those_of_dense_distances():
     g = torch.Generator().manual_seed(0)
     f = unit(torch.randn(12, 16, generator=g).repeat_interleave(8, 0) + 0.25 * torch.randn(96, 16, generator=g))
     for eps in (0.3, 0.5, 0.7):
@@ -194,7 +193,7 @@ def test_labels_are_those_of_the_dense_form():
         assert torch.equal(dbscan(jaccard_sparse(f, 10, 4, 0.8), eps), got)  # a wider graph changes nothing
 
 
-def test_measures_agree_with_others():
+def test_measures_agree_with_scikit_learn():
     rng = np.random.default_rng(0)
     for _ in range(50):
         y, t = rng.integers(-1, 4, 25), rng.integers(0, 5, 25)
@@ -209,7 +208,7 @@ def test_measures_agree_with_others():
     )
 
 
-def test_reliability_needs_a_limit_once():
+def test_reliable_keeps_its_limit():
     y = torch.arange(40) // 4
     loose = y.clone()
     loose[:8] = 0  # clusters 0 and 1 merge
@@ -223,7 +222,7 @@ def test_reliability_needs_a_limit_once():
 
 
 @pytest.mark.parametrize("draw", [pk_draw, camera_draw, group_draw])
-def test_batches_hold_what_may_be_drawn(draw):
+def test_batches_hold_clustered_images_only(draw):
     rng = np.random.default_rng(0)
     labels = np.where(rng.random(60) < 0.3, -1, rng.integers(0, 9, 60))
     s = ClusterSampler(60, draw, 4, 4, iters=9, cams=list(rng.integers(0, 3, 60)))
@@ -237,7 +236,7 @@ def test_batches_hold_what_may_be_drawn(draw):
         assert len(next(iter(s))) == len(next(iter(PKSampler(s.labels, 4, 4))))
 
 
-def test_memories_ignore_pictures_that_rest():
+def test_memories_ignore_outliers():
     f = torch.randn(6, 4)
     m, small = InstanceMemory(), InstanceMemory()
     m.rebuild(f, torch.tensor([0, -1, 1, -1, 0, 1]))

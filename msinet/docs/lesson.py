@@ -164,7 +164,7 @@ def exercises(
         after = [*src[i + 1 : i + 3], '', '']
         title, _, question = src[i - 1].partition('\n')
         code = re.search(r'<summary>Solution</summary>.*?```python\n(.*?)```', after[1], re.S)
-        if not (title.startswith('### ') and after[0].startswith('check(answer') and code):
+        if not (title.startswith('### ') and re.match(r'check\(\s*answer\b', after[0]) and code):
             raise InputError(
                 f'the answer cell after {title!r} is not between a heading ###, check(answer, ...) and a solution; '
                 'expected these four cells in this order'

@@ -13,7 +13,7 @@ from ..data.loaders import pk_chunks
 # %% ../../nbs/unsup/24_samplers.ipynb #b1157d2c
 def members(
     labels,  # (N,) clusters; -1 is left out
-) -> list:  # of arrays of image numbers, one per cluster, by label
+) -> list:  # of arrays of image indices, one per cluster, sorted by label
     "The images of each cluster."
     labels = np.asarray(labels)
     order = np.argsort(labels, kind='stable')
@@ -24,11 +24,11 @@ def members(
 def pk_draw(
     labels,  # (N,) clusters; -1 is not drawn
     cams,  # not used
-    P: int,  # clusters in a batch, if there are as many
+    P: int,  # clusters in a batch, fewer if there are not enough
     K: int,  # images of each
-    rng,  # numpy generator
-) -> list:  # batches of image numbers
-    "P clusters with K images each; smaller clusters repeat theirs."
+    rng,  # NumPy generator
+) -> list:  # batches of image indices
+    "P clusters with K images each; smaller clusters repeat images."
     left, batches = pk_chunks(labels, K, rng), []
     P = min(P, len(left))
     while P and len(left) >= P:
@@ -41,26 +41,29 @@ def pk_draw(
 def camera_draw(
     labels,  # (N,) clusters; -1 is not drawn
     cams,  # (N,) cameras, or None
-    P: int,
-    K: int,  # P·K images in a batch, at most K of a cluster in a row
-    rng,  # numpy generator
-) -> list:  # batches of image numbers
-    "Up to K images of each cluster, those by other cameras than the first one's come first; a class of one gives one (SpCL, Ge et al., 2020)."
+    P: int,  # with K the batch size: P·K images
+    K: int,  # largest number of images of one cluster
+    rng,  # NumPy generator
+) -> list:  # batches of image indices
+    """Up to K images of each cluster, other cameras first (SpCL, Ge et al., 2020).
+
+    The first image is random; images by other cameras than its own are preferred. A class of one gives one image."""
     own, line = members(labels), []
     for c in rng.permutation(len(own)):
         some = rng.permutation(own[c])
         if cams is not None:
-            some = some[np.argsort(np.r_[-1, np.asarray(cams)[some[1:]] == np.asarray(cams)[some[0]]], kind='stable')]
-        line += (
-            some[:K] if len(some) >= K or len(some) == 1 else np.r_[some, rng.choice(some, K - len(some))]
-        ).tolist()
+            same = np.asarray(cams)[some[1:]] == np.asarray(cams)[some[0]]
+            some = some[np.argsort(np.r_[-1, same], kind='stable')]
+        if 1 < len(some) < K:
+            some = np.r_[some, rng.choice(some, K - len(some))]
+        line += some[:K].tolist()
     return _whole_batches(line, P * K)
 
 # %% ../../nbs/unsup/24_samplers.ipynb #a46ea3f3
 def _whole_batches(
-    line: list,  # image numbers in order
+    line: list,  # image indices in order
     B: int,  # images in a batch
-) -> list:
+) -> list:  # of lists of B indices
     "Cut into batches; an incomplete one is left out unless it is the only one."
     cut = [line[k : k + B] for k in range(0, len(line), B)]
     return [b for b in cut if len(b) == B] or cut[:1]
@@ -69,12 +72,12 @@ def _whole_batches(
 def group_draw(
     labels,  # (N,) clusters; -1 is not drawn
     cams,  # not used
-    P: int,
-    K: int,  # P·K images in a batch
-    rng,  # numpy generator
-    group: int = 256,  # images in a group at most: 256 Market-1501, 1024 MSMT17
-) -> list:  # batches of image numbers
-    "Runs of one cluster after another, classes of one at the end, cut into batches (GS, Han et al., 2022)."
+    P: int,  # with K the batch size: P·K images
+    K: int,  # with P the batch size
+    rng,  # NumPy generator
+    group: int = 256,  # largest number of images in a group: 256 on Market-1501, 1024 on MSMT17
+) -> list:  # batches of image indices
+    "Groups of one cluster in random order, classes of one at the end, cut into batches (GS, Han et al., 2022)."
     own = members(labels)
     many = [rng.permutation(m) for m in own if len(m) > 1]
     groups = [m[k : k + group] for m in many for k in range(0, len(m), group)]
@@ -85,14 +88,14 @@ def group_draw(
 
 # %% ../../nbs/unsup/24_samplers.ipynb #5c25f6ec
 class ClusterSampler:
-    "Lists of image numbers, drawn from `labels`, which may be replaced between epochs."
+    "Batches of image indices, drawn by `labels`, which may be replaced between epochs."
 
     def __init__(
         self,
-        n: int,  # images; at first each is a class of its own
-        draw,  # called as draw(labels, cams, P, K, rng), gives batches
-        P: int = 16,
-        K: int = 4,  # P·K images in a batch
+        n: int,  # number of images; at first each is a class of its own
+        draw,  # called as draw(labels, cams, P, K, rng), returns batches
+        P: int = 16,  # clusters in a batch
+        K: int = 4,  # images of each cluster
         iters: int = 400,  # batches in an epoch
         cams=None,  # (n,) cameras, or None
         seed: int = 0,  # of the run
@@ -107,6 +110,7 @@ class ClusterSampler:
         self.epoch = self.done = self.start = 0
 
     def set_epoch(self, epoch: int):
+        "Start an epoch; another number than the current one starts at its first batch."
         if epoch != self.epoch:
             self.epoch = epoch
             self.done = 0
@@ -116,9 +120,11 @@ class ClusterSampler:
         return self.iters
 
     def batches(self) -> list:
+        "All batches of the epoch, `iters` lists of image indices."
         out = []
-        for way in range(self.iters):
-            new = self.draw(self.labels, self.cams, self.P, self.K, np.random.default_rng([self.seed, self.epoch, way]))
+        for k in range(self.iters):
+            rng = np.random.default_rng([self.seed, self.epoch, k])
+            new = self.draw(self.labels, self.cams, self.P, self.K, rng)
             out += new
             if not new or len(out) >= self.iters:
                 break
@@ -129,10 +135,12 @@ class ClusterSampler:
         for self.done, batch in enumerate(self.batches()[self.done :], self.done + 1):
             yield batch
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
+        "Epoch and number of drawn batches."
         return dict(epoch=self.epoch, done=self.done)
 
-    def load_state_dict(self, s):
+    def load_state_dict(self, s: dict):
+        "Restore `state_dict()`: the next pass goes on after the drawn batches."
         self.epoch = s['epoch']
         self.start = s.get('done', 0)
         self.done = s.get('done', 0)
