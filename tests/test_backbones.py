@@ -320,7 +320,7 @@ def test_names_that_are_not_osnets_are_refused(name):
     [("resnet50", "resnet50"), ("deit_s", "deit_small_distilled_patch16_224"), ("deit_s", "deit_small_patch16_224")],
 )
 def test_files_of_timm_load_strictly(name, timms, tmp_path):
-    "A file of timm's, without a network: all but its classifier is used; too few, too many, another shape and another network's are refused by name."
+    "All but the classifier of a file of timm is used; missing, superfluous and other tensors are refused by name."
     sd = timm_tools().create_model(timms, num_classes=3).state_dict()
     net = network(name, "", None, 3, (64, 32), 2)
     key = next(k for k in sd if k.endswith("bias"))

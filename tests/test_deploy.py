@@ -1,4 +1,4 @@
-"A gallery is made, stored, searched and changed, and refuses other networks; verification uses pairs of known identity."
+"Galleries are made, stored, searched and changed; verification uses pairs of known identity."
 
 import json
 import shutil

@@ -31,7 +31,7 @@ def make(neck=FBLNeck, after_bn=False, backbone=None, gamma=0.0):
 
 
 def close(got, net, x):
-    "To 1e-5, or a few times as close to double precision as the network itself is: these random statistics magnify rounding."
+    "Within 1e-5, or four times the rounding of the network itself: these random statistics magnify rounding."
     want = copy.deepcopy(net).double().embed(x.double())
     off = lambda e: ((e - want).abs().max() / want.abs().max()).item()
     return off(got) <= max(1e-5, 4 * off(net.embed(x)))

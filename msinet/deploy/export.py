@@ -193,8 +193,8 @@ def fold(
 def _onnx_tools():
     "ONNX Runtime. Raises `InputError` where a package is missing."
     try:
-        import onnx
-        import onnxscript
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as e:
         raise InputError(

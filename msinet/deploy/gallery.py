@@ -75,7 +75,7 @@ def image_embedding(
     image,  # path of a file, name of a rendered image, or array (H, W, 3) uint8
     size: tuple[int, int],  # (H, W) of the network's input
 ) -> Tensor:  # (D,) of length 1, on the CPU
-    "The unit vector of one image. Raises `InputError` for what is no image, and for a vector with nan, inf or zeros only."
+    "The unit vector of one image. Errors as for `load_image` and `valid_vectors`."
     training = net.training
     try:
         f = net.eval().embed(_image_input(image, size).to(device_of(net))).float().cpu()
@@ -159,8 +159,8 @@ class Gallery:
         gone = {str(n) for n in names}
         if lost := gone - {*self.names}:
             raise InputError(
-                f'{len(lost)} images are not in the gallery, such as {min(lost)}, expected names as they were added: see '
-                'the names of the gallery'
+                f'{len(lost)} images are not in the gallery, such as {min(lost)}, expected names as they were added: '
+                'see the names of the gallery'
             )
         keep = [k for k, n in enumerate(self.names) if n not in gone]
         return replace(self, f=self.f[keep], names=tuple(self.names[k] for k in keep), index=None)

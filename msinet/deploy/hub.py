@@ -109,8 +109,8 @@ def card(
             'f = net.embed(images)  # (B, 3, H, W) normalised images -> (B, D)',
             '```',
             '',
-            'For research. Not for identifying or tracking people without their consent. On cameras that are not in the '
-            'training data it is much worse than the table shows.',
+            'For research. Not for identifying or tracking people without their consent. On cameras that are not in '
+            'the training data it is much worse than the table shows.',
             '',
         ]
     )
@@ -166,8 +166,8 @@ def built(
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e:
         raise InputError(
-            f"{where} does not fit its config.json ({' '.join(str(e).split())[:160]}), expected weights of that network: "
-            "write the folder again"
+            f"{where} does not fit its config.json ({' '.join(str(e).split())[:160]}), expected weights of that "
+            "network: write the folder again"
         ) from None
 
 # %% ../../nbs/deploy/31_hub.ipynb #6716524a
