@@ -33,15 +33,18 @@ def bn_neck(
 class NoClassifier(nn.Module):
     "In place of a classifier: its scores are None."
 
-    def forward(self, x: Tensor) -> None:
-        "No scores, whatever the (B, D) features."
+    def forward(
+        self,
+        x: Tensor,  # (B, D) features, not used
+    ) -> None:
+        "No scores."
         return None
 
 # %% ../nbs/12_necks.ipynb #b86684fe
 def classifier(
     d: int,  # features
     n_ids: int,  # training identities; 0 for no classifier
-    bias: bool = True,
+    bias: bool = True,  # with a bias, 0 at the start
     std: float = 0.01,  # of its initial weights
 ) -> nn.Module:
     "A linear classifier over the training identities; without identities its scores are None."

@@ -61,9 +61,12 @@ def _weight_mismatches(
 
     Where there are none: tensors of the file that hold nan or inf.
     """
-    shape = lambda d, k: tuple(d[k].shape) if isinstance(d.get(k), Tensor) else 'missing' if k not in d else 'no tensor'
+
+    def shape(d, k, absent=None):
+        return absent if k not in d else tuple(d[k].shape) if isinstance(d[k], Tensor) else 'no tensor'
+
     odd = [
-        f'{k} is {shape(given, k)}, expected {shape(own, k)}'
+        f'{k} is {shape(given, k, "missing")}, expected {shape(own, k, "none")}'
         for k in {**own, **given}
         if shape(own, k) != shape(given, k) or not isinstance(given[k], Tensor)
     ]

@@ -105,9 +105,8 @@ class _FoldedCell(nn.Module):
             )
         plain = lambda *seqs: [folded(s.conv, s.bn) for s in seqs]
         self.open = _joined(plain(cell.open1, cell.open2), 0)
-        self.small1, self.large1, self.small2, self.large2 = map(
-            _without_bn, (cell.small1, cell.large1, cell.small2, cell.large2)
-        )
+        for name in ('small1', 'large1', 'small2', 'large2'):
+            setattr(self, name, _without_bn(getattr(cell, name)))
         self.im1, self.im2 = (_FOLDED.get(type(im), deepcopy)(im) for im in (cell.im1, cell.im2))
         self.same, self.product = isinstance(cell.shortcut, nn.Identity), cell.fuse is torch.mul
         ends, side = plain(cell.close1, cell.close2), [] if self.same else plain(cell.shortcut)
@@ -263,7 +262,7 @@ class ExportConfig:
 
 # %% ../../nbs/deploy/31_export.ipynb #2f6586ee
 def run_export(
-    cfg: ExportConfig,
+    cfg: ExportConfig,  # opened here only
 ) -> Path:  # the file, or the folder
     "The command `msinet export`. Raises `InputError` for a run that can't be opened or exported."
     if cfg.hub:

@@ -116,7 +116,10 @@ class Gallery:
     def __len__(self):
         return len(self.names)
 
-    def check(self, net: nn.Module):
+    def check(
+        self,
+        net: nn.Module,  # any network
+    ):
         "Raises `InputError` unless this network made the gallery."
         if (h := weights_hash(net)) != self.model:
             raise InputError(
@@ -124,13 +127,22 @@ class Gallery:
                 'images again, or use its network'
             )
 
-    def query(self, net: nn.Module, image, k: int = 15) -> Matches:
+    def query(
+        self,
+        net: nn.Module,  # that made the gallery
+        image,  # path of a file, name of a rendered image, or array (H, W, 3) uint8
+        k: int = 15,  # number of images
+    ) -> Matches:
         "The k nearest images to an image. Errors as for `check`, `image_embedding` and `nearest`."
         self.check(net)
         return self.nearest(image_embedding(net, image, self.size), k)
 
-    def nearest(self, q: Tensor, k: int = 15) -> Matches:
-        "The k nearest images to a unit vector (D,). Raises `InputError` for k < 1 and for an empty gallery."
+    def nearest(
+        self,
+        q: Tensor,  # (D,) of length 1
+        k: int = 15,  # number of images
+    ) -> Matches:
+        "The k nearest images to a vector. Raises `InputError` for k < 1 and for an empty gallery."
         if k < 1 or not len(self):
             raise InputError(
                 f'found k = {k} of {len(self)} images, expected at least one of one: ask for more, or add images'
@@ -141,7 +153,11 @@ class Gallery:
         dist = (f[best] - q).norm(dim=1).numpy()
         return Matches([self.names[i if rows is None else rows[i]] for i in best], dist)
 
-    def add(self, net: nn.Module, paths) -> 'Gallery':
+    def add(
+        self,
+        net: nn.Module,  # that made the gallery
+        paths,  # images to embed
+    ) -> 'Gallery':
         "A gallery with more images and no index. Raises `InputError` for images that are there, or another network."
         self.check(net)
         names = tuple(str(p) for p in paths)
@@ -154,7 +170,10 @@ class Gallery:
             self, f=torch.cat([self.f, image_embeddings(net, names, self.size)]), names=self.names + names, index=None
         )
 
-    def remove(self, names) -> 'Gallery':
+    def remove(
+        self,
+        names,  # of images in the gallery
+    ) -> 'Gallery':
         "A gallery without these images and without index. Raises `InputError` for images that are not there."
         gone = {str(n) for n in names}
         if lost := gone - {*self.names}:
@@ -462,7 +481,7 @@ def excluded(
 
 # %% ../../nbs/deploy/31_gallery.ipynb #45b970ae
 def run_query(
-    cfg: QueryConfig,
+    cfg: QueryConfig,  # opened here only
 ) -> dict:  # image, names, distances, and the files written
     """The command `msinet query`.
 
@@ -500,7 +519,7 @@ class VerifyConfig:
 
 # %% ../../nbs/deploy/31_gallery.ipynb #a8497900
 def run_verify(
-    cfg: VerifyConfig,
+    cfg: VerifyConfig,  # opened here only
 ) -> dict:  # the data set of the threshold, and the fields of a `Verification`
     """The command `msinet verify`.
 
@@ -510,11 +529,11 @@ def run_verify(
     spec = cfg.data or run_data_spec(cfg.run)
     net, data = net.to(def_device(cfg.device)), get_data(spec, about['size'])
 
-    def unit(items):
+    def unit_vectors(items):
         e = embed(net, test_loader(items, about['size']))
         return e._replace(f=F.normalize(valid_vectors(e.f, 'validation', [i.path for i in items])))
 
-    true, false = pair_distances(unit(data.query), unit(data.gallery), data.same_cam_ok)
+    true, false = pair_distances(unit_vectors(data.query), unit_vectors(data.gallery), data.same_cam_ok)
     v = verify(net, cfg.a, cfg.b, about['size'], true, false, cfg.fmr)
     result = dict(data=spec, **asdict(v))
     if cfg.out:

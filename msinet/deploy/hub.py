@@ -53,7 +53,7 @@ class HubNet(ReIDNet, PyTorchModelHubMixin):
         force_download=False,
         local_files_only=False,
         token=None,
-        **config,
+        **arguments,
     ):
         folder = Path(model_id)
         file = (
@@ -69,7 +69,7 @@ class HubNet(ReIDNet, PyTorchModelHubMixin):
                 token=token,
             )
         )
-        return built(config, file, model_id).to(map_location)
+        return built(arguments, file, model_id).to(map_location)
 
 # %% ../../nbs/deploy/31_hub.ipynb #d1b27a38
 def card(

@@ -8,7 +8,7 @@ __all__ = ['fields_of', 'with_fields']
 # %% ../../nbs/docs/54_reference.ipynb #bd54b1fb
 import ast
 import inspect
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 
 # %% ../../nbs/docs/54_reference.ipynb #af15997a
@@ -26,13 +26,18 @@ def _exported(
 def fields_of(
     cls,  # a class, or any other object
 ) -> str:  # lines of code; empty for all but named tuples and dataclasses
-    "The source lines of a class and its fields."
+    "The source lines of a class and its fields, those of its base classes first."
     if not inspect.isclass(cls) or not (is_dataclass(cls) or hasattr(cls, '_fields')) or not (cls := _exported(cls)):
         return ''
-    source = inspect.getsource(cls)
-    rows = [b for b in ast.parse(source).body[0].body if isinstance(b, ast.AnnAssign)]
-    head = next(line for line in source.splitlines() if line.startswith('class '))
-    return '\n'.join([head, *source.splitlines()[rows[0].lineno - 1 : rows[-1].end_lineno]]) if rows else ''
+    names, found = cls._fields if hasattr(cls, '_fields') else [f.name for f in fields(cls)], {}
+    for c in [c for c in reversed(cls.__mro__) if '__annotations__' in vars(c)]:
+        source = inspect.getsource(c)
+        lines = source.splitlines()
+        for b in ast.parse(source).body[0].body:
+            if isinstance(b, ast.AnnAssign) and b.target.id in names:
+                found[b.target.id] = lines[b.lineno - 1 : b.end_lineno]
+    head = next(line for line in lines if line.startswith('class '))  # the class itself comes last
+    return '\n'.join([head, *(line for name in names for line in found[name])]) if names else ''
 
 # %% ../../nbs/docs/54_reference.ipynb #1e09bcb2
 def with_fields(
