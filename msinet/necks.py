@@ -14,7 +14,7 @@ from einops import reduce
 
 # %% ../nbs/12_necks.ipynb #03f73e04
 class Branch(NamedTuple):
-    "What one branch of a neck says about a batch."
+    "The results of one branch of a neck for a batch."
 
     f: Tensor  # (B, D) embedding before batch normalisation
     f_bn: Tensor  # (B, D) embedding after it
@@ -31,19 +31,23 @@ def bn_neck(
 
 # %% ../nbs/12_necks.ipynb #ea4cf5a9
 class NoClassifier(nn.Module):
-    "A classifier that isn't there: its scores are None."
+    "In place of a classifier: its scores are None."
 
-    def forward(self, x: Tensor):
+    def forward(
+        self,
+        x: Tensor,  # (B, D) features, not used
+    ) -> None:
+        "No scores."
         return None
 
 # %% ../nbs/12_necks.ipynb #b86684fe
 def classifier(
     d: int,  # features
     n_ids: int,  # training identities; 0 for no classifier
-    bias: bool = True,
+    bias: bool = True,  # with a bias, 0 at the start
     std: float = 0.01,  # of its initial weights
 ) -> nn.Module:
-    "Linear scores over the training identities, or nothing: then the scores are None."
+    "A linear classifier over the training identities; without identities its scores are None."
     if not n_ids:
         return NoClassifier()
     lin = nn.Linear(d, n_ids, bias)
@@ -63,12 +67,14 @@ class BNNeck(nn.Module):
     ):
         super().__init__()
         self.d = channels[-1]
-        self.bn, self.classifier = bn_neck(self.d), classifier(self.d, n_ids, bias=False, std=0.001)
+        self.bn = bn_neck(self.d)
+        self.classifier = classifier(self.d, n_ids, bias=False, std=0.001)
 
     def forward(
         self,
         maps: list,  # the last one is (B, D, H, W)
     ) -> list[Branch]:  # one
+        "Embedding and scores from the last map."
         f = reduce(maps[-1], 'b c h w -> b c', 'mean')
         f_bn = self.bn(f)
         return [Branch(f, f_bn, self.classifier(f_bn))]
@@ -108,13 +114,14 @@ class FBLNeck(nn.Module):
         self,
         maps: list,  # the last two are (B, C, H, W)
     ) -> list[Branch]:  # global, stripes
+        "Embeddings and scores of the whole image and of its halves."
         v, fv = reduce(maps[-1], 'b c h w -> b c', 'mean'), halves(self.stripe(maps[-2]))
         v_bn, fv_bn = self.bn(self.fc(v)), self.stripe_bn(self.stripe_fc(fv))
         return [Branch(v, v_bn, self.classifier(v_bn)), Branch(fv, fv_bn, self.stripe_classifier(fv_bn))]
 
 # %% ../nbs/12_necks.ipynb #40931cbb
 class Out(NamedTuple):
-    "What a ReID network says about a batch."
+    "The results of a ReID network for a batch."
 
     maps: list  # the backbone's maps, shallow to deep
     branches: list  # the neck's branches
@@ -125,7 +132,7 @@ class ReIDNet(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,  # has `.channels`, gives maps
+        backbone: nn.Module,  # images -> maps; has `.channels`
         neck: nn.Module,  # maps -> branches
         after_bn: bool = False,  # embed by the features after batch normalisation (unsupervised use)
     ):
@@ -138,6 +145,7 @@ class ReIDNet(nn.Module):
         self,
         x: Tensor,  # (B, 3, H, W) normalised images
     ) -> Out:
+        "Maps and branches, for training."
         maps = self.backbone(x)
         return Out(maps, self.neck(maps))
 
@@ -145,4 +153,5 @@ class ReIDNet(nn.Module):
         self,
         x: Tensor,  # (B, 3, H, W) normalised images
     ) -> Tensor:  # (B, D) all branches' embeddings side by side, not normalised
+        "Embeddings for retrieval."
         return torch.cat([b.f_bn if self.after_bn else b.f for b in self(x).branches], 1)

@@ -18,7 +18,7 @@ from .losses import check_labels, unit
 
 # %% ../nbs/14_tcm.ipynb #586abcbb
 def by_identity(
-    items,  # of `data.Item`
+    items,  # of `Item`
 ) -> dict:  # pid -> its items in the order given; sorted by pid
     "Group items by identity."
     groups = {i: [] for i in sorted({t.pid for t in items})}
@@ -32,7 +32,10 @@ def assign_identities(
     shared,  # lists of items, one per identity, to be cut in half
     own_val,  # lists of items, one per identity, for the validation twin alone
 ) -> tuple[list, list]:  # items of the training twin, items of the validation twin
-    "Put whole and halved identities into the twins; an odd image goes to validation. Raises `InputError` below two identities in either."
+    """Put whole and halved identities into the twins; an odd image goes to validation.
+
+    Raises `InputError` for a twin of fewer than two identities.
+    """
     train = [*own_train, *(t[: len(t) // 2] for t in shared if len(t) > 1)]
     val = [*own_val, *(t[len(t) // 2 :] for t in shared)]
     if min(len(train), len(val)) < 2:
@@ -44,29 +47,29 @@ def assign_identities(
 
 # %% ../nbs/14_tcm.ipynb #404c3f64
 def twin_split(
-    items,  # of `data.Item`, a training set
+    items,  # of `Item`, a training set
     overlap: float = 0.4,  # identities in both twins / all identities
     seed: int = 0,  # which identities are shared, and which of their images go where
 ) -> tuple[list, list]:  # items of the training twin, items of the validation twin
-    "Cut a training set into twins that share some identities, §3.1. Raises `InputError` if that can't be done."
+    "Split a training set into twins that share some identities, §3.1. Raises `InputError` where that is impossible."
     if not 0 <= overlap <= 1:
         raise InputError(f'found overlap {overlap}, expected 0 to 1: it is a share of the identities')
     groups, rng = list(by_identity(items).values()), random.Random(seed)
     rng.shuffle(groups)
-    groups.sort(key=lambda g: len(g) < 2)  # those with a single image can't be in both: they come last
+    groups.sort(key=lambda g: len(g) < 2)  # identities with one image can't be shared: they come last
     n = round(overlap * len(groups))
     k = n + (len(groups) - n + 1) // 2
     shared = [rng.sample(g, len(g)) for g in groups[:n]]
     if n and len(shared[-1]) < 2:
         many = sum(len(g) > 1 for g in groups)
         raise InputError(
-            f'overlap {overlap} needs {n} identities with two or more images, found {many}: use a smaller overlap'
+            f'found {many} identities with two or more images, expected {n}: use a smaller overlap than {overlap}'
         )
     return assign_identities(groups[n:k], shared, groups[k:])
 
 # %% ../nbs/14_tcm.ipynb #9980935d
 def released_split(
-    items,  # of `data.Item`, a training set; the order within an identity matters
+    items,  # of `Item`, a training set; the order within an identity matters
 ) -> tuple[list, list]:  # items of the training twin, items of the validation twin
     "The twins of the released code: by fifths of the sorted identities. Raises `InputError` below five identities."
     groups = list(by_identity(items).values())
@@ -76,9 +79,9 @@ def released_split(
 # %% ../nbs/14_tcm.ipynb #8f5a6342
 def rounds(
     y: Tensor,  # (B,) labels
-    K: int = 0,  # images per identity of a batch in groups, each identity once: nothing is read from `y` then; 0 takes any labels
-) -> list[Tensor]:  # places in the batch; round k holds each label's k-th occurrence, the commonest label first
-    "Cut a batch into rounds in which no label comes twice."
+    K: int = 0,  # images per identity, in groups, each identity once; 0 takes any labels
+) -> list[Tensor]:  # positions in the batch; round k holds each label's k-th occurrence, the most frequent label first
+    "Split a batch into rounds in which no label is repeated. With `K` given, `y` is not read."
     if K:
         return list(torch.arange(len(y), device=y.device).view(-1, K).T)
     places = {}
@@ -92,9 +95,12 @@ def rounds(
 # %% ../nbs/14_tcm.ipynb #65693970
 def check_groups(
     y: Tensor,  # (B,) labels
-    K: int,  # images per identity, 0 where nothing is promised
+    K: int,  # images per identity; 0 checks nothing
 ):
-    "Raise `InputError` where labels aren't in groups of K, each identity once. Labels on a GPU are only counted: see `check_labels`."
+    """Check groups. Raises `InputError` where labels are not in groups of K, each identity once.
+
+    Labels on a GPU are only counted: see `check_labels`.
+    """
     if not K:
         return
     fits = len(y) % K == 0
@@ -103,20 +109,23 @@ def check_groups(
         fits = y.tolist() == [j for j in who for _ in range(K)] and len({*who}) == len(who)
     if not fits:
         raise InputError(
-            f'found {len(y)} labels that are not groups of {K}, each identity once, expected P×K: leave K out for '
+            f'found {len(y)} labels that are not groups of {K}, each identity once, expected P×K: leave out K for '
             'labels in another order'
         )
 
 # %% ../nbs/14_tcm.ipynb #dd89175b
 class Memory(nn.Module):
-    "One unit feature per identity, Eqs. (2), (3). Labels are 0 … n-1; `InputError` if not. Features of any length: only directions count."
+    """One unit feature per identity, Eqs. (2), (3). Raises `InputError` for labels outside 0 … n-1.
+
+    Features are scaled to length 1, so only their directions count.
+    """
 
     def __init__(
         self,
         n: int,  # identities
         d: int,  # length of a feature
         tau: float = 0.05,  # temperature
-        beta: float = 0.2,  # how much of a row stays at an update
+        beta: float = 0.2,  # share of the old row in an update
     ):
         super().__init__()
         self.tau, self.beta = tau, beta
@@ -136,8 +145,8 @@ class Memory(nn.Module):
         self,
         f: Tensor,  # (B, D) features
     ) -> Tensor:  # (B, n) cosines over the temperature
-        "How much each feature resembles each row; the largest names the identity."
-        c = self.c.clone() if torch.is_grad_enabled() else self.c  # a backward pass needs the rows as they are now
+        "Similarity of each feature to each row; the largest score is the predicted identity."
+        c = self.c.clone() if torch.is_grad_enabled() else self.c  # the backward pass needs these rows
         return unit(f.to(self.c.dtype)) @ c.T / self.tau
 
     def loss(
@@ -156,13 +165,13 @@ class Memory(nn.Module):
         y: Tensor,  # (B,) labels
         K: int = 0,  # see `rounds`
     ):
-        "Take features into their rows one after another, Eq. (3). A feature of zeros changes nothing."
+        "Update rows by features one after another, Eq. (3). A feature of zeros changes nothing."
         check_labels(y, len(self.c))
         check_groups(y, K)
         if not len(y):
             return
         rs = rounds(y, K)
-        pick = lambda t, r: t.index_select(0, r)  # t[r], without waking other threads for so little
+        pick = lambda t, r: t.index_select(0, r)  # t[r], but on one thread
         length = lambda t: torch.linalg.vector_norm(t, dim=1, keepdim=True).clamp_min_(1e-12)
         new, who = pick(f.to(self.c.dtype), torch.cat(rs)), pick(y, rs[0])
         new.mul_((1 - self.beta) / length(new))

@@ -1,4 +1,4 @@
-"The compared networks in the places where a backbone is used, and their weights."
+"The baselines wherever a backbone is used, and their weights."
 
 import ast
 import copy
@@ -11,16 +11,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import msinet.backbones
-from msinet.backbones import BACKBONES, FCNeck, ScaleBlock, cdnet, osnet, resnet50, timm_tools, vit
-from msinet.figures.cam import cam
+from msinet.backbones import BACKBONES, FCNeck, ScaleBlock, cdnet, network, osnet, resnet50, timm_tools, vit
 from msinet.core import Hooks, macs, n_params
 from msinet.errors import InputError
+from msinet.figures.cam import cam
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.sam import SAM
 from msinet.training.train import TrainStep
-from msinet.backbones import network
-from msinet.weights import load_initial_weights
-from msinet.weights import from_osnet, from_timm, take
+from msinet.weights import from_osnet, from_timm, load_initial_weights, take
 
 tiny_vit = partial(vit, "vit_tiny_patch16_224", (64, 32))
 SMALL = dict(resnet50=resnet50, osnet=osnet, cdnet=cdnet, vit=partial(tiny_vit, drop_path=0.0))
@@ -124,7 +122,7 @@ def test_embeds_alone_as_in_a_batch_and_after_bn(make):
 
 
 @small
-def test_cells_give_maps_to_listeners_and_to_gradcam(make):
+def test_cells_give_maps_to_hooks_and_to_gradcam(make):
     x, _ = images()
     backbone = make().eval()
     net = ReIDNet(backbone, BNNeck(backbone.channels)).eval()
@@ -136,7 +134,7 @@ def test_cells_give_maps_to_listeners_and_to_gradcam(make):
 
 
 @small
-def test_a_copy_is_whole(make):
+def test_a_copy_and_its_state_dict_are_complete(make):
     x, _ = images()
     net = make().eval()
     twin = copy.deepcopy(net)
@@ -209,7 +207,7 @@ def test_distilled_deit_loses_its_second_token_and_nothing_else():
         assert [m.shape for m in net(torch.randn(1, 3, 224, 224))] == [(1, 192, 14, 14)] * 3
 
 
-def test_positions_are_stretched_in_place_and_the_class_token_keeps_its_own():
+def test_position_embeddings_are_resampled_in_order_and_the_class_token_keeps_its_own():
     timm = timm_tools()
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     rows = torch.arange(14.0)[:, None, None].expand(14, 14, 192)
@@ -237,7 +235,7 @@ def test_mistakes_are_named_in_one_line(call, says):
     assert "\n" not in str(e.value) and "expected" in str(e.value)
 
 
-def test_timm_is_only_asked_for_when_needed(monkeypatch):
+def test_timm_is_only_imported_when_needed(monkeypatch):
     tree = ast.parse(open(msinet.backbones.__file__, encoding="utf-8").read())
     assert not [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) and "timm" in ast.unparse(n)]
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -273,7 +271,7 @@ def torchreid_like(n_ids=10):
     return {n: ours[g].clone() for n, g in goes.items()}
 
 
-def test_released_osnet_goes_in_whole():
+def test_released_osnet_loads_completely():
     sd = torchreid_like()
     assert (
         sum(v.numel() for k, v in sd.items() if "running" not in k and "tracked" not in k and "classifier" not in k)
@@ -321,8 +319,8 @@ def test_names_that_are_not_osnets_are_refused(name):
     "name,timms",
     [("resnet50", "resnet50"), ("deit_s", "deit_small_distilled_patch16_224"), ("deit_s", "deit_small_patch16_224")],
 )
-def test_files_of_timm_are_taken_in_strictly(name, timms, tmp_path):
-    "A file of timm's, without a network: all but its classifier is used; too few, too many, another shape and another network's are refused by name."
+def test_files_of_timm_load_strictly(name, timms, tmp_path):
+    "All but the classifier of a file of timm is used; missing, superfluous and other tensors are refused by name."
     sd = timm_tools().create_model(timms, num_classes=3).state_dict()
     net = network(name, "", None, 3, (64, 32), 2)
     key = next(k for k in sd if k.endswith("bias"))

@@ -1,4 +1,4 @@
-"A gallery is made once, kept, asked, changed and refused to strangers; two images are judged by pairs of known identity."
+"Galleries are made, stored, searched and changed; verification uses pairs of known identity."
 
 import json
 import shutil
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from msinet.errors import InputError
+from msinet.config import TRAIN
 from msinet.deploy.gallery import VerifyConfig, Gallery, QueryConfig, approximate, verify, index_folder, load_gallery
 from msinet.deploy.gallery import pair_distances, rate_interval, recall, run_verify, run_query, save_gallery
 from msinet.deploy.gallery import threshold, judge_distance, weights_hash
+from msinet.errors import InputError
 from msinet.retrieval.places import Embeddings
-from msinet.config import TRAIN
 
 SIZE = (8, 4)
 
@@ -32,34 +32,34 @@ class Raw(nn.Module):
 
 
 @pytest.fixture
-def pics(tmp_path):
+def images(tmp_path):
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    (tmp_path / "pics").mkdir()
+    (tmp_path / "images").mkdir()
     for k in range(9):
-        Image.fromarray(rng.integers(0, 256, (8, 4, 3), dtype=np.uint8)).save(tmp_path / "pics" / f"{k}.png")
-    return tmp_path / "pics"
+        Image.fromarray(rng.integers(0, 256, (8, 4, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{k}.png")
+    return tmp_path / "images"
 
 
-def test_gallery_there_and_back(pics, tmp_path):
+def test_a_gallery_is_stored_searched_and_changed(images, tmp_path):
     from PIL import Image
 
     net = Raw()
-    save_gallery(index_folder(net, pics, SIZE), tmp_path / "g")
+    save_gallery(index_folder(net, images, SIZE), tmp_path / "g")
     g = load_gallery(tmp_path / "g", net)
     for k in range(9):
-        a = g.query(net, pics / f"{k}.png", k=3)
-        assert a.names[0] == str(pics / f"{k}.png") and a.dist[0] == 0 and (np.diff(a.dist) >= 0).all()
-        assert g.query(net, np.asarray(Image.open(pics / f"{k}.png")), k=3).names == a.names
+        a = g.query(net, images / f"{k}.png", k=3)
+        assert a.names[0] == str(images / f"{k}.png") and a.dist[0] == 0 and (np.diff(a.dist) >= 0).all()
+        assert g.query(net, np.asarray(Image.open(images / f"{k}.png")), k=3).names == a.names
     want = (g.f - g.f[0]).norm(dim=1).argsort(stable=True).tolist()
-    assert g.query(net, pics / "0.png", k=99).names == [g.names[i] for i in want]
-    less = g.remove([pics / "0.png"])
-    assert len(less) == 8 and less.query(net, pics / "0.png", k=1).dist[0] > 0
-    more = less.add(net, [pics / "0.png"])
-    assert more.query(net, pics / "0.png", k=1).names == [str(pics / "0.png")] and len(g) == 9
+    assert g.query(net, images / "0.png", k=99).names == [g.names[i] for i in want]
+    less = g.remove([images / "0.png"])
+    assert len(less) == 8 and less.query(net, images / "0.png", k=1).dist[0] > 0
+    more = less.add(net, [images / "0.png"])
+    assert more.query(net, images / "0.png", k=1).names == [str(images / "0.png")] and len(g) == 9
     with pytest.raises(InputError, match="already"):
-        more.add(net, [pics / "0.png"])
+        more.add(net, [images / "0.png"])
     with pytest.raises(InputError, match="not in the gallery"):
         more.remove(["x.png"])
     with pytest.raises(InputError, match="expected uint8"):
@@ -68,15 +68,15 @@ def test_gallery_there_and_back(pics, tmp_path):
     assert load_gallery(tmp_path / "g").names == less.names
 
 
-def test_another_network_is_refused(pics, tmp_path):
+def test_another_network_is_refused(images, tmp_path):
     net, other = Raw(), Raw()
-    save_gallery(index_folder(net, pics, SIZE), tmp_path / "g")
+    save_gallery(index_folder(net, images, SIZE), tmp_path / "g")
     with torch.no_grad():
         other.w += 1e-6
     with pytest.raises(InputError, match="same weights"):
         load_gallery(tmp_path / "g", other)
     with pytest.raises(InputError, match="same weights"):
-        load_gallery(tmp_path / "g").query(other, pics / "0.png")
+        load_gallery(tmp_path / "g").query(other, images / "0.png")
     with pytest.raises(InputError, match="same weights"):
         load_gallery(tmp_path / "g").add(other, [])
     with pytest.raises(InputError, match="holds no gallery"):
@@ -89,18 +89,18 @@ def test_another_network_is_refused(pics, tmp_path):
     assert weights_hash(net) == weights_hash(Raw()), "classifiers don't embed"
 
 
-def test_without_faiss_nothing_changes(monkeypatch):
+def test_an_index_needs_faiss(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match="not installed"):
         approximate(Gallery(torch.eye(3), ("a", "b", "c"), "", SIZE))
 
 
-def test_faiss(tmp_path):
+def test_an_index_finds_and_is_stored(tmp_path):
     pytest.importorskip("faiss", reason="FAISS is optional")
     gen = torch.Generator().manual_seed(0)
     who = torch.randn(100, 32, generator=gen)
     f = F.normalize(who[torch.arange(4000) % 100] + 0.5 * torch.randn(4000, 32, generator=gen))
-    g = approximate(Gallery(f, tuple(map(str, range(4000))), "x", SIZE), parts=8)
+    g = approximate(Gallery(f, tuple(map(str, range(4000))), "x", SIZE), m=8)
     save_gallery(g, tmp_path / "g")
     assert recall(g, f[:40]) > 0.9 and recall(load_gallery(tmp_path / "g"), f[:40]) == recall(g, f[:40])
     assert g.remove(["0"]).index is None
@@ -108,7 +108,7 @@ def test_faiss(tmp_path):
     assert load_gallery(tmp_path / "g").index is None
 
 
-def test_pairs_and_thresholds(pics):
+def test_pairs_and_thresholds(images):
     gen = torch.Generator().manual_seed(0)
     pid, cam = torch.arange(60) % 6, torch.arange(60) // 6 % 3
     f = F.normalize(torch.randn(6, 8, generator=gen)[pid] + 0.4 * torch.randn(60, 8, generator=gen))
@@ -132,7 +132,7 @@ def test_pairs_and_thresholds(pics):
         threshold(false[:10], 0.01)
     with pytest.raises(InputError, match="no true pairs"):
         pair_distances(e[0], e[1]._replace(pid=pid[20:] + 9))
-    v = verify(Raw(), pics / "0.png", pics / "0.png", SIZE, true, false)
+    v = verify(Raw(), images / "0.png", images / "0.png", SIZE, true, false)
     assert v.same and v.distance == 0
 
 
@@ -143,20 +143,20 @@ def run(tmp_path_factory):
     return train(replace(TRAIN["smoke"], out=str(tmp_path_factory.mktemp("run") / "r"), epochs=1, threads=1)).run
 
 
-def test_commands(run, pics, tmp_path):
+def test_commands(run, images, tmp_path):
     out = run_query(
-        QueryConfig(gallery=str(tmp_path / "g"), image=str(pics / "3.png"), index=str(pics), run=str(run), k=4)
+        QueryConfig(gallery=str(tmp_path / "g"), image=str(images / "3.png"), index=str(images), run=str(run), k=4)
     )
     assert (
-        str(pics / "3.png") not in out["names"]
+        str(images / "3.png") not in out["names"]
         and len({*out["names"]}) == 4
         and out["distances"] == sorted(out["distances"])
     )
-    shutil.copy(pics / "3.png", tmp_path / "asked.png")
+    shutil.copy(images / "3.png", tmp_path / "asked.png")
     same = run_query(QueryConfig(gallery=str(tmp_path / "g"), image=str(tmp_path / "asked.png"), k=5))
-    assert same["names"] == [str(pics / "3.png"), *out["names"]] and same["distances"][0] < 1e-3
-    less = run_query(QueryConfig(gallery=str(tmp_path / "g"), image=str(pics / "3.png"), k=99, exclude="[0-2].png"))
-    assert {Path(n).name for n in less["names"]} == {p.name for p in pics.iterdir()} - {
+    assert same["names"] == [str(images / "3.png"), *out["names"]] and same["distances"][0] < 1e-3
+    less = run_query(QueryConfig(gallery=str(tmp_path / "g"), image=str(images / "3.png"), k=99, exclude="[0-2].png"))
+    assert {Path(n).name for n in less["names"]} == {p.name for p in images.iterdir()} - {
         "0.png",
         "1.png",
         "2.png",
@@ -165,9 +165,9 @@ def test_commands(run, pics, tmp_path):
     with pytest.raises(InputError, match="is no regular expression"):
         run_query(QueryConfig(gallery=str(tmp_path / "g"), image="x", exclude="("))
     with pytest.raises(InputError, match="of 0 images"):
-        run_query(QueryConfig(gallery=str(tmp_path / "g"), image=str(pics / "3.png"), exclude="."))
+        run_query(QueryConfig(gallery=str(tmp_path / "g"), image=str(images / "3.png"), exclude="."))
     again = run_query(
-        QueryConfig(gallery=str(tmp_path / "g"), image=str(pics / "3.png"), k=4, out=str(tmp_path / "o" / "x"))
+        QueryConfig(gallery=str(tmp_path / "g"), image=str(images / "3.png"), k=4, out=str(tmp_path / "o" / "x"))
     )
     assert (
         again["names"] == out["names"]
@@ -176,8 +176,8 @@ def test_commands(run, pics, tmp_path):
     )
     v = run_verify(
         VerifyConfig(
-            a=str(pics / "1.png"),
-            b=str(pics / "1.png"),
+            a=str(images / "1.png"),
+            b=str(images / "1.png"),
             run=str(run),
             data="synth:n_ids=1,n_test=8",
             fmr=0.05,
@@ -185,7 +185,7 @@ def test_commands(run, pics, tmp_path):
         )
     )
     assert v["same"] and v["distance"] == 0 and (tmp_path / "pair.png").exists() and (tmp_path / "pair.json").exists()
-    own = run_verify(VerifyConfig(a=str(pics / "1.png"), b=str(pics / "1.png"), run=str(run), fmr=0.05))
+    own = run_verify(VerifyConfig(a=str(images / "1.png"), b=str(images / "1.png"), run=str(run), fmr=0.05))
     assert own["same"] and own["data"] == TRAIN["smoke"].data  # a network's threshold comes from its own set
     shutil.copy(Path(run) / "model.safetensors", tmp_path / "alone.safetensors")
     with pytest.raises(InputError, match="no config.json"):

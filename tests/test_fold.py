@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from msinet.errors import InputError
 from msinet.core import set_seed
 from msinet.deploy.export import ExportConfig, fold, run_export, session, to_onnx
+from msinet.errors import InputError
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.ops import CrossAttention
 from msinet.space import FUSES, derived, supernet
@@ -31,7 +31,7 @@ def make(neck=FBLNeck, after_bn=False, backbone=None, gamma=0.0):
 
 
 def close(got, net, x):
-    "To 1e-5, or a few times as close to double precision as the network itself is: these random statistics magnify rounding."
+    "Within 1e-5, or four times the rounding of the network itself: these random statistics magnify rounding."
     want = copy.deepcopy(net).double().embed(x.double())
     off = lambda e: ((e - want).abs().max() / want.abs().max()).item()
     return off(got) <= max(1e-5, 4 * off(net.embed(x)))
@@ -69,15 +69,15 @@ def test_a_supernet_and_double_precision():
         assert_close(fold(net)(x), net.embed(x), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize('word', FUSES)
+@pytest.mark.parametrize('fuse', FUSES)
 @torch.no_grad()
-def test_every_fusing_of_the_paper(word):
+def test_every_fuse_of_the_paper(fuse):
     x = torch.randn(3, 3, 64, 32, dtype=torch.double)
-    net = make(backbone=derived('NEGAAGENGAEA', (8, 16, 24, 32), fuse=FUSES[word])).double()
+    net = make(backbone=derived('NEGAAGENGAEA', (8, 16, 24, 32), fuse=FUSES[fuse])).double()
     assert_close(fold(net)(x), net.embed(x), rtol=1e-9, atol=1e-10)
 
 
-def test_what_cannot_be_folded():
+def test_other_networks_cannot_be_folded():
     with pytest.raises(InputError, match='expected an MSINet'):
         fold(nn.Linear(2, 2))
     net = make(backbone=derived(channels=(8, 16, 24, 32), fuse=torch.maximum))

@@ -1,4 +1,4 @@
-"Identity and triplet loss against the released numbers, and the batches a user may bring."
+"Identity and triplet loss: released numbers, any mix of labels, mistakes."
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_float32_follows_float64():
     assert_close(id_loss(G['ce.logits'].float(), G['ce.labels']), G['ce.loss'].float(), rtol=1e-5, atol=0)
 
 
-def test_plain_identity_loss_is_the_default_without_smoothing():
+def test_without_smoothing_it_is_the_plain_identity_loss():
     z, y = G['ce.logits'], G['ce.labels']
     assert_close(id_loss(z, y, eps=0), -z.softmax(1).gather(1, y[:, None]).log().mean())
     assert id_loss(z, y) != id_loss(z, y, eps=0)
@@ -63,7 +63,7 @@ def test_triplet_any_mix_of_labels(y, m):
         assert gradcheck(lambda f: triplet(f, y, m), f.requires_grad_())
 
 
-def test_twins_and_zeros_have_a_finite_gradient():
+def test_copies_and_zeros_have_a_finite_gradient():
     f = torch.randn(6, 4)
     f[1], f[3], f[4] = f[0], 0, f[5]  # a copy, a dead feature, a copy with another label
     for normalise in (True, False):
@@ -86,12 +86,12 @@ def test_labels_out_of_range(bad):
         id_loss(torch.randn(2, 5), torch.tensor(bad))
 
 
-def test_check_labels_passes_what_is_right():
+def test_check_labels_accepts_labels_in_range():
     check_labels(torch.tensor([0, 4]), 5)
     check_labels(torch.tensor([], dtype=torch.long), 5)
 
 
-def test_unit():
+def test_unit_vectors_have_length_one_and_zeros_stay_zero():
     f = torch.randn(3, 4, 5, dtype=torch.double)
     assert_close(unit(f), F.normalize(f, dim=-1))
     f[1, 2] = 0

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from msinet.align import ALIGN, pairwise, unified
 from msinet.backbones import build_baseline
-from msinet.errors import InputError
 from msinet.core import n_params
+from msinet.errors import InputError
 from msinet.sam import PAM, SAM, activation_vectors, alignment, correlation, center
 
 G = {
@@ -95,7 +95,7 @@ def test_activation_vectors_are_the_definition():
     assert gradcheck(activation_vectors, torch.randn(3, 4, 2, 2, dtype=torch.double, requires_grad=True))
 
 
-def test_anchor_does_not_care_where_the_other_stands():
+def test_positions_in_the_other_image_do_not_matter():
     x = torch.randn(3, 4, 6, dtype=torch.double)
     p = torch.randperm(6)
     moved = x.clone()
@@ -126,7 +126,7 @@ def test_order_of_the_batch_does_not_matter():
     assert_close(sam(x[p], y[p]), sam(x, y))
 
 
-def test_no_strangers_no_second_term():
+def test_without_negatives_there_is_no_second_term():
     sam, x, y = SAM(8), torch.rand(4, 8, 3, 2), torch.zeros(4, dtype=torch.long)
     whole = sam(x, y)
     sam.neg = 0.0
@@ -135,12 +135,12 @@ def test_no_strangers_no_second_term():
     assert sam(x[:1], y[:1]).isfinite()
 
 
-def test_labels_of_another_batch():
+def test_labels_of_another_batch_raise():
     with pytest.raises(InputError, match='found 3 labels for 4 samples'):
         SAM(8)(torch.rand(4, 8, 2, 2), torch.zeros(3))
 
 
-def test_dark_maps_stay_finite():
+def test_maps_of_zeros_stay_finite():
     sam, y = SAM(8), torch.tensor([0, 0, 1, 2])
     for dark in ([1], [0, 1, 2, 3]):
         x = torch.rand(4, 8, 3, 2)
@@ -181,17 +181,17 @@ def test_gradient():
 
 
 def test_the_full_table_is_never_kept():
-    "Nothing of the size B·B·N·N waits for the backward pass: at batch 64 of 16×8 that would be 268 MB."
-    held = {}
+    "Nothing of the size B·B·N·N is kept for the backward pass: at batch 64 of 16×8 that would be 268 MB."
+    saved = {}
 
     def pack(t):
-        held[t.untyped_storage().data_ptr()] = t
+        saved[t.untyped_storage().data_ptr()] = t
         return t
 
     x = torch.rand(16, 4, 8, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = SAM(4, r=1)(x, torch.arange(16) // 2)
-    assert sum(t.untyped_storage().nbytes() for t in held.values()) < 16 * 16 * 64 * 64 * 4 / 8
+    assert sum(t.untyped_storage().nbytes() for t in saved.values()) < 16 * 16 * 64 * 64 * 4 / 8
     loss.backward()
 
 
@@ -270,7 +270,7 @@ def test_pairs_without_pam(y, w):
 
 @pytest.mark.parametrize('name', ALIGN)
 @pytest.mark.parametrize('centred', [False, True])
-def test_every_arm_learns_and_only_pam_has_parameters(name, centred):
+def test_every_row_has_gradients_and_only_pam_has_parameters(name, centred):
     y, x = torch.tensor([0, 0, 1, 2]), torch.rand(4, 8, 2, 3, dtype=torch.double, requires_grad=True)
     for released in (False, True):
         sam = ALIGN[name](8, released=released, centred=centred).double()
@@ -280,7 +280,7 @@ def test_every_arm_learns_and_only_pam_has_parameters(name, centred):
         sam.load_state_dict(sam.state_dict())
 
 
-def test_centred_vectors_do_not_see_brightness():
+def test_centred_vectors_ignore_a_constant():
     a = torch.rand(4, 4, 6, dtype=torch.double)
     assert_close(center(a + 7), center(a))
     assert_close(unified(center(a + 7)), unified(center(a)))

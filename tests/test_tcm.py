@@ -14,17 +14,15 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from msinet.weights import save_weights
-from msinet.errors import InputError
-from msinet.data.items import Item, relabel
-from msinet.engine.devices import accelerator
+from msinet.backbones import network
 from msinet.config import SEARCH
+from msinet.data.items import Item, relabel
+from msinet.engine.loop import RunContext
+from msinet.errors import InputError
+from msinet.tcm import Memory, released_split, rounds, twin_split
 from msinet.training.search import build_search, search
 from msinet.engine.learner import trainable_params
-from msinet.data.sets import get_data
-from msinet.tcm import Memory, released_split, rounds, twin_split
-from msinet.backbones import network
-from msinet.weights import open_net
+from msinet.weights import open_net, save_weights
 
 GOLD = Path(__file__).parent / 'golden'
 G = {k: torch.from_numpy(v) for k, v in np.load(GOLD / 'e_memory.npz').items() if v.dtype.kind in 'fi'}
@@ -44,7 +42,7 @@ def make(n=30, least=2, most=9, seed=0):
 
 @pytest.mark.parametrize('overlap', [0, 0.1, 0.25, 0.4, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize('seed', [0, 1, 7])
-def test_every_picture_in_one_twin_and_the_overlap_as_asked(overlap, seed):
+def test_every_image_is_in_one_twin_and_the_overlap_is_as_given(overlap, seed):
     items = make()
     train, val = twin_split(items, overlap, seed)
     assert all(isinstance(t, Item) for t in train + val)
@@ -56,7 +54,7 @@ def test_every_picture_in_one_twin_and_the_overlap_as_asked(overlap, seed):
         assert abs(sum(t.pid == i for t in train) - sum(t.pid == i for t in val)) <= 1
 
 
-def test_seed_decides_identities_and_halves_and_nothing_else_does():
+def test_only_the_seed_decides_identities_and_halves():
     items, state = make(), random.getstate()
     assert twin_split(items) == twin_split(items, 0.4, 0)
     random.seed(99)
@@ -85,17 +83,17 @@ def test_market_sized_numbers():
     assert (len(ids(train)), len(ids(val)), len(ids(train) & ids(val))) == (624, 833, 416)
 
 
-def test_single_pictures_are_never_shared():
+def test_single_images_are_never_shared():
     items = make(10, 3, 5) + [Item(f's{i}', 1000 + i) for i in range(10)]
     for seed in range(5):
         train, val = twin_split(items, 0.5, seed)
         assert len(ids(train) & ids(val)) == 10 and max(ids(train) & ids(val)) < 1000
-    with pytest.raises(InputError, match='two or more images, found 10'):
+    with pytest.raises(InputError, match='found 10 identities with two or more images'):
         twin_split(items, 0.55)
 
 
 @pytest.mark.parametrize('n, overlap', [(10, -0.1), (10, 1.01), (10, float('nan')), (0, 0.4), (1, 1), (2, 0), (3, 0)])
-def test_split_that_cannot_be_made(n, overlap):
+def test_an_impossible_split_raises(n, overlap):
     with pytest.raises(InputError) as e:
         twin_split(make(n), overlap)
     assert '\n' not in str(e.value) and 'expected' in str(e.value)
@@ -206,7 +204,7 @@ def test_loss_is_the_equation_and_its_gradient_is_right():
     assert gradcheck(m.loss, (f, y))
 
 
-def test_an_update_does_not_disturb_a_loss_that_is_waiting():
+def test_an_update_does_not_change_the_gradient_of_an_earlier_loss():
     m = Memory(5, 6)
     m.fill(torch.randn(20, 6), torch.arange(20) % 5)
     f, y = torch.randn(7, 6, requires_grad=True), torch.randint(5, (7,))
@@ -266,7 +264,7 @@ def test_features_of_another_precision():
 
 
 @pytest.mark.parametrize('beta', [0.0, 0.2, 1.0])
-def test_groups_need_no_looking(beta):
+def test_groups_equal_one_by_one(beta):
     g = torch.Generator().manual_seed(4)
     c, f, y = (
         F.normalize(torch.randn(20, 16, generator=g, dtype=torch.double)),
@@ -280,7 +278,7 @@ def test_groups_need_no_looking(beta):
 
 
 @pytest.mark.parametrize('y, K', [([0, 0, 1], 2), ([0, 0, 1, 0], 2), ([0, 0, 1, 1, 0, 0], 2)], ids=str)
-def test_groups_that_are_none(y, K):
+def test_labels_not_in_groups_raise(y, K):
     m = Memory(3, 4)
     with pytest.raises(InputError, match='not groups of 2'):
         m.update(torch.randn(len(y), 4), torch.tensor(y), K)
@@ -302,7 +300,7 @@ def test_an_update_writes_into_the_table():
     assert m.c is c and (c[[0, 2, 3]] == before[[0, 2, 3]]).all() and (c[[1, 4]] != before[[1, 4]]).any(1).all()
 
 
-# the arms of the search
+# ablations of the search
 
 SMOKE = replace(SEARCH['smoke'], epochs=2, evaluate=False)
 
@@ -313,7 +311,7 @@ def test_every_overlap_searches(overlap, tmp_path):
     assert np.isfinite(found.history[0]['val']) and found.alphas.shape == (1, 12, 4)
 
 
-def test_a_classifier_needs_the_same_people(tmp_path):
+def test_a_classifier_needs_the_same_identities(tmp_path):
     for overlap in (0.75, 0.0):
         with pytest.raises(InputError, match='objective ce found') as e:
             search(replace(SMOKE, objective='ce', overlap=overlap, out=str(tmp_path / 'run')))
@@ -321,14 +319,16 @@ def test_a_classifier_needs_the_same_people(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_classifier_moves_with_omega_alone():
-    cfg = replace(SMOKE, objective='ce', overlap=1.0)
-    step, dl = build_search(cfg, get_data(cfg.data, cfg.size), accelerator('cpu'))
+def test_one_classifier_is_trained_with_omega_alone(tmp_path):
+    cfg = replace(SMOKE, objective='ce', overlap=1.0, device='cpu', out=str(tmp_path / 'run'))
+    with RunContext(cfg, 'search') as run:
+        run.load()
+        step, loader = build_search(run)
     assert step.c_tr is step.c_val and any(p is step.c_tr.classifier.weight for p in trainable_params(step.opt_omega))
     w = step.c_tr.classifier.weight.detach().clone()
     step.alpha()
     assert torch.equal(step.c_tr.classifier.weight, w) and step.c_tr.classifier.weight.grad is None
-    step.omega(next(iter(dl)))
+    step.omega(next(iter(loader)))
     assert not torch.equal(step.c_tr.classifier.weight, w)
 
 
@@ -338,7 +338,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    'arm',
+    'ablation',
     [
         dict(objective='ce', overlap=1.0),
         dict(unrolled=True, cost=0.5),
@@ -346,8 +346,8 @@ def plain(tmp_path_factory):
     ],
     ids=str,
 )
-def test_arms_resume_bit_for_bit(arm, plain, tmp_path):
-    cfg = replace(SMOKE, **arm)
+def test_ablations_resume_bit_for_bit(ablation, plain, tmp_path):
+    cfg = replace(SMOKE, **ablation)
     whole = search(replace(cfg, out=str(tmp_path / 'whole')))
     search(replace(cfg, out=str(tmp_path / 'part'), epochs=1, milestones=()))
     again = search(replace(cfg, out=str(tmp_path / 'part'), resume=True))
@@ -356,7 +356,7 @@ def test_arms_resume_bit_for_bit(arm, plain, tmp_path):
     assert not np.array_equal(whole.alphas, plain)
 
 
-def test_a_price_pushes_attention_down(tmp_path):
+def test_a_cost_lowers_the_share_of_attention(tmp_path):
     share = lambda cost: (
         np.exp(
             a := search(replace(SMOKE, cost=cost, epochs=4, lr_alpha=0.1, out=str(tmp_path / f'run{cost}'))).alphas[-1]
@@ -369,13 +369,13 @@ def test_a_price_pushes_attention_down(tmp_path):
 @pytest.mark.parametrize(
     'wrong', [dict(unrolled=True, leak=True, alpha_first=True), dict(objective='softmax'), dict(fuse='concat')], ids=str
 )
-def test_arms_that_do_not_go_together(wrong, tmp_path):
+def test_ablations_that_exclude_each_other_raise(wrong, tmp_path):
     with pytest.raises(InputError, match='expected'):
         search(replace(SMOKE, out=str(tmp_path / 'run'), **wrong))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_from_before_the_arms_are_sums(tmp_path):
+def test_old_weights_without_fuse_are_sums(tmp_path):
     net = network('msinet', 'N' * 12, (8, 16, 24, 32), 3, (64, 32), 4)
     save_weights(
         net,

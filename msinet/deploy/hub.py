@@ -24,18 +24,18 @@ _WEIGHTS = 'model.safetensors'
 
 
 class HubNet(ReIDNet, PyTorchModelHubMixin):
-    "A network that the Hugging Face hub can keep: `HubNet.from_pretrained(folder)`, `.save_pretrained(folder)`."
+    "A network for the Hugging Face hub: `HubNet.from_pretrained(folder)`, `.save_pretrained(folder)`."
 
     def __init__(
         self,
-        backbone: str = 'msinet',  # or the name of a compared network
+        backbone: str = 'msinet',  # or the name of a baseline
         genotype: str = TABLE1,  # of MSINet
         channels=(64, 256, 384, 512),  # of the stem and the three stages
         rho: int = 3,  # scale ratio of the branches
         size=(256, 128),  # (H, W) of the images in pixels
-        n_ids: int = 0,  # identities of its classifiers; 0 for none
-        fuse: str = 'sum',  # how branches become one
-        after_bn: bool = False,  # embed by normalised features, as a network that was trained without identities
+        n_ids: int = 0,  # identities of the classifiers; 0 for none
+        fuse: str = 'sum',  # how branches are combined
+        after_bn: bool = False,  # embed by the features after batch normalisation, as unsupervised networks do
     ):
         net = network(backbone, genotype, tuple(channels), rho, tuple(size), n_ids, lookup(FUSES, fuse, 'fuse'))
         super().__init__(net.backbone, net.neck)
@@ -53,7 +53,7 @@ class HubNet(ReIDNet, PyTorchModelHubMixin):
         force_download=False,
         local_files_only=False,
         token=None,
-        **words,
+        **arguments,
     ):
         folder = Path(model_id)
         file = (
@@ -69,22 +69,22 @@ class HubNet(ReIDNet, PyTorchModelHubMixin):
                 token=token,
             )
         )
-        return built(words, file, model_id).to(map_location)
+        return built(arguments, file, model_id).to(map_location)
 
 # %% ../../nbs/deploy/31_hub.ipynb #d1b27a38
 def card(
-    about: dict,  # as from `open_net`
+    about: dict,  # how the network was built, from `open_net`
     metrics: dict,  # name -> dict with mAP, R1, ...
     data: str,  # what it was trained on
     params: int,  # of the network
-) -> str:  # Markdown, with the hub's header
-    "The card of a model's folder."
+) -> str:  # Markdown, with the header of the hub
+    "The model card of a folder."
     rows = [
         f"| {n} | {100 * m['mAP']:.1f} | {100 * m['R1']:.1f} | {100 * m['R5']:.1f} |"
         for n, m in metrics.items()
         if isinstance(m, dict) and {'mAP', 'R1', 'R5'} <= {*m}
     ]
-    word = f"genotype `{about['genotype']}`, " if about.get('genotype') else ''
+    genotype = f"genotype `{about['genotype']}`, " if about.get('genotype') else ''
     plain = one_line(data).replace('`', "'")
     return '\n'.join(
         [
@@ -96,7 +96,7 @@ def card(
             '',
             f"# {about.get('backbone', 'msinet')} for object re-identification",
             '',
-            f"{word}{params:,} parameters, images of {about['size'][0]}×{about['size'][1]} pixels. Trained on "
+            f"{genotype}{params:,} parameters, images of {about['size'][0]}×{about['size'][1]} pixels. Trained on "
             f"`{plain}`.",
             '',
             '| percent | mAP | R1 | R5 |',
@@ -104,52 +104,48 @@ def card(
             *rows,
             '',
             '```python',
-            'from msinet.deploy.hub import load',
-            'net = load("this folder")',
-            'f = net.embed(images) # (B, 3, H, W), normalised -> (B, D)',
+            'from msinet.deploy.hub import load_hub',
+            'net = load_hub("this folder")',
+            'f = net.embed(images)  # (B, 3, H, W) normalised images -> (B, D)',
             '```',
             '',
-            'For research. Not for finding or watching people who have not agreed to it; on other cameras than those '
-            'it was trained on it is much worse than the table says.',
+            'For research. Not for identifying or tracking people without their consent. On cameras that are not in '
+            'the training data it is much worse than the table shows.',
             '',
         ]
     )
 
 # %% ../../nbs/deploy/31_hub.ipynb #2478fbf6
 def to_hub(
-    run,  # a run's folder with model.safetensors, or such a file
-    dir,  # the model's folder, made if need be
+    run,  # a run folder with model.safetensors, or such a file
+    dir,  # the model folder, made where it is missing
 ) -> Path:
-    "Write a trained network as a model's folder: weights, configuration, card. Raises `InputError` when there is no network, or the folder can't be written."
+    """Write a trained network as a model folder: weights, configuration, card.
+
+    Raises `InputError` when there is no network, or the folder can't be written.
+    """
     net, about = open_net(run)
     run, dir = Path(run), Path(dir)
     home = run if run.is_dir() else run.parent
     if dir.resolve() == home.resolve():
         raise InputError(
-            f'{dir} is the run itself, expected another folder for the model: its config.json would be written over'
+            f'{dir} is the run itself, expected another folder: the config.json of the run would be overwritten'
         )
     n_ids = len(net.state_dict().get('neck.classifier.weight', ()))  # none where it was trained without identities
-    config = {
-        k: about[k]
-        for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn')
-        if about.get(k) is not None
-    } | dict(n_ids=n_ids)
-    run_said = read_run_config(home)
-    c = next((run_said[k] for k in ('train', 'usl', 'uda') if run_said.get(k)), {})
-    plain = lambda spec: (
-        spec.partition('=')[0] + ('=…' if '=/' in spec or '=~' in spec else spec[len(spec.partition('=')[0]) :])
-    )  # no paths of this computer
+    names = 'backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn'
+    config = {k: about[k] for k in names if about.get(k) is not None} | dict(n_ids=n_ids)
+    saved = read_run_config(home)
+    c = next((saved[k] for k in ('train', 'usl', 'uda') if saved.get(k)), {})
+    plain = lambda spec: f"{spec.partition('=')[0]}=…" if '=/' in spec or '=~' in spec else spec  # no local paths
     data = ' and '.join(plain(c[k]) for k in ('source', 'data') if c.get(k))
     try:
         save_weights(net, dir / 'model.safetensors', about)
         write_json(dir / 'config.json', config)
-        write_atomic(
-            dir / 'README.md',
-            card(about, read_run_json(home, 'metrics'), data or 'unknown', n_params(net, skip=['classifier'])).encode(),
-        )
+        words = card(about, read_run_json(home, 'metrics'), data or 'unknown', n_params(net, skip=['classifier']))
+        write_atomic(dir / 'README.md', words.encode())
     except OSError as e:
         raise InputError(
-            f'{dir} cannot be written ({e.strerror or e}), expected a folder with room: give another'
+            f'{dir} cannot be written ({e.strerror or e}), expected a writable folder with free space: give another'
         ) from None
     return dir
 
@@ -157,9 +153,12 @@ def to_hub(
 def built(
     config: dict,  # arguments of `HubNet`
     file,  # of weights
-    where,  # both come from, for messages
+    where,  # folder or name of the model, for messages
 ) -> HubNet:  # in eval mode
-    "A network with its weights, whose shapes are compared before anything is built. Raises `InputError` when they don't belong together."
+    """Build a network with its weights; their shapes are compared first.
+
+    Raises `InputError` when configuration and weights don't fit.
+    """
     sd, _ = load_weights(file)
     try:
         return build_with_weights(lambda: HubNet(**config), sd, config.get('rho', 3)).eval()
@@ -167,19 +166,19 @@ def built(
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e:
         raise InputError(
-            f"{where} is not what its config.json says ({' '.join(str(e).split())[:160]}), expected weights of "
-            "that network"
+            f"{where} does not fit its config.json ({' '.join(str(e).split())[:160]}), expected weights of that "
+            "network: write the folder again"
         ) from None
 
 # %% ../../nbs/deploy/31_hub.ipynb #6716524a
 def load_hub(
-    dir,  # a model's folder on this computer
+    dir,  # a local model folder
 ) -> HubNet:  # in eval mode
-    "A network out of its folder, without the internet. Raises `InputError` when the folder holds none."
+    "Load a network from a local folder. Raises `InputError` when the folder holds none."
     dir = Path(dir)
     if not (dir / 'config.json').is_file() or not (dir / _WEIGHTS).is_file():
         raise InputError(
-            f'{dir} holds no model (config.json and model.safetensors), expected a folder that `msinet export '
-            '--hub` wrote'
+            f'{dir} holds no model (config.json and model.safetensors), expected a model folder: write one with '
+            '`msinet export --hub`'
         )
     return built(read_run_json(dir, 'config'), dir / _WEIGHTS, dir)
