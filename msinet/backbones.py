@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CDNET', 'BACKBONES', 'NECKS', 'ScaleBlock', 'ScaleNet', 'osnet', 'FCNeck', 'cdnet', 'timm_tools', 'resnet50',
-           'on_grid', 'ViT', 'vit', 'check_backbone', 'build_baseline', 'network']
+           'resample_positions', 'ViT', 'vit', 'check_backbone', 'build_baseline', 'network']
 
 # %% ../nbs/16_backbones.ipynb #7f9d56e2
 from collections import OrderedDict
@@ -160,7 +160,7 @@ class _ToMap(nn.Module):
         return rearrange(x, 'b (h w) c -> b c h w', h=h)
 
 # %% ../nbs/16_backbones.ipynb #3be1c4d7
-def on_grid(
+def resample_positions(
     pos: Tensor,  # (1, 1+n, d) position embedding of the class token and of n patches
     grid,  # rows and columns of patches
     distilled: bool = False,  # leave out the second token, as TransReID does
@@ -189,7 +189,9 @@ class ViT(nn.Module):
         self.cls = cls
         self.rows = (size[0] - patch) // stride + 1
         net.patch_embed.proj.stride = (stride, stride)
-        pos = on_grid(net.pos_embed.detach(), (self.rows, (size[1] - patch) // stride + 1), hasattr(net, 'dist_token'))
+        pos = resample_positions(
+            net.pos_embed.detach(), (self.rows, (size[1] - patch) // stride + 1), hasattr(net, 'dist_token')
+        )
         if hasattr(net, 'dist_token'):
             del net.dist_token
         self.net, self.at = net, (n // 3, 2 * n // 3, n)

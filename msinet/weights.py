@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELL_NAMES', 'TIMM', 'save_weights', 'load_weights', 'build_with_weights', 'open_net', 'unwrap_state_dict',
-           'from_official', 'from_osnet', 'take', 'from_timm', 'load_initial_weights']
+           'from_official', 'from_osnet', 'load_renamed', 'from_timm', 'load_initial_weights']
 
 # %% ../nbs/21_weights.ipynb #44a25cab
 import json
@@ -21,7 +21,7 @@ from .core import write_atomic
 from .errors import InputError
 from .space import FUSES
 from .necks import BNNeck, ReIDNet
-from .backbones import FCNeck, network, on_grid, ViT
+from .backbones import FCNeck, network, resample_positions, ViT
 from .engine.checkpoint import load
 
 # %% ../nbs/21_weights.ipynb #351645c4
@@ -255,7 +255,7 @@ def from_osnet(
     return out
 
 # %% ../nbs/21_weights.ipynb #1af6780f
-def take(
+def load_renamed(
     net: ReIDNet,  # changed in place
     state_dict: dict,  # names begin with 'backbone.' or 'neck.'
 ) -> list[str]:  # names that were not used, all of them of the neck
@@ -301,7 +301,9 @@ def from_timm(
     at, own = 'backbone.net.pos_embed', net.backbone.net.pos_embed if vit else None
     if vit and isinstance(sd.get(at), torch.Tensor) and sd[at].shape[::2] == own.shape[::2]:
         try:
-            sd[at] = on_grid(sd[at], (net.backbone.rows, (own.shape[1] - 1) // net.backbone.rows), 'dist_token' in left)
+            sd[at] = resample_positions(
+                sd[at], (net.backbone.rows, (own.shape[1] - 1) // net.backbone.rows), 'dist_token' in left
+            )
         except (RuntimeError, ValueError):
             pass  # not a square of patches: refused later for its shape
     return sd

@@ -18,7 +18,7 @@ from msinet.figures.cam import cam
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.sam import SAM
 from msinet.training.train import TrainStep
-from msinet.weights import from_osnet, from_timm, load_initial_weights, take
+from msinet.weights import from_osnet, from_timm, load_initial_weights, load_renamed
 
 tiny_vit = partial(vit, "vit_tiny_patch16_224", (64, 32))
 SMALL = dict(resnet50=resnet50, osnet=osnet, cdnet=cdnet, vit=partial(tiny_vit, drop_path=0.0))
@@ -279,13 +279,13 @@ def test_released_osnet_loads_completely():
     )
     net = ReIDNet(osnet(), FCNeck((512,), 10))
     for wrapped in (sd, dict(state_dict=sd), {f"module.{k}": v for k, v in sd.items()}):
-        assert take(net, from_osnet(wrapped)) == []
+        assert load_renamed(net, from_osnet(wrapped)) == []
     assert_close(
         net.backbone.stages[1].blocks[1].streams[3][2].each.weight.detach(), sd["conv3.1.conv2d.2.conv2.weight"]
     )
     assert_close(net.backbone.stages[0].blocks[0].shortcut.bn.weight.detach(), sd["conv2.0.downsample.bn.weight"])
     old = {k: v for k, v in sd.items() if "num_batches" not in k}
-    assert take(net, from_osnet(old)) == []
+    assert load_renamed(net, from_osnet(old)) == []
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_backbone_that_does_not_fit_is_refused_and_nothing_changes(spoil):
     net = ReIDNet(osnet(), FCNeck((512,), 10))
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(InputError, match="1 tensors.*stages.[23].end.conv.weight"):
-        take(net, sd)
+        load_renamed(net, sd)
     assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 

@@ -25,13 +25,13 @@ from msinet.engine.health import alpha_sameness
 from msinet.docs.lesson import check, exercises
 from msinet.widgets.live import live_search
 from msinet.ops import OPS
-from msinet.figures.panels import doubt, share_maps
+from msinet.figures.panels import share_entropy, share_maps
 from msinet.figures.report import report
 from msinet.training.search import search
-from msinet.figures.slots import moment
+from msinet.figures.slots import search_frame
 from msinet.space import alphas, subnet_state_dict, derived, genotype, set_genotype, supernet
 from msinet.training.train import train
-from msinet.widgets.lab import alpha_player, cost, interaction_lab, word_cost
+from msinet.widgets.lab import alpha_player, cost, interaction_lab, genotype_cost
 
 
 CLASS = Path(__file__).parent.parent / "nbs" / "class"
@@ -100,8 +100,8 @@ def test_every_figure_takes_five(fifth):
         )
         >= 12
     )
-    assert len(share_maps({"": h}).axes) == 6 and moment({"": h}, net="") and moment({"": even[None]})
-    assert doubt(even).tolist() == pytest.approx([np.log2(5)] * 12) and alpha_sameness(h[-1]) <= 1
+    assert len(share_maps({"": h}).axes) == 6 and search_frame({"": h}, net="") and search_frame({"": even[None]})
+    assert share_entropy(even).tolist() == pytest.approx([np.log2(5)] * 12) and alpha_sameness(h[-1]) <= 1
     alpha_player(h.numpy())
 
 
@@ -110,7 +110,7 @@ def test_the_lab_turns_through_five(fifth):
     for first in "DN":  # a click gives the next letter, after the last one the first
         panel.clicked(0)
         assert panel.error is None and panel.values()["word"] == first + "A" * 11
-    assert word_cost(GENOTYPE) == cost(GENOTYPE)
+    assert genotype_cost(GENOTYPE) == cost(GENOTYPE)
 
 
 def test_other_columns_are_named(fifth):
@@ -118,7 +118,7 @@ def test_other_columns_are_named(fifth):
     for draw in (
         lambda: vis.plot_alphas(old),
         lambda: share_maps({"": old}),
-        lambda: moment({"": old}),
+        lambda: search_frame({"": old}),
         lambda: vis.draw_genotype(TABLE1, old[0]),
     ):
         with pytest.raises(InputError, match=r"12, 4.*12, 5.*N E G A D"):

@@ -17,9 +17,9 @@ import pytest
 from msinet.cli import main
 from msinet.config import SMOKE_SYNTH
 from msinet.errors import InputError
-from msinet.paper.experiments import differences, figure, planned, results, table
+from msinet.paper.experiments import differences, figure, runs_of, results, table
 from msinet.paper.runs import PARTS, key_of, names_of, run_of
-from msinet.paper.trials import collect, grid, perform, read_rows, rows, shrunk
+from msinet.paper.trials import collect, grid, perform, read_rows, rows, shrink_run
 
 NAMES = ("MS/none", "MS/gate", "MS/exchange")
 
@@ -35,7 +35,7 @@ if __name__ == '__main__':
 
 
 def tiny(name, seed=0, epochs=2):
-    return shrunk(run_of(name, "demo", seed), SMOKE_SYNTH, epochs)
+    return shrink_run(run_of(name, "demo", seed), SMOKE_SYNTH, epochs)
 
 
 def workers_of(pid):
@@ -220,7 +220,7 @@ def test_commands_run_and_table(tmp_path, capsys):
     assert "6 of 6 runs to do" in out and "hours" in out
     main(["table", "2", "--rows", str(tmp_path)])
     assert "95.3" in capsys.readouterr().out
-    assert len(planned("figure 5c", "demo", 2)) == 6 and "figure 5c" in PARTS
+    assert len(runs_of("figure 5c", "demo", 2)) == 6 and "figure 5c" in PARTS
 
 
 def test_a_figure_is_drawn_from_rows(tmp_path):

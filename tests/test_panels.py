@@ -6,7 +6,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from msinet.errors import InputError
-from msinet.figures.panels import doubt, lead, map_table, settled, share_maps
+from msinet.figures.panels import share_entropy, share_lead, map_table, settling_epoch, share_maps
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +31,13 @@ def test_settled_by_a_loop():
     h = torch.randn(20, 12, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
     best = h.argmax(-1).T.tolist()
     slow = [next(e for e in range(1, 21) if len(set(b[e - 1 :])) == 1) for b in best]
-    assert settled(h).tolist() == slow
+    assert settling_epoch(h).tolist() == slow
 
 
 def test_doubt_and_lead_of_known_shares():
     h = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    torch.testing.assert_close(doubt(h), torch.tensor([1.75], dtype=torch.float64))
-    torch.testing.assert_close(lead(h), torch.tensor([0.25], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(share_entropy(h), torch.tensor([1.75], dtype=torch.float64))
+    torch.testing.assert_close(share_lead(h), torch.tensor([0.25], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_object_share_follows_masks_and_the_query_has_no_gradient():

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from msinet.config import SEARCH, TABLE1, TRAIN
 from msinet.core import set_seed
 from msinet.errors import InputError
-from msinet.paper.evidence import background_drift, drawn_means, elsewhere, mean_ci, object_gain, object_gains, paired
+from msinet.paper.evidence import background_drift, bootstrap_means, swap_background, mean_ci, object_gain
+from msinet.paper.evidence import object_gains, paired
 from msinet.paper.evidence import rank_correlation
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
 from msinet.paper.probes import batches_per_epoch, discretisation_gap, held_out, own_stats, with_genotype
@@ -182,7 +183,9 @@ def test_draws_against_a_loop():
     v, who = np.array([0.1, 0.3, -0.2, 0.5]), np.array([9, 9, 4, 7])
     pick = np.random.default_rng(3).integers(3, size=(50, 3))
     groups = [v[who == g] for g in (4, 7, 9)]
-    assert np.allclose(drawn_means(v, who, 50, 3), [np.concatenate([groups[k] for k in row]).mean() for row in pick])
+    assert np.allclose(
+        bootstrap_means(v, who, 50, 3), [np.concatenate([groups[k] for k in row]).mean() for row in pick]
+    )
 
 
 def test_rank_correlation_counts_pairs():
@@ -210,7 +213,7 @@ def test_elsewhere_keeps_the_object_and_changes_the_rest(kind):
         for c in range(1, 5):
             if c == item.cam:
                 continue
-            p = elsewhere(item, c)
+            p = swap_background(item, c)
             off = np.abs(p.astype(int) - own).mean(-1)
             assert (
                 p.shape == own.shape
@@ -218,12 +221,12 @@ def test_elsewhere_keeps_the_object_and_changes_the_rest(kind):
                 and off[m == 1].mean() < 8
                 and off[m == 0].mean() > off[m == 1].mean()
             )
-            assert np.array_equal(p, elsewhere(item, c))
+            assert np.array_equal(p, swap_background(item, c))
 
 
 def test_only_rendered_images_get_another_background(tmp_path):
     with pytest.raises(InputError, match='no rendered image'):
-        elsewhere(str(tmp_path / '0001_c1.jpg'), 2)
+        swap_background(str(tmp_path / '0001_c1.jpg'), 2)
     data = synth(n_ids=4, n_test=2)
     with pytest.raises(InputError, match='two or more'):
         background_drift(nn.Identity(), [i for i in data.train if i.cam == data.train[0].cam])

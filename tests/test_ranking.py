@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from msinet.errors import InputError
 from msinet.data.items import Item, ReIDData
-from msinet.retrieval.places import Pairs, chunk_places, filtered_scores, repeated_rows, valid_vectors
+from msinet.retrieval.places import Pairs, chunk_places, filtered_scores, repeated_rows, check_vectors
 from msinet.retrieval.ranking import Ranking, camera_table, metrics_table, query_table
 from msinet.retrieval.places import Embeddings
 from msinet.retrieval.protocols import full_gallery, image_to_track, one_image_galleries, single_shot
@@ -111,10 +111,10 @@ def test_empty_and_extreme_features():
     assert rank(f[:0], t[:0], t[:0], f, t, t).offsets.tolist() == [0]
     assert rank(f, t, t, f[:0], t[:0], t[:0]).skipped == 2
     with pytest.raises(InputError, match="too large to square in row 1"):
-        valid_vectors(torch.tensor([[1.0], [3e30]]), "query")
-    assert len(valid_vectors(torch.tensor([[1.0], [1e-30]]), "query")) == 2
+        check_vectors(torch.tensor([[1.0], [3e30]]), "query")
+    assert len(check_vectors(torch.tensor([[1.0], [1e-30]]), "query")) == 2
     with pytest.raises(InputError, match=r"NaN in row 1 of the query features \(b\.jpg\)"):
-        valid_vectors(torch.tensor([[1.0], [np.nan]]), "query", ["a.jpg", "b.jpg"])
+        check_vectors(torch.tensor([[1.0], [np.nan]]), "query", ["a.jpg", "b.jpg"])
 
 
 def test_tables_agree_with_the_ranking():

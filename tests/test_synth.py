@@ -17,7 +17,7 @@ from msinet.errors import InputError
 from msinet.rendering.tracer import View, cast
 from msinet.rendering.scene import KINDS, camera, keyed
 from msinet.rendering.world import LEVELS, Dials, Shot, World, identity, is_rendered, lookalikes, mask, parse_path
-from msinet.rendering.world import render, site, snap, stage, synth, write_layout
+from msinet.rendering.world import render, camera_and_canvas, take_photo, stage, synth, write_layout
 from msinet.rendering.vehicles import BODIES, footprint, mark_apart, marks_of
 
 SMALL = dict(n_ids=4, n_test=3, cams=3, visits=3, height=32)
@@ -40,7 +40,7 @@ def images(data):
 def test_order_of_drawing_does_not_matter(kind):
     paths = [i.path for i in images(small(kind=kind))][::3]
     forward = {p: crc(render(p)) for p in paths}
-    for cache in (site, identity):
+    for cache in (camera_and_canvas, identity):
         cache.cache_clear()
     assert {p: crc(render(p)) for p in reversed(paths)} == forward
 
@@ -106,7 +106,7 @@ def test_each_name_has_its_own_random_generator():
     assert keyed('a', 1).random() == keyed('a', 1).random() != keyed('a', 2).random()
     assert repr(camera(0, 'person', 'A', 4)) == repr(camera(0, 'person', 'A', 4)) != repr(camera(1, 'person', 'A', 4))
     world = World('person', 'A', 0, 32, LEVELS['easy'])
-    one, other = (snap(Shot(replace(world, seed=s), 'train', 1, 1, 0))[0] for s in (0, 1))
+    one, other = (take_photo(Shot(replace(world, seed=s), 'train', 1, 1, 0))[0] for s in (0, 1))
     assert not np.array_equal(one, other)
 
 

@@ -18,7 +18,7 @@ from msinet.errors import InputError
 from msinet.space import Mixed, supernet
 from msinet.training.search import AlphaHistory, search
 from msinet.widgets.controls import Panel, slider
-from msinet.widgets.lab import alpha_player, augment_lab, cost, interaction_lab, word_cost
+from msinet.widgets.lab import alpha_player, augment_lab, cost, interaction_lab, genotype_cost
 from msinet.widgets.live import LiveSearch, live_search
 
 
@@ -220,4 +220,4 @@ def test_alpha_between_epochs_is_thinned_evenly_and_survives_a_stop(tmp_path):
 def test_a_genotype_costs_the_sum_of_its_letters():
     for seed in range(3):
         genotype = "".join(np.random.default_rng(seed).choice(list("NEGA"), 12))
-        assert word_cost(genotype, (8, 32, 48, 64), (64, 32)) == cost(genotype, (8, 32, 48, 64), (64, 32))
+        assert genotype_cost(genotype, (8, 32, 48, 64), (64, 32)) == cost(genotype, (8, 32, 48, 64), (64, 32))

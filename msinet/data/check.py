@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from ..errors import InputError, one_line
 from ..vis import COL2, NETS, QUERY, style, WRONG
-from .items import files_below, is_hidden_file, LeftOut, read_image, ReIDData, SUFFIXES, summary
+from .items import files_below, is_hidden_file, LeftOutWarning, read_image, ReIDData, SUFFIXES, summary
 from .sets import get_data, split_spec
 
 # %% ../../nbs/data/04_check.ipynb #0539fe82
@@ -240,7 +240,7 @@ def check_data(
         if isinstance(data, str):
             data = get_data(data)
     notes = [w.message for w in caught]
-    faults = [Fault(p, m.why) for m in notes if isinstance(m, LeftOut) for p in m.paths]
+    faults = [Fault(p, m.why) for m in notes if isinstance(m, LeftOutWarning) for p in m.paths]
     items = data.train + data.query + data.gallery
     paths = sorted({i.path for i in items if not i.path.startswith('synth:')})  # rendered images are not files
     broken, digest = _check_images(paths, progress)

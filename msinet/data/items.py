@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'Item', 'Source', 'ReIDData', 'summary', 'relabel', 'is_hidden_file', 'files_below', 'image_files',
-           'read_image', 'LeftOut', 'read_names', 'read_list', 'check_on_disk', 'data_fingerprint']
+           'read_image', 'LeftOutWarning', 'read_names', 'read_list', 'check_on_disk', 'data_fingerprint']
 
 # %% ../../nbs/data/02_items.ipynb #186d0b95
 import hashlib
@@ -126,7 +126,7 @@ def read_image(
         ) from None
 
 # %% ../../nbs/data/02_items.ipynb #df231cbb
-class LeftOut(UserWarning):
+class LeftOutWarning(UserWarning):
     "Images were left out of a set: `.paths` lists them, `.why` gives the reason."
 
     def __init__(
@@ -164,7 +164,7 @@ def read_names(
         )
     if odd:
         warnings.warn(
-            LeftOut(
+            LeftOutWarning(
                 f"{len(odd)} of {len(names)} names do not fit the pattern and are left out: {', '.join(shown[:5])}",
                 odd,
                 'odd name',
@@ -220,7 +220,7 @@ def check_on_disk(
     gone = sorted({i.path for i in items} - {i.path for i in good})
     if len(good) < len(items):
         warnings.warn(
-            LeftOut(
+            LeftOutWarning(
                 f'{len(items) - len(good)} of {len(items)} images listed in {where} are missing and left out, such '
                 f'as {gone[0]}',
                 gone,

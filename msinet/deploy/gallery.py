@@ -34,7 +34,7 @@ from ..data.augment import normalise
 from ..data.loaders import load_image, load_resized, test_loader
 from ..data.sets import get_data
 from ..retrieval.evaluate import device_of, embed, first_k
-from ..retrieval.places import Embeddings, filtered_scores, valid_vectors
+from ..retrieval.places import check_vectors, Embeddings, filtered_scores
 from ..engine.run import run_data_spec
 from ..weights import open_net
 
@@ -74,13 +74,13 @@ def image_embedding(
     image,  # path of a file, name of a rendered image, or array (H, W, 3) uint8
     size: tuple[int, int],  # (H, W) of the network's input
 ) -> Tensor:  # (D,) of length 1, on the CPU
-    "The unit vector of one image. Errors as for `load_image` and `valid_vectors`."
+    "The unit vector of one image. Errors as for `load_image` and `check_vectors`."
     training = net.training
     try:
         f = net.eval().embed(_image_input(image, size).to(device_of(net))).float().cpu()
     finally:
         net.train(training)
-    return F.normalize(valid_vectors(f, 'image', [image if isinstance(image, (str, Path)) else 'array']))[0]
+    return F.normalize(check_vectors(f, 'image', [image if isinstance(image, (str, Path)) else 'array']))[0]
 
 # %% ../../nbs/deploy/31_gallery.ipynb #07d78d4b
 def image_embeddings(
@@ -88,10 +88,10 @@ def image_embeddings(
     paths,  # N images
     size: tuple[int, int],  # (H, W) of the network's input
 ) -> Tensor:  # (N, D) of length 1, on the CPU
-    "Unit vectors of many images. Errors as for `embed` and `valid_vectors`."
+    "Unit vectors of many images. Errors as for `embed` and `check_vectors`."
     names = [str(p) for p in paths]
     f = embed(net, test_loader([Item(n, 0) for n in names], size)).f.cpu()
-    return F.normalize(valid_vectors(f, 'gallery', names))
+    return F.normalize(check_vectors(f, 'gallery', names))
 
 # %% ../../nbs/deploy/31_gallery.ipynb #ccf21ff4
 class Matches(NamedTuple):
@@ -529,7 +529,7 @@ def run_verify(
 
     def unit_vectors(items):
         e = embed(net, test_loader(items, about['size']))
-        return e._replace(f=F.normalize(valid_vectors(e.f, 'validation', [i.path for i in items])))
+        return e._replace(f=F.normalize(check_vectors(e.f, 'validation', [i.path for i in items])))
 
     true, false = pair_distances(unit_vectors(data.query), unit_vectors(data.gallery), data.same_cam_ok)
     v = verify(net, cfg.a, cfg.b, about['size'], true, false, cfg.fmr)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ..errors import InputError
 from ..data.items import ReIDData
 from ..data.loaders import test_loader
-from .places import Embeddings, filtered_scores, valid_vectors
+from .places import check_vectors, Embeddings, filtered_scores
 from .protocols import full_gallery, protocol_of
 from .ranking import metrics_table, Ranking
 
@@ -106,7 +106,7 @@ def evaluate_loaders(
 
     def unit(loader, what):
         e = embed(net, loader, device, gather)
-        return e._replace(f=F.normalize(valid_vectors(e.f, what, [i.path for i in loader.items])))
+        return e._replace(f=F.normalize(check_vectors(e.f, what, [i.path for i in loader.items])))
 
     q, g = unit(query, 'query'), unit(gallery, 'gallery')
     return protocol(q, g, same_cam_ok or q.cam is None or g.cam is None)

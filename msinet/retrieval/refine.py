@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing import NamedTuple
 
 from ..errors import InputError
-from .places import valid_vectors
+from .places import check_vectors
 
 # %% ../../nbs/retrieval/06_refine.ipynb #94363dd7
 class FlipAveraged(nn.Module):
@@ -44,7 +44,7 @@ def fit_whitening(
     eps: float = 1e-6,  # smallest variance, as a share of the largest
 ) -> Whitening:  # for `whiten`
     "PCA whitening. Raises `InputError` for fewer than two images and for broken vectors."
-    f = valid_vectors(f, 'training')
+    f = check_vectors(f, 'training')
     if len(f) < 2:
         raise InputError(f'{len(f)} training vectors; expected two or more: give many times their length {f.shape[1]}')
     x = f.double()
@@ -68,11 +68,11 @@ def expand_queries(
     alpha: float = 3.0,  # exponent of the similarity; 0 gives equal weights
     chunk: int = 256,  # queries at a time
 ) -> Tensor:  # (Q, D) of length 1
-    "α-weighted query expansion. Raises `InputError` as `valid_vectors`, and for k below 1."
+    "α-weighted query expansion. Raises `InputError` as `check_vectors`, and for k below 1."
     if k < 1:
         raise InputError(f'k is {k}; expected at least 1: give the number of nearest images')
-    q_f = valid_vectors(q_f, 'query')
-    g_f = valid_vectors(g_f, 'gallery')
+    q_f = check_vectors(q_f, 'query')
+    g_f = check_vectors(g_f, 'gallery')
     out = []
     for q in q_f.split(chunk):
         near, idx = (q @ g_f.T).topk(min(k, len(g_f)), dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .evaluate import first_k
-from .places import sq_dist, valid_vectors
+from .places import check_vectors, sq_dist
 
 # %% ../../nbs/retrieval/06_rerank.ipynb #1ccf9c0e
 def _sq_chunks(
@@ -145,8 +145,8 @@ def rerank(
     k2: int = 6,  # rows that are averaged
     lam: float = 0.3,  # weight λ of the plain distance
 ) -> Tensor:  # (Q, G) distances to sort by
-    "k-reciprocal re-ranking of features as given (Zhong et al., 2017). Errors as `sparse_weights` and `valid_vectors`."
-    q_f, g_f = valid_vectors(q_f, 'query'), valid_vectors(g_f, 'gallery')
+    "k-reciprocal re-ranking of features as given (Zhong et al., 2017). Errors as `sparse_weights` and `check_vectors`."
+    q_f, g_f = check_vectors(q_f, 'query'), check_vectors(g_f, 'gallery')
     v, far = sparse_weights(torch.cat([q_f, g_f]), k1, k2)
     w, out = v[len(q_f) :].tocsc(), torch.empty(len(q_f), len(g_f), dtype=q_f.dtype)
     for lo, d in _sq_chunks(q_f, g_f):
@@ -160,8 +160,8 @@ def jaccard(
     k1: int = 20,  # number of neighbours for the reciprocal sets
     k2: int = 6,  # rows that are averaged
 ) -> Tensor:  # (N, N) in [0, 1]
-    "Jaccard distance of all images to each other. Errors as `sparse_weights` and `valid_vectors`."
-    f = valid_vectors(f, 'image')
+    "Jaccard distance of all images to each other. Errors as `sparse_weights` and `check_vectors`."
+    f = check_vectors(f, 'image')
     v, _ = sparse_weights(f, k1, k2)
     w, out = v.tocsc(), torch.empty(len(f), len(f), dtype=f.dtype)
     for k in range(len(f)):
@@ -176,7 +176,7 @@ def jaccard_sparse(
     eps: float = 0.6,  # distances above it are left out; below 1
 ) -> sparse.csr_matrix:  # (N, N), distances above eps are not stored; zeros are
     "Jaccard distances up to `eps`, for clustering. Errors as `jaccard`."
-    v, _ = sparse_weights(valid_vectors(f, 'image'), k1, k2)
+    v, _ = sparse_weights(check_vectors(f, 'image'), k1, k2)
     w = v.tocsc()
     cols = []
     data = []

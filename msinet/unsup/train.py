@@ -36,7 +36,7 @@ from ..engine.run import final_write
 from ..weights import load_initial_weights
 from ..training.train import TrainResult
 from .clusters import Clusters, find_clusters, outliers_as_classes, purity, rand_index
-from .domains import by_domain, of_domain, Plan
+from .domains import by_domain, domain_network, Plan
 from .idm import Bridge, BridgeLoss, stem_of
 from .memories import ClusterMemory, embedding, hardest_scores, HybridMemory, InstanceMemory, mean_scores
 from .memories import Teacher
@@ -500,7 +500,7 @@ def _run_unsup(
         metrics |= dict(after=run.measure(net), **_best_of(learn.history))
         if built.bridge is not None:
             built.bridge.off()
-        net = net if source is None else of_domain(net)
+        net = net if source is None else domain_network(net)
         with final_write(folder):
             for k in keepers:
                 k.save()

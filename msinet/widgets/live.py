@@ -16,7 +16,7 @@ import torch
 
 from ..errors import InputError
 from ..config import SearchConfig
-from ..figures.slots import moment
+from ..figures.slots import search_frame
 from ..vis import OP_COLORS
 from ..space import alphas
 from ..engine.learner import Callback
@@ -316,4 +316,4 @@ def _live_figure(
     if n > 1:
         names = dict(train='training twin', val='validation twin')
         losses = {names[k]: np.array(v[:n]) for k, v in r.losses.items() if len(v[:n]) == n}
-    return moment({'': h}, ts={'': t}, end=max(cfg.epochs, 1), losses=losses)
+    return search_frame({'': h}, ts={'': t}, end=max(cfg.epochs, 1), losses=losses)
