@@ -27,9 +27,9 @@ SCRIPT = f"""
 import sys
 from msinet.paper.runs import run_of
 from msinet.config import SMOKE_SYNTH
-from msinet.paper.trials import grid, shrunk
+from msinet.paper.trials import grid, shrink_run
 if __name__ == '__main__':
-    runs = [shrunk(run_of(n, 'demo'), SMOKE_SYNTH, 12) for n in {NAMES}]
+    runs = [shrink_run(run_of(n, 'demo'), SMOKE_SYNTH, 12) for n in {NAMES}]
     print(grid(runs, sys.argv[1], workers=2)[['key', 'run', 'status']].to_string())
 """
 
