@@ -744,10 +744,10 @@ def test_the_main_job_is_interrupted_in_every_phase(tmp_path):
         assert sum(pool.map(fault, cases)) == len(PHASES)
 
 
-# --- what the README says ---
+# --- what the page of results says ---
 
 
-def test_the_readme_counts_what_is_tried():
+def test_the_page_of_results_counts_what_is_tried():
     "The reliability table's numbers are those of the lists above."
     kinds = len(GO)
     tried = {
@@ -760,9 +760,14 @@ def test_the_readme_counts_what_is_tried():
         "two runs": 2 + len(LOCKS),
         "images and numbers": 2 + 2 * len(NAMED),
     }
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reliability")[1].split("\n## ")[0]
+    cells = json.loads((ROOT / "nbs/guide/results.ipynb").read_text(encoding="utf-8"))["cells"]
+    table = next(t for t in ("".join(c["source"]) for c in cells) if t.startswith("## Reliability"))
     rows = {
         m[1].strip(): (int(m[2]), int(m[3])) for m in re.finditer(r"^\| (.+?) \|.*\| (\d+) \| (\d+) \|$", table, re.M)
     }
     assert {k: v[0] for k, v in rows.items() if k != "all"} == tried
     assert rows["all"] == (sum(tried.values()),) * 2 and all(a == b for a, b in rows.values())
+    n = sum(tried.values())
+    assert f"[{n} of {n} faults](nbs/guide/results.ipynb#reliability)" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
