@@ -48,5 +48,5 @@ def test_object_share_follows_masks_and_the_query_has_no_gradient():
     with pytest.raises(InputError, match="one mask per map"):
         cam.object_share(np.ones((2, 4, 2)), m)
     e = torch.tensor([3.0, 4.0], requires_grad=True)
-    cam.CloseTo(e)(e).backward()
+    cam.CosineTarget(e)(e).backward()
     torch.testing.assert_close(e.grad, torch.zeros(2))

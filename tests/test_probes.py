@@ -225,7 +225,7 @@ def test_elsewhere_keeps_the_object_and_changes_the_rest(kind):
 
 
 def test_only_rendered_images_get_another_background(tmp_path):
-    with pytest.raises(InputError, match='no rendered image'):
+    with pytest.raises(InputError, match='is not the name of a rendered image'):
         swap_background(str(tmp_path / '0001_c1.jpg'), 2)
     data = synth(n_ids=4, n_test=2)
     with pytest.raises(InputError, match='two or more'):

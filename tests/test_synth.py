@@ -225,7 +225,7 @@ def test_names_without_an_image_are_errors(tmp_path):
 
 # ---------------------------------------------------------------- on disk
 def loaders():
-    from msinet.data.layouts import layouts as data
+    from msinet.data import layouts as data
 
     return dict(M=data.market1501, MS=data.msmt17, VR=data.veri776, VID=data.vehicleid)
 
