@@ -155,7 +155,8 @@ def run_of(
         return _run_without_labels(name, ablation, source, target, scale, seed)
     if plain not in ABLATIONS | _SEARCHED:
         raise InputError(
-            f'{name!r} is no run: {plain!r} is no ablation, expected one of {", ".join([*ABLATIONS, *_SEARCHED, *METHODS])}'
+            f'{name!r} is no run: {plain!r} is no ablation, expected one of '
+            f'{", ".join([*ABLATIONS, *_SEARCHED, *METHODS])}'
         )
     train, search = base(source, column, scale)
     train = replace(train, seed=seed, **ABLATIONS.get(plain, {}))

@@ -80,7 +80,7 @@ def _checked_pair(
     g: Embeddings,  # gallery
     same_cam_ok: bool,  # whether the query's own camera counts; if not, cameras are needed
 ) -> tuple[Embeddings, Embeddings]:  # the same, in one floating type
-    "Queries and gallery that can be compared. Raises `InputError` as `check_embeddings`, and for vectors of unequal length."
+    "Queries and gallery that can be compared. Errors as `check_embeddings`, and for vectors of unequal length."
     q, g = check_embeddings(q, 'query', same_cam_ok), check_embeddings(g, 'gallery', same_cam_ok)
     if q.f.shape[1] != g.f.shape[1]:
         raise InputError(
