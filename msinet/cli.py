@@ -385,7 +385,9 @@ def parse_args(
     args: list,  # words of a command line
 ):
     "The configuration that the words name. Raises `InputError`, or ends as `--help` does."
-    name, rest = args[0], args[1:]
+    name, rest = args[0] if args else '', args[1:]
+    if name not in COMMANDS:
+        raise InputError(f'{name!r} is no command, expected one of {", ".join(COMMANDS)}{suggest(name, COMMANDS)}')
     if name == 'data' and rest[:1] == ['check']:
         rest = rest[1:]
     elif name == 'data' and not {'-h', '--help'} & set(rest):
@@ -406,10 +408,6 @@ def _run_command(args: list):
     if args[0] == '--version':
         print(version('msinet'))
         return
-    if args[0] not in COMMANDS:
-        raise InputError(
-            f'{args[0]!r} is no command, expected one of {", ".join(COMMANDS)}{suggest(args[0], COMMANDS)}'
-        )
     cfg = parse_args(args)
     from msinet.engine.lock import Signals
 

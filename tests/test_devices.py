@@ -44,7 +44,8 @@ def batches(n, seed, dtype=torch.float64, device="cpu"):
 
 
 def mild(net, gamma):
-    "Small maps and with them small energies: a saturated softmax makes rounding a million times larger, and equal forms differ."
+    """Small maps and with them small energies: a saturated softmax makes rounding a million times larger, and
+    equal forms differ."""
     for n, p in net.named_parameters():
         if n.endswith("gamma"):
             nn.init.constant_(p, gamma)

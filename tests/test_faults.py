@@ -1,6 +1,8 @@
-"""Runs that are killed, interrupted, starved of disk, damaged and doubled: each survives, or stops with one clear line, and no finished epoch is lost.
+"""Runs that are killed, interrupted, starved of disk, damaged and doubled: each survives, or stops with one clear
+line, and no finished epoch is lost.
 
-Processes are forked from a server that has imported everything, so a fault costs a second. In a process `trap` counts events (steps,
+Processes are forked from a server that has imported everything, so a fault costs a second. In a process `trap` counts
+events (steps,
 epochs, measurements, and every fsync, rename and link on the disk) and sends a signal at one of them.
 """
 
@@ -172,7 +174,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache, worker_id):
-    "Each run without any fault: what it gave, and how many events it had. One worker makes them, the others wait for it."
+    """Each run without any fault: what it gave, and how many events it had. One worker makes them, the others wait
+    for it."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "whole"
     try:
@@ -236,7 +239,8 @@ def test_killed_at_any_moment(kind, whole, tmp_path):
 @pytest.mark.parametrize("kind", GO)
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(kind, sig, whole, tmp_path):
-    "SIGTERM and Ctrl-C: saved where it stands, in the middle of an epoch too, and left with its own exception; resumed, the same."
+    """SIGTERM and Ctrl-C: saved where it stands, in the middle of an epoch too, and left with its own exception;
+    resumed, the same."""
     with ThreadPoolExecutor(2) as pool:
         at = points(STOPS[kind], whole[kind]["events"])
         said = list(pool.map(lambda k: killed_and_resumed(kind, tmp_path / f"s{k}", k, sig, whole[kind]), at))
@@ -307,7 +311,8 @@ with Signals():
 
 
 def test_helpers_leave_without_a_word():
-    "Processes that render are forked while signals are listened to: told to end, they end, and don't take it for the user's Ctrl-C."
+    """Processes that render are forked while signals are listened to: told to end, they end, and don't take it for
+    the user's Ctrl-C."""
     with subprocess.Popen(
         [sys.executable, "-c", HELPERS], stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as p:
@@ -323,7 +328,7 @@ def test_the_page_of_a_run_that_stopped(whole, tmp_path):
     shutil.copytree(whole["search"]["run"], tmp_path / "run")
     for name in ("genotype.json", "metrics.json", "search.safetensors"):
         (tmp_path / "run" / name).unlink()
-    assert "The architecture" in report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<h2>Architecture" in report(tmp_path / "run").read_text(encoding="utf-8")
 
 
 # --- disks ---
@@ -401,7 +406,8 @@ FLIPS = 24  # one bit, all over the file
 
 @pytest.mark.parametrize("kind", GO)
 def test_a_damaged_checkpoint_costs_an_epoch(kind, whole, tmp_path):
-    "Whatever happens to the newest file: the one before is taken, and it is said. A flipped bit is never read as a weight."
+    """Whatever happens to the newest file: the one before is taken, and it is said. A flipped bit is never read as
+    a weight."""
     shutil.copytree(whole[kind]["run"], tmp_path / "run")
     path = tmp_path / "run" / f"{kind}.pt"
     good, states = path.read_bytes(), (load(path), load(checkpoint_paths(path)[1]))
@@ -547,7 +553,8 @@ def images(tmp_path):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_picture_goes_away_in_an_epoch(cached, images, tmp_path, monkeypatch):
-    "Decoded before, it isn't missed. Decoded when drawn, the run stops and names it; with the image back it goes on to the same end."
+    """Decoded before, it isn't missed. Decoded when drawn, the run stops and names it; with the image back it goes
+    on to the same end."""
     cfg = replace(CONFIGS["train"], data=f"folder={images}", batch=4, cache=cached, epochs=2, eval_every=0)
     want = train(replace(cfg, out=str(tmp_path / "whole")))
     keep = tmp_path / "kept"
@@ -576,7 +583,8 @@ def test_a_picture_goes_away_in_an_epoch(cached, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", NAMED)
 def test_no_number_any_more(kind, where, whole, images, tmp_path, monkeypatch):
-    "Stopped at that step, with the batch's file names; the last good state is kept, and the run goes on from it to the same end."
+    """Stopped at that step, with the batch's file names; the last good state is kept, and the run goes on from it
+    to the same end."""
     cfg = (
         replace(CONFIGS[kind], data=f"folder={images}", batch=4, overlap=1.0)
         if kind == "search"
@@ -712,7 +720,8 @@ def demo_job(out, answer, only, at, sig, resume):
 
 
 def test_the_main_job_is_interrupted_in_every_phase(tmp_path):
-    "Search, derive, train, evaluate, report; told to stop and killed: the exit code says which, and --resume ends where it would have ended."
+    """Search, derive, train, evaluate, report; told to stop and killed: the exit code says which, and --resume
+    ends where it would have ended."""
 
     def go(name, only="", at=0, sig=signal.SIGKILL, resume=False):
         answer = tmp_path / f"{name}.answer"

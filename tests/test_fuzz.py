@@ -1,4 +1,5 @@
-"Whatever is in a file, a list, a name or a configuration: it works, or it is an `InputError` of one line. A thousand cases in one process."
+"""Whatever is in a file, a list, a name or a configuration: it works, or it is an `InputError` of one line. A
+thousand cases in one process."""
 
 import io
 import json
@@ -17,8 +18,7 @@ from PIL import Image
 
 from msinet.engine.run import check_same, read_run_json
 from msinet.weights import from_official, load_weights, save_weights
-from msinet.deploy.hub import load_hub
-from msinet.engine.checkpoint import newest, to_bytes, add_checksum, check_checksum
+from msinet.engine.checkpoint import newest, to_bytes, add_checksum, check_checksum, load
 from msinet.cli import parse_args
 from msinet.errors import InputError
 from msinet.core import check_inside
@@ -143,7 +143,7 @@ def test_checkpoints(tmp_path_factory, what, again):
     elif again:
         what = add_checksum(what + b"\0\0") if len(what) > 2 else what
     path.write_bytes(what)
-    s = fine(load_hub, path)
+    s = fine(load, path)
     assert not isinstance(s, dict) or torch.equal(s["a"], torch.arange(50.0)) and s["epoch"] == 3
     fine(newest, path), fine(load_weights, path), fine(open_net, path)
 
@@ -161,13 +161,13 @@ def test_code_is_not_run(how, tmp_path):
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(InputError, match="exec"):
-        load_hub(path)
+        load(path)
     b = io.BytesIO(path.read_bytes())
     if zipfile.is_zipfile(b) and how == "torch":
         path.write_bytes(add_checksum(path.read_bytes()))  # a right seal makes it no better
         assert check_checksum(path.read_bytes())
         with pytest.raises(InputError, match="exec"):
-            load_hub(path)
+            load(path)
 
 
 SMALL = ReIDNet(derived("G" * 12, (4, 16, 16, 16)), FBLNeck((16, 16, 16), 2))

@@ -94,7 +94,8 @@ def test_notebook_is_fit_to_read(path):
 
 @pytest.mark.parametrize("path", NBS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_picture_has_words_for_those_who_cannot_see_it(path):
-    "Each cell with a stored image says in one line what is to be seen; YAML reads the line, so it has no colon or quotes."
+    """Each cell with a stored image says in one line what is to be seen; YAML reads the line, so it has no colon
+    or quotes."""
     for n, c in enumerate(CELLS[path]):
         shown = any(kind.startswith("image/") for o in c.get("outputs", []) for kind in o.get("data", {}))
         said = re.findall(r"^#\| *fig-alt: *(.*)$", source(c), re.M) if c["cell_type"] == "code" else []

@@ -1,4 +1,5 @@
-"The way in: `import msinet` is light and gives the names that users need, the command line imports what a command needs, README's code runs."
+"""The way in: `import msinet` is light and gives the names that users need, the command line imports what a
+command needs, README's code runs."""
 
 import ast
 import json
@@ -8,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot
 import pytest
 
 import msinet
@@ -18,8 +19,10 @@ from msinet.engine.run import read_config, run_data_spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRACT = """Item ReIDData market1501 msmt17 veri776 vehicleid folder synth write_layout n_params rank rerank rerank_dense
-    Keep Exchange ChannelGate CrossAttention OPS Mixed Cell MSINet supernet derived alphas genotype TABLE1 FBLNeck ReIDNet
+CONTRACT = """Item ReIDData market1501 msmt17 veri776 vehicleid folder synth write_layout n_params rank rerank
+rerank_dense
+    Keep Exchange ChannelGate CrossAttention OPS Mixed Cell MSINet supernet derived alphas genotype TABLE1 FBLNeck
+    ReIDNet
     id_loss triplet twin_split Memory activation_vectors PAM alignment SAM from_official SearchConfig search TrainConfig
     train UnsupConfig usl uda demo get_data open_net evaluate Gallery load""".split()
 
@@ -107,13 +110,13 @@ def test_configurations_are_given_by_name(kind):
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     "The same ten lines, at the size of a test."
-    matplotlib.use("Agg")
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     assert len(code.strip().split("\n")) <= 12 and "TRAIN['laptop'], data='synth:n_ids=64,n_test=48'" in code
     small = code.replace("TRAIN['laptop'], data='synth:n_ids=64,n_test=48'", "TRAIN['smoke'], out='run'")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(small, "README.md", "exec"), names)
+    matplotlib.pyplot.close("all")
     assert names["ranking"].mean_ap() == pytest.approx(names["trained"].metrics["after"]["mAP"], abs=1e-12)
     assert (tmp_path / "retrieved.png").stat().st_size > 10_000
 

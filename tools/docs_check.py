@@ -1,6 +1,8 @@
-"""The site without Quarto: every page as HTML in `_docs_check/`, and one line for each fault. `make docs-check` runs it.
+"""The site without Quarto: every page as HTML in `_docs_check/`, and one line for each fault. `make docs-check` runs
+it.
 
-Pages are processed as `nbdev_docs` would process them (into `_proc/`), then rendered by nbconvert. What Quarto and nbconvert do
+Pages are processed as `nbdev_docs` would process them (into `_proc/`), then rendered by nbconvert. What Quarto and
+nbconvert do
 differently is done Quarto's way: addresses, names of anchors, front matter, `:::` boxes, the order of the sidebar."""
 
 import json
@@ -76,13 +78,15 @@ def navbar(root):
 
 
 def slug(text):
-    "The anchor of a heading, as pandoc makes it: lower case, no punctuation but `_-.`, hyphens for spaces, from the first letter on."
+    """The anchor of a heading, as pandoc makes it: lower case, no punctuation but `_-.`, hyphens for spaces, from
+    the first letter on."""
     s = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text).strip().lower())
     return re.sub(r"^[^a-zà-￿]+", "", s) or "section"
 
 
 def plain_markdown(text):
-    "Quarto's markdown as plain markdown: boxes are `div`s, attributes go; ids of headings and equations stay as anchors."
+    """Quarto's markdown as plain markdown: boxes are `div`s, attributes go; ids of headings and equations stay as
+    anchors."""
     out, fenced = [], False
     for line in text.split("\n"):
         if re.match(r"\s*(```|~~~)", line):
@@ -102,7 +106,8 @@ def plain_markdown(text):
 
 
 class Seen(HTMLParser):
-    "Anchors, links and images of a page, each with the heading it stands under; `mute` are those of images that no words stand in for."
+    """Anchors, links and images of a page, each with the heading it stands under; `mute` are those of images that
+    no words stand in for."""
 
     def __init__(self, html):
         super().__init__()
@@ -296,7 +301,8 @@ def faults(pages, rows, nbs, home=""):
 
 
 def lost_words(cells):
-    "Words of a notebook's first markdown cell that no page shows: nbdev takes all of it for the title and the line below."
+    """Words of a notebook's first markdown cell that no page shows: nbdev takes all of it for the title and the
+    line below."""
     first = next((text(c) for c in cells if c["cell_type"] == "markdown"), "")
     rest = re.sub(r"\A\s*# .+\n+(> .+\n?)?", "", first).strip()
     return (
@@ -315,7 +321,8 @@ def read(path):
 
 
 def why(error):
-    "The exception of a cell, out of the traceback that a worker sends: the first line `Name: text` that isn't indented."
+    """The exception of a cell, out of the traceback that a worker sends: the first line `Name: text` that isn't
+    indented."""
     first = re.search(r"^(\w*(?:Error|Exception|Warning|Interrupt)\b.*)$", str(error.__cause__ or ""), re.M)
     return f"nbdev can't process it: {str(error).splitlines()[0][:80]} {first[1][:120] if first else ''}"
 
@@ -386,13 +393,17 @@ def shell(page, rows, pages, title, bar):
             for j, label in ((i - 1, "←\u00a0{}"), (i + 1, "{}\u00a0→"))
         )
     )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(page.title)} – {escape(title)}</title><link rel="stylesheet" href="{up}site.css"><link rel="icon" href="{up}favicon.svg">
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(page.title)} – {escape(title)}</title>
+<link rel="stylesheet" href="{up}site.css"><link rel="icon" href="{up}favicon.svg">
 {MATHJAX}</head><body>
 <header><a href="{up}index.html"><b>{escape(title)}</b></a>{''.join(link(n, t) for t, n in bar if n in pages)}</header>
 <div class="page"><details class="side" open><summary>Pages</summary><nav><ul>{nav}</ul></nav></details>
-<main><h1>{escape(page.title)}</h1><p class="line">{escape(page.line)}</p>{page.html}<div class="ends">{ends}</div></main></div>
-<script>if (innerWidth < 900) document.querySelector('.side').open = false; document.querySelector('.here')?.scrollIntoView({{block: 'center'}}); scrollTo(0, 0)</script>
+<main><h1>{escape(page.title)}</h1><p class="line">{escape(page.line)}</p>{page.html}
+<div class="ends">{ends}</div></main></div>
+<script>if (innerWidth < 900) document.querySelector('.side').open = false;
+document.querySelector('.here')?.scrollIntoView({{block: 'center'}}); scrollTo(0, 0)</script>
 </body></html>"""
 
 

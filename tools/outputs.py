@@ -1,7 +1,9 @@
-"""Are the outputs in the notebooks those of today's code? `make outputs` runs every notebook from top to bottom, says which cells give
+"""Are the outputs in the notebooks those of today's code? `make outputs` runs every notebook from top to bottom, says
+which cells give
 something else, and stores what they give now.
 
-A notebook is run in a kernel of its own, as JupyterLab would run it. Cells with a flag that tests skip (`slow`, `gpu`, `notest`) are
+A notebook is run in a kernel of its own, as JupyterLab would run it. Cells with a flag that tests skip (`slow`,
+`gpu`, `notest`) are
 not run and keep what they have. `python tools/outputs.py --look` only says; names of notebooks limit it to those.
 """
 
@@ -49,7 +51,8 @@ def fresh(path):
 
 
 def said(outputs, kind="text/plain"):
-    "The words of a cell's outputs, without addresses in memory and without the words that stand for an image or a widget."
+    """The words of a cell's outputs, without addresses in memory and without the words that stand for an image or
+    a widget."""
     out = []
     for o in outputs:
         data = o.get("data", {})

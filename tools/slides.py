@@ -1,7 +1,9 @@
 """Slides of the class, from its notebooks as they are. `make slides` writes them into _slides/.
 
-Three rules, and nothing to set by hand. A heading of level 1 or 2 begins a slide to the right, one of level 3 (an exercise) a slide below;
-all else stays on the slide where it comes. Imports, hidden cells and checks are skipped, and solutions are the speaker's notes.
+Three rules, and nothing to set by hand. A heading of level 1 or 2 begins a slide to the right, one of level 3 (an
+exercise) a slide below;
+all else stays on the slide where it comes. Imports, hidden cells and checks are skipped, and solutions are the
+speaker's notes.
 Code of more than four lines shows only what it gives, unless it is there to be answered.
 """
 

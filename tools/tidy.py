@@ -1,8 +1,11 @@
 """What `nbdev_clean` leaves to do.
 
-A stored page has no kernel: of a widget only the image is kept that it left. nbdev takes the whole of a title's cell for
-front matter, so on the site its other words would be lost: they get a cell of their own. And each notebook opens in Colab: by a link
-under its title, and a cell that installs the kit there. In the class, the cells of the checks are folded, for they hold the answers.
+A stored page has no kernel: of a widget only the image is kept that it left. nbdev takes the whole of a title's cell
+for
+front matter, so on the site its other words would be lost: they get a cell of their own. And each notebook opens in
+Colab: by a link
+under its title, and a cell that installs the kit there. In the class, the cells of the checks are folded, for they
+hold the answers.
 """
 
 import json
@@ -67,7 +70,11 @@ def link(path, where):
 
 def install(where):
     "The cell that does nothing but in Colab. It is plain Python, so that a notebook is a script, too."
-    return f"#| hide\nif 'google.colab' in str(globals().get('get_ipython')):\n    get_ipython().run_line_magic('pip', \"install -q 'msinet @ git+https://github.com/{where}'\")"
+    package = f"install -q 'msinet @ git+https://github.com/{where}'"
+    return (
+        "#| hide\nif 'google.colab' in str(globals().get('get_ipython')):\n"
+        f"    get_ipython().run_line_magic('pip', \"{package}\")"
+    )
 
 
 def open_in_colab(nb, path, where):

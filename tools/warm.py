@@ -1,4 +1,5 @@
-"""What the server of processes in `test_faults.py` has loaded before it forks: a fault then costs a second or two, not ten."""
+"""What the server of processes in `test_faults.py` has loaded before it forks: a fault then costs a second or two,
+not ten."""
 
 import gc
 
