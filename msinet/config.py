@@ -66,8 +66,13 @@ class BaseConfig:
     size: tuple[int, int] = (256, 128)  # height and width in pixels; §4.2: 256×128 persons, 256×256 vehicles
     channels: tuple[int, int, int, int] = (64, 256, 384, 512)  # of the stem and the three stages
     rho: int = 3  # scale ratio of the two branches, Fig. 5d
+    epochs: int = 350  # §4.2, §4.3; cross-domain 250
+    batch: int = 64  # images in a batch, P·K
+    K: int = 4  # images of each identity in a batch; P = batch/K
     optimiser: Literal['sgd', 'adamw', 'adam'] = 'sgd'  # §4.2: SGD
     wd: float = 5e-4  # weight decay
+    warmup: int = 10  # epochs in which the rate climbs, §4.2
+    milestones: tuple[int, ...] = (150, 225, 300)  # epochs at which the rate falls to a tenth, §4.2
     random_erasing: float = 0.5  # probability of random erasing
     pad: int = 10  # pixels of padding before the random crop
     jitter: bool = False  # colour jitter
@@ -111,14 +116,9 @@ class SearchConfig(BaseConfig):
     objective: Literal['tcm', 'ce'] = 'tcm'  # of both halves, Fig. 5a: memories, or one classifier that needs overlap 1
     overlap: float = 0.4  # identities in both twins / all identities; the released split has 0.4
     released_split: bool = False  # split in the order of the list instead of a seeded shuffle
-    epochs: int = 350  # §4.2
-    batch: int = 64  # images in a batch, P·K
-    K: int = 4  # images of each identity in a batch; P = batch/K
     lr: float = 0.025  # of ω, §4.2
     lr_alpha: float = 0.002  # Adam's rate for α, §4.2
     wd_alpha: float = 1e-3  # weight decay of α
-    warmup: int = 10  # epochs in which ω's rate climbs, §4.2
-    milestones: tuple[int, ...] = (150, 225, 300)  # epochs at which both rates fall to a tenth, §4.2
     milestones_alpha: tuple[int, ...] = ()  # those of α when they differ; released: 150 225 350
     tau: float = 0.05  # temperature of Eq. 2
     beta: float = 0.2  # how much of a memory's row stays, Eq. 3
@@ -175,12 +175,7 @@ class TrainConfig(BaseConfig):
     fuse: Literal['sum', 'minus', 'multiply'] = 'sum'  # how the two branches of a cell become one, Fig. 5c
     weights: str = ''  # start from this .safetensors file, or from released weights (.pth); timm fetches ImageNet's
     fresh_classifiers: bool = False  # with weights: start classifiers anew where the file has other identities
-    epochs: int = 350  # §4.3; cross-domain 250
-    batch: int = 64  # images in a batch, P·K
-    K: int = 4  # images of each identity in a batch; P = batch/K
     lr: float = 0.065  # §4.3
-    warmup: int = 10  # epochs in which the rate climbs, §4.2
-    milestones: tuple[int, ...] = (150, 225, 300)  # epochs at which the rate falls to a tenth, §4.2
     eps: float = 0.1  # label smoothing, as released; 0 is Eq. 5 to the letter
     m: float = 0.3  # margin of the triplet loss, Eq. 6
     normalise: bool = True  # triplets compare unit vectors, as released; no is Eq. 6 to the letter
