@@ -27,6 +27,6 @@ def suggest(
     name: str,  # what was written
     known,  # the names that there are
 ) -> str:  # empty where nothing is near
-    "The known name that was probably meant, as the end of a message."
+    "The nearest known name, as the end of a message."
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f'; did you mean {near[0]}?' if near else ''

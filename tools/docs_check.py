@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 OUT = "_docs_check"
 LIMIT = 3_000_000  # bytes of a page that still opens at once on a phone
 NO_WORDS = "No description has been provided for this image"  # what nbconvert writes where an image has none
-MATHJAX = r"""<script>MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']]}}</script>
 # equations, for whoever reads a page while connected; no check needs it
+MATHJAX = r"""<script>MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']]}}</script>
 <script defer src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"></script>"""
 
 

@@ -37,7 +37,7 @@ def apply_runtime_options(
     sync_bn: bool = False,  # batch statistics of all processes together
     compile: bool = False,  # by torch.compile, the backbone alone
 ) -> ReIDNet:
-    "How a network is computed, which changes no result but for rounding."
+    "Apply the options of a run to its network; only `sync_bn` changes results by more than rounding."
     if channels_last:
         net.to(memory_format=torch.channels_last)
     for c in net.backbone.cells:
@@ -51,13 +51,13 @@ def apply_runtime_options(
 # %% ../../nbs/engine/21_loop.ipynb #85e04338
 def run_callbacks(
     run: Path,  # the run's folder
-    kind: str,  # search, train
+    kind: str,  # search, train, usl, uda or pretrain
     signals: Signals,  # those that are handled
     best,  # row -> how good an epoch was, or None
     progress: bool = False,  # show a bar
     inside: bool = True,  # as for `StopOnSignal`
 ) -> list:  # of callbacks, for the process that writes
-    "What every run in a folder has: the log, checkpoints, an answer to signals, a bar."
+    "The callbacks of every run: log, checkpoints, signals, progress bar."
     return [
         Log(run / 'history.jsonl', kind),
         Checkpoint(run / f'{kind}.pt', best=best),
