@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import msinet.engine.loop
 import msinet.quickstart
@@ -540,15 +539,8 @@ def test_a_lock_that_is_there(name, tmp_path):
 
 
 @pytest.fixture
-def images(tmp_path):
-    rng = np.random.default_rng(0)
-    for pid in range(6):
-        (tmp_path / "own" / f"{pid}").mkdir(parents=True)
-        for k in range(4):
-            Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(
-                tmp_path / "own" / f"{pid}" / f"{k}.png"
-            )
-    return tmp_path / "own"
+def images(make_identities, tmp_path):
+    return make_identities(tmp_path / "own")
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from msinet.cli import main
 from msinet.errors import InputError
@@ -39,16 +38,10 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    "Six identities, three cameras, one image each; another folder without any image."
+def images(make_identities, tmp_path_factory):
+    "Six identities, four images each; another folder without any image."
     root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for pid in range(6):
-        (root / "own" / f"{pid:03d}").mkdir(parents=True)
-        for k in range(4):
-            Image.fromarray(rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)).save(
-                root / "own" / f"{pid:03d}" / f"{k}.png"
-            )
+    make_identities(root / "own")
     (root / "empty").mkdir()
     return root
 
@@ -70,15 +63,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(name, images, tmp_path, capsys):
+def test_a_mistake_is_one_line_and_leaves_nothing(name, images, one_line_mistake):
     words, found, expected = MISTAKES[name]
-    with pytest.raises(SystemExit) as e:
-        main([*words.format(images).split(), "--out", str(tmp_path / "run")])
-    line = capsys.readouterr().err.strip()
-    assert e.value.code == 2
-    assert "\n" not in line and line.startswith("msinet: ")
-    assert found in line and expected in line
-    assert list(tmp_path.iterdir()) == []
+    one_line_mistake(words.format(images), found, expected)
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path):

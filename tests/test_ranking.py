@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from msinet.errors import InputError
-from msinet.data.items import Item, ReIDData
+from msinet.data.items import ReIDData
 from msinet.retrieval.places import Pairs, chunk_places, filtered_scores, repeated_rows, check_vectors
 from msinet.retrieval.ranking import Ranking, camera_table, metrics_table, query_table
 from msinet.retrieval.places import Embeddings
@@ -206,16 +206,6 @@ def test_single_shot_has_one_match_per_query():
 class Net(nn.Module):
     def embed(self, x):
         return x.mean((2, 3)) + 4
-
-
-@pytest.fixture
-def items(tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for k in range(12):
-        Image.fromarray(rng.integers(0, 256, (8, 4, 3), dtype=np.uint8)).save(tmp_path / f"{k}.png")
-    return [Item(str(tmp_path / f"{k}.png"), k // 4, k % 4) for k in range(12)]
 
 
 def test_a_set_is_measured_by_its_own_protocol(items):

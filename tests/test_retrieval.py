@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from msinet.data.loaders import test_loader as in_order
 from msinet.errors import InputError
-from msinet.data.items import Item, ReIDData
+from msinet.data.items import ReIDData
 from msinet.retrieval.rerank import jaccard, rerank
 from msinet.retrieval.neighbours import rerank_dense
 from msinet.retrieval.places import Embeddings
@@ -166,16 +166,6 @@ class Net(nn.Module):
     def embed(self, x):
         assert not self.training and not self.a.training and not torch.is_grad_enabled()
         return self.b(self.a(x)).mean((2, 3)).half()
-
-
-@pytest.fixture
-def items(tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for k in range(12):
-        Image.fromarray(rng.integers(0, 256, (8, 4, 3), dtype=np.uint8)).save(tmp_path / f"{k}.png")
-    return [Item(str(tmp_path / f"{k}.png"), k // 4, k % 4) for k in range(12)]
 
 
 def test_embed_keeps_order_and_modes(items):

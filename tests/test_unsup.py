@@ -259,15 +259,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(name, tmp_path, capsys):
-    from msinet.cli import main
-
-    words, found, expected = MISTAKES[name]
-    with pytest.raises(SystemExit) as e:
-        main([*words.split(), "--out", str(tmp_path / "run")])
-    line = capsys.readouterr().err.strip()
-    assert e.value.code == 2 and "\n" not in line and line.startswith("msinet: ")
-    assert found in line and expected in line and list(tmp_path.iterdir()) == []
+def test_a_mistake_is_one_line_and_leaves_nothing(name, one_line_mistake):
+    one_line_mistake(*MISTAKES[name])
 
 
 @pytest.mark.parametrize("words", ["usl --method hdcrl", "uda --method idm"])
