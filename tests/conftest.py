@@ -24,10 +24,10 @@ def make_identities():
     def make(root):
         rng = np.random.default_rng(0)
         for pid in range(6):
-            (root / f"{pid:03d}").mkdir(parents=True)
+            (root / f"{pid}").mkdir(parents=True)
             for k in range(4):
                 image = rng.integers(0, 255, (32, 16, 3), dtype=np.uint8)
-                Image.fromarray(image).save(root / f"{pid:03d}" / f"{k}.png")
+                Image.fromarray(image).save(root / f"{pid}" / f"{k}.png")
         return root
 
     return make
