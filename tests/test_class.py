@@ -106,10 +106,10 @@ def test_every_figure_takes_five(fifth):
 
 
 def test_the_lab_turns_through_five(fifth):
-    panel = interaction_lab([np.zeros((64, 32, 3), np.uint8)], word="AAAAAAAAAAAA")
+    panel = interaction_lab([np.zeros((64, 32, 3), np.uint8)], genotype="AAAAAAAAAAAA")
     for first in "DN":  # a click gives the next letter, after the last one the first
         panel.clicked(0)
-        assert panel.error is None and panel.values()["word"] == first + "A" * 11
+        assert panel.error is None and panel.values()["genotype"] == first + "A" * 11
     assert genotype_cost(GENOTYPE) == cost(GENOTYPE)
 
 

@@ -148,23 +148,27 @@ def test_the_baseline_of_a_part_is_one_of_its_rows(name):
     part = PARTS[name]
     t = pd.DataFrame(
         [
-            dict(arm=a, column=c, seed=s, status="done", ap=[0.5, 0.5 + s / 10])
-            for a in part.arms
+            dict(ablation=a, column=c, seed=s, status="done", ap=[0.5, 0.5 + s / 10])
+            for a in part.ablations
             for c in part.columns
             for s in (0, 1)
         ]
     )
     d = differences(t, part.against)
     baselines = {part.against} if isinstance(part.against, str) else {*part.against.values()}
-    assert len(d) == (len(part.arms) - len(baselines)) * len(part.columns) and set(d.seeds) == {2}
+    assert len(d) == (len(part.ablations) - len(baselines)) * len(part.columns) and set(d.seeds) == {2}
 
 
 def test_a_network_is_compared_with_itself_without_alignment():
     rows = {"MSINet, none": 0.5, "MSINet, PAM": 0.6, "OSNet, none": 0.8, "OSNet, PAM": 0.7}
     t = pd.DataFrame(
-        [dict(arm=a, column="VR", seed=s, status="done", ap=[v, v + s / 100]) for a, v in rows.items() for s in (0, 1)]
+        [
+            dict(ablation=a, column="VR", seed=s, status="done", ap=[v, v + s / 100])
+            for a, v in rows.items()
+            for s in (0, 1)
+        ]
     )
-    assert differences(t, PARTS["table 5"].against).set_index("arm").difference.round(9).to_dict() == {
+    assert differences(t, PARTS["table 5"].against).set_index("ablation").difference.round(9).to_dict() == {
         "MSINet, PAM": 10,
         "OSNet, PAM": -10,
     }
@@ -200,11 +204,15 @@ def test_a_figure_without_rows_says_what_to_do(tmp_path):
 def test_a_difference_against_a_loop(tmp_path):
     rng = np.random.default_rng(0)
     t = pd.DataFrame(
-        [dict(arm=a, column="MS", seed=s, status="done", ap=list(rng.random(7))) for a in ("x", "y") for s in range(4)]
+        [
+            dict(ablation=a, column="MS", seed=s, status="done", ap=list(rng.random(7)))
+            for a in ("x", "y")
+            for s in range(4)
+        ]
     )
     d = differences(t, "y").iloc[0]
     each = [
-        100 * sum(p - q for p, q in zip(*(t[(t.arm == a) & (t.seed == s)].ap.iloc[0] for a in "xy"))) / 7
+        100 * sum(p - q for p, q in zip(*(t[(t.ablation == a) & (t.seed == s)].ap.iloc[0] for a in "xy"))) / 7
         for s in range(4)
     ]
     assert np.allclose(d.each, each) and np.isclose(d.difference, np.mean(each))
@@ -231,7 +239,7 @@ def test_a_figure_is_drawn_from_rows(tmp_path):
             (tmp_path / "demo" / key_of(r)).mkdir(parents=True)
             (tmp_path / "demo" / key_of(r) / "row.json").write_text(json.dumps(row | dict(key=key_of(r))))
     t = results("figure 5b", tmp_path / "demo")
-    assert sorted(t.arm.unique()) == ["gate", "none"] and (t.status == "done").all()
+    assert sorted(t.ablation.unique()) == ["gate", "none"] and (t.status == "done").all()
     main(["figure", "5b", "--rows", str(tmp_path / "demo"), "--out", str(tmp_path / "fig" / "b")])
     assert (tmp_path / "fig/b.pdf").read_bytes()[:5] == b"%PDF-" and (tmp_path / "fig/b.png").exists()
 
@@ -287,7 +295,7 @@ def test_bars_and_intervals_have_the_same_order():
     marks = {round(float(x.get_xdata()[0]), 6): float(x.get_ydata()[0]) for x in right.lines if x.get_marker() == "D"}
     bars = {round(b.get_width(), 6): b.get_y() + b.get_height() / 2 for b in left.patches}
     for r in d[d.seeds > 0].itertuples():
-        at = t[(t.arm == r.arm) & (t.column == r.column)].mAP.mean()
+        at = t[(t.ablation == r.ablation) & (t.column == r.column)].mAP.mean()
         assert abs(bars[round(at, 6)] - marks[round(r.difference, 6)]) < 0.05
     plt.close(fig)
 

@@ -115,10 +115,10 @@ def test_alpha_player_takes_one_search_or_two():
 
 
 def test_a_click_changes_a_letter():
-    p = interaction_lab([torch.randint(256, (64, 32, 3), dtype=torch.uint8).numpy()], word="N" * 12)
+    p = interaction_lab([torch.randint(256, (64, 32, 3), dtype=torch.uint8).numpy()], genotype="N" * 12)
     for letter in "EGAN":
         p.clickable.places.children[11].click()
-        assert p.error is None and p.values()["word"] == "N" * 11 + letter
+        assert p.error is None and p.values()["genotype"] == "N" * 11 + letter
 
 
 TINY = replace(

@@ -35,21 +35,21 @@ def results(
     name: str,  # a table or figure: a key of `PARTS`
     where,  # folder of trials, or a file of rows
     scale: str = 'demo',  # or paper
-) -> pd.DataFrame:  # one line per ablation (`arm`), column and seed that has a row
+) -> pd.DataFrame:  # one line per ablation, column and seed that has a row
     """The results of a table or a figure; empty when there are none.
 
     Each line has the status, metrics in percent, `ap` of each query, mAP `before` the first step,
     and object `gain` and background `drift` of the images where they were measured."""
     part, found = part_of_paper(name), {r['key']: r for r in read_rows(where)}
     out = []
-    for (label, ablation), column, seed in product(part.arms.items(), part.columns, range(_MAX_SEEDS)):
+    for (label, ablation), column, seed in product(part.ablations.items(), part.columns, range(_MAX_SEEDS)):
         r = found.get(key_of(run_of(f'{column}/{ablation}', scale, seed)))
         if r is None:
             continue
         m = r.get('metrics', {}).get(column.split('>')[-1], {})
         out.append(
             dict(
-                arm=label,
+                ablation=label,
                 column=column,
                 seed=seed,
                 status=r['status'],
@@ -62,7 +62,7 @@ def results(
                 **{k: 100 * m[k] for k in ('mAP', 'R1', 'R5') if k in m},
             )
         )
-    columns = 'arm column seed status error genotype before ap gain drift mAP R1 R5'
+    columns = 'ablation column seed status error genotype before ap gain drift mAP R1 R5'
     return pd.DataFrame(out, columns=columns.split())
 
 # %% ../../nbs/paper/50_experiments.ipynb #e87d976e
@@ -80,23 +80,23 @@ def differences(
     t: pd.DataFrame,  # as from `results`
     against,  # printed name of the baseline, or a dict: printed name -> its own baseline
     of: str = 'ap',  # or gain, drift: what is compared image by image
-) -> pd.DataFrame:  # one line per column and ablation (`arm`)
+) -> pd.DataFrame:  # one line per column and ablation
     """Paired differences from a baseline, with the same seeds and images.
 
     Each line has the mean difference (AP in points), low and high of its interval, the number of seeds,
     the verdict, and `each`: one number per seed."""
-    baseline = lambda arm: against if isinstance(against, str) else against[arm]
-    done = t[t.status == 'done'].set_index(['column', 'arm', 'seed'])[of].dropna().sort_index()
+    baseline = lambda ablation: against if isinstance(against, str) else against[ablation]
+    done = t[t.status == 'done'].set_index(['column', 'ablation', 'seed'])[of].dropna().sort_index()
     scale = 100 if of == 'ap' else 1
 
-    def line(column, arm):
-        mine, theirs = (done.get((column, a), pd.Series(dtype=object)) for a in (arm, baseline(arm)))
+    def line(column, ablation):
+        mine, theirs = (done.get((column, a), pd.Series(dtype=object)) for a in (ablation, baseline(ablation)))
         seeds = [s for s in mine.index if s in theirs.index and len(mine[s]) == len(theirs[s])]
         each = [scale * float(np.nanmean(np.subtract(mine[s], theirs[s], dtype=float))) for s in seeds]
         low, high = mean_ci(each)[1:3] if len(each) > 1 else (np.nan, np.nan)
         return dict(
             column=column,
-            arm=arm,
+            ablation=ablation,
             difference=np.mean(each) if each else np.nan,
             low=low,
             high=high,
@@ -105,10 +105,10 @@ def differences(
             each=each,
         )
 
-    lines = t[['column', 'arm']].drop_duplicates()
+    lines = t[['column', 'ablation']].drop_duplicates()
     return pd.DataFrame(
-        [line(*p) for p in lines.itertuples(index=False) if p.arm != baseline(p.arm)],
-        columns=['column', 'arm', 'difference', 'low', 'high', 'seeds', 'verdict', 'each'],
+        [line(*p) for p in lines.itertuples(index=False) if p.ablation != baseline(p.ablation)],
+        columns=['column', 'ablation', 'difference', 'low', 'high', 'seeds', 'verdict', 'each'],
     )
 
 # %% ../../nbs/paper/50_experiments.ipynb #d674f8ec
@@ -136,15 +136,15 @@ def table(
     if n == 1:
         return genotypes(where, scale)
     part = PARTS.get(f'table {n}', Part((), {}))
-    t = results(f'table {n}', where, scale) if part.arms else None
-    lines, cells = list(dict.fromkeys([*paper.index, *part.arms])), {*cells_to_run(part)}
+    t = results(f'table {n}', where, scale) if part.ablations else None
+    lines, cells = list(dict.fromkeys([*paper.index, *part.ablations])), {*cells_to_run(part)}
 
     def ours(label, column, metric):
-        if label not in part.arms:
+        if label not in part.ablations:
             if pd.isna(paper.loc[label, f'{column} {metric}']):
                 return ''
             return 'quoted' if paper['from'][label] == 'quoted' else 'not run'
-        text = cell(t[(t.arm == label) & (t.column == column)], metric)
+        text = cell(t[(t.ablation == label) & (t.column == column)], metric)
         return '' if text == 'not run' and (column, label) not in cells else text
 
     heads, printed = [c for c in paper.columns if ' ' in c], paper.astype(object).fillna('')
@@ -191,15 +191,15 @@ def figure(
 
     d = differences(t, part.against)
     done = t[t.status == 'done'].assign(column=lambda t: t.column.map(lambda c: c.replace('>', ' → ')))
-    arms, columns = (
+    ablations, columns = (
         [x for x in xs if (done[k] == x.replace('>', ' → ')).any()]
-        for k, xs in (('arm', part.arms), ('column', part.columns))
+        for k, xs in (('ablation', part.ablations), ('column', part.columns))
     )
     both = bool(part.against)  # without a baseline there is no right half
     fig, axs = plt.subplots(
         1,
         1 + both,
-        figsize=(COL2 if both else COL1, 0.7 + 0.2 * len(arms) * len(columns)),
+        figsize=(COL2 if both else COL1, 0.7 + 0.2 * len(ablations) * len(columns)),
         layout='constrained',
         sharey=True,
         squeeze=False,
@@ -207,10 +207,10 @@ def figure(
     left, right = axs[0, 0], axs[0, -1]
     kw = dict(
         data=done,
-        y='arm',
+        y='ablation',
         x=metric,
         hue='column',
-        order=arms,
+        order=ablations,
         hue_order=[c.replace('>', ' → ') for c in columns],
         palette='colorblind',
         ax=left,
@@ -222,7 +222,7 @@ def figure(
         sns.move_legend(left, 'lower left', bbox_to_anchor=(0, 1), ncol=2, title=None, frameon=False)
     if not both:
         return fig
-    _show_differences(right, d[d.arm.isin(arms)], arms, columns)
+    _show_differences(right, d[d.ablation.isin(ablations)], ablations, columns)
     right.set(
         xlabel=f"AP minus that of {part.against if isinstance(part.against, str) else 'its own baseline'}, points"
     )
@@ -232,13 +232,13 @@ def figure(
 def _show_differences(
     ax,  # axes with one line per ablation
     d: pd.DataFrame,  # as from `differences`
-    arms: list,  # printed names, from top to bottom
+    ablations: list,  # printed names, from top to bottom
     columns,  # of each ablation, from top to bottom
 ):
     "Draw differences with their intervals; the colour is the verdict, dots are seeds."
     step = 0.8 / len(columns)
     for r in d[d.seeds > 0].itertuples():
-        y = arms.index(r.arm) + (columns.index(r.column) - (len(columns) - 1) / 2) * step
+        y = ablations.index(r.ablation) + (columns.index(r.column) - (len(columns) - 1) / 2) * step
         ax.plot([r.low, r.high], [y, y], '|-', lw=1.2, color=_VERDICTS[r.verdict])
         ax.plot(r.difference, y, 'D', ms=3.5, color=_VERDICTS[r.verdict])
         ax.plot(r.each, [y + 0.16 * step] * len(r.each), '.', ms=3, color='k', alpha=0.5)

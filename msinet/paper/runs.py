@@ -219,7 +219,7 @@ class Part:
     "A table or a figure of the paper."
 
     columns: tuple  # short names
-    arms: dict  # printed name -> ablation
+    ablations: dict  # printed name -> ablation
     against: object = ''  # printed name of the baseline; or a dict, printed name -> its own baseline
     table: int = 0  # number of the published table; 0: none
 
@@ -310,7 +310,7 @@ def cells_to_run(
     def empty(column, label):
         return label in paper.index and paper.loc[label, [c for c in paper if c.split(' ')[0] == column]].isna().all()
 
-    return [(c, label) for c, label in product(part.columns, part.arms) if not empty(c, label)]
+    return [(c, label) for c, label in product(part.columns, part.ablations) if not empty(c, label)]
 
 # %% ../../nbs/paper/50_runs.ipynb #62b8c4d8
 def names_of(
@@ -322,4 +322,4 @@ def names_of(
     parts = [p for k, p in PARTS.items() if k.startswith(what)]
     if not parts:
         raise InputError(f'{what!r} means no run, expected a run such as MS/gate or one of {", ".join(PARTS)}')
-    return list(dict.fromkeys(f'{c}/{p.arms[label]}' for p in parts for c, label in cells_to_run(p)))
+    return list(dict.fromkeys(f'{c}/{p.ablations[label]}' for p in parts for c, label in cells_to_run(p)))

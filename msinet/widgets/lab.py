@@ -155,7 +155,7 @@ def response(
 def interaction_lab(
     items,  # images to choose from, (H, W, 3) bytes each
     supernet=None,  # searched `MSINet` whose weights can be chosen; None offers untrained weights only
-    word=TABLE1,  # genotype at the beginning
+    genotype=TABLE1,  # genotype at the beginning
 ) -> Panel:
     """Choose the twelve letters; see parameters, MACs, the drawn network and its response (§3.2).
 
@@ -167,14 +167,14 @@ def interaction_lab(
     weights = ['untrained'] if supernet is None else ['searched', 'untrained']
 
     @lru_cache(64)
-    def responses(word, i, kind):
+    def responses(genotype, i, kind):
         x = normalise(torch.tensor(np.array(items[i])).permute(2, 0, 1)[None])
-        return response(word, x, supernet if kind == 'searched' else None)
+        return response(genotype, x, supernet if kind == 'searched' else None)
 
-    def draw(word, image, weights):
-        word = check_genotype(word)
+    def draw(genotype, image, weights):
+        genotype = check_genotype(genotype)
         fig = tiles(
-            [[rgb(items[image]), *responses(word, image, weights)]],
+            [[rgb(items[image]), *responses(genotype, image, weights)]],
             t,
             texts={(0, 0): 'image'} | {(0, i): f'cell {i}' for i in range(1, 7)},
             vmin=0,
@@ -183,8 +183,8 @@ def interaction_lab(
         )
         fig.set_size_inches(W, tall)
         fig.axes[0].set_position((0, 0, t.size[0] / W, t.size[1] / tall))
-        draw_genotype(word, ax=fig.add_axes((0, 1 - H / tall, 1, H / tall)))
-        (p, m), (p1, m1) = genotype_cost(word), genotype_cost(TABLE1)
+        draw_genotype(genotype, ax=fig.add_axes((0, 1 - H / tall, 1, H / tall)))
+        (p, m), (p1, m1) = genotype_cost(genotype), genotype_cost(TABLE1)
         fig.text(
             0.5,
             (t.size[1] + 0.3) / tall,
@@ -198,7 +198,7 @@ def interaction_lab(
         fig.text(
             0.5,
             (t.size[1] + 0.12) / tall,
-            f'{sum(a == b for a, b in zip(word, TABLE1))} of 12 letters are those of Table 1; counted without the neck',
+            f'{sum(a == b for a, b in zip(genotype, TABLE1))} of 12 letters are those of Table 1; counted without the neck',
             ha='center',
             va='center',
             fontsize=7,
@@ -214,13 +214,13 @@ def interaction_lab(
             for i in range(12)
         ]
 
-    def turn(i, word, **v):
-        word = check_genotype(word)
+    def turn(i, genotype, **v):
+        genotype = check_genotype(genotype)
         after = dict(zip(OPS, [*OPS][1:] + [*OPS][:1]))  # letter -> the next one
-        return dict(word=word[:i] + after[word[i]] + word[i + 1 :])
+        return dict(genotype=genotype[:i] + after[genotype[i]] + genotype[i + 1 :])
 
     text = w.Text(
-        word,
+        genotype,
         description='letters',
         continuous_update=False,
         layout=dict(width='250px'),
@@ -228,7 +228,7 @@ def interaction_lab(
     )
     panel = Panel(
         style()(draw),
-        dict(word=text, image=slider('image', 0, 0, len(items) - 1), weights=choice('weights', weights)),
+        dict(genotype=text, image=slider('image', 0, 0, len(items) - 1), weights=choice('weights', weights)),
         spots=spots,
         click=turn,
     )
