@@ -105,7 +105,9 @@ def activation_figure(
     x: Tensor,  # (B, 3, H, W) normalised images
     titles=None,  # B texts above the images
 ) -> Figure:
-    "Images, and below them the activation maps of each network (Fig. 1, left)."
+    "Images and the activation maps of each network (Fig. 1, left), with a flat grey image as control."
+    x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    titles = [*(titles or [''] * (len(x) - 1)), 'flat grey']
     pics = denormalise(x).cpu()
     heat = [overlay(pics, activation(net.eval()(x).maps[-1]).cpu()) for net in nets.values()]
     return map_table(np.stack(heat), list(nets), titles, images=pics, vmax=1, label='energy, least to most')
@@ -500,7 +502,8 @@ def _network_figures(
         RunFigure(
             'activation',
             'Activation maps',
-            'Energy of the last map on the same six queries.',
+            'Energy of the last map on the same six queries, each map scaled by itself. The last column is a control, '
+            'a flat grey image: what its map shows as well does not come from the image.',
             activation_figure(nets, x),
         ),
         RunFigure(

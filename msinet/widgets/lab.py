@@ -198,7 +198,7 @@ def interaction_lab(
         fig.text(
             0.5,
             (t.size[1] + 0.12) / tall,
-            f'{sum(a == b for a, b in zip(genotype, TABLE1))} of 12 letters are those of Table 1; counted without the neck',
+            f'{sum(a == b for a, b in zip(genotype, TABLE1))} of 12 letters are those of Table 1; without the neck',
             ha='center',
             va='center',
             fontsize=7,
