@@ -17,9 +17,10 @@ from einops import rearrange, reduce
 
 from .core import ensure_torchvision
 from .errors import InputError
+from .config import TABLE1
 from .data.augment import MEAN, STD
 from .ops import ChannelGate
-from .space import conv_bn, derived, down, init_weights, light_conv, MSINet
+from .space import conv_bn, derived, down, FUSES, init_weights, light_conv, lookup, MSINet
 from .necks import BNNeck, Branch, classifier, FBLNeck, ReIDNet
 
 # %% ../nbs/16_backbones.ipynb #263af71f
@@ -290,21 +291,25 @@ def build_baseline(
 
 # %% ../nbs/16_backbones.ipynb #c3397129
 def network(
-    backbone: str,  # msinet, or a key of `NECKS`
-    genotype: str,  # twelve letters, of MSINet
-    channels,  # of the stem and the three stages; of MSINet, OSNet and CDNet
-    rho: int,  # scale ratio of the branches of MSINet
-    size,  # (H, W) of the images in pixels; a ViT is built for it
-    n_ids: int,  # training identities; 0 for no classifiers
-    fuse=torch.add,  # how the branches of MSINet are combined
+    backbone: str = 'msinet',  # or a key of `NECKS`
+    genotype: str = TABLE1,  # twelve letters, of MSINet
+    channels=(64, 256, 384, 512),  # of the stem and the three stages; of MSINet, OSNet and CDNet
+    rho: int = 3,  # scale ratio of the branches of MSINet
+    size: tuple[int, int] = (256, 128),  # (H, W) of the images in pixels; a ViT is built for it
+    n_ids: int = 0,  # training identities; 0 for no classifiers
+    fuse: str = 'sum',  # how the branches of MSINet are combined, a key of `FUSES`
+    after_bn: bool = False,  # embeddings after batch normalisation, as unsupervised networks have them
     pretrained: bool = False,  # download timm's ImageNet weights
 ) -> ReIDNet:
-    """MSINet or a baseline, with its published neck.
+    """MSINet or a baseline, with its published neck, from what a configuration's `architecture` says.
 
     Raises `InputError` for a wrong genotype, an unknown name, or weights that timm doesn't have.
     """
     if backbone != 'msinet' or pretrained:
         channels = channels or (64, 256, 384, 512)  # old files of weights don't store their channels
-        return build_baseline(backbone, size, n_ids, channels, pretrained)
-    b = derived(genotype, channels, rho, fuse)
-    return ReIDNet(b, FBLNeck(b.channels, n_ids))
+        net = build_baseline(backbone, size, n_ids, channels, pretrained)
+    else:
+        b = derived(genotype, channels, rho, lookup(FUSES, fuse, 'fuse'))
+        net = ReIDNet(b, FBLNeck(b.channels, n_ids))
+    net.after_bn = after_bn
+    return net

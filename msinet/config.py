@@ -58,6 +58,8 @@ TABLE1 = 'GGEGAGGNGAEA'  # the genotype of the paper's Table 1: one letter for e
 class BaseConfig:
     "What a search, a supervised and an unsupervised training have in common (§4.2)."
 
+    cache: ClassVar[bool] = True  # here and below, unless a subclass lets it be chosen
+    accumulate: ClassVar[int] = 1
     kinds: ClassVar[tuple] = ()  # the kinds of run that have this configuration, as `config.json` names them
     preset: Preset = 'full'  # other defaults; smoke: seconds, laptop: minutes, full: the paper's scale, paper, released
     data: str = 'synth'  # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path
@@ -94,8 +96,17 @@ class BaseConfig:
     def batches(self) -> dict:
         "What `train_loader` is told of batches: size in pixels, P, K, cache, augmentation. Raises `InputError`."
         P = n_identities(self.batch, self.K)
-        cached = getattr(self, 'cache', True)
-        return dict(size=self.size, P=P, K=self.K, dir=self.cache_dir or None, cached=cached, **self.augmentation)
+        return dict(size=self.size, P=P, K=self.K, dir=self.cache_dir or None, cached=self.cache, **self.augmentation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LabelledConfig(BaseConfig):
+    "What a search and a supervised training share."
+
+    cache: bool = True  # decode each image once; no: decode it anew whenever it is drawn
+    compile: bool = False  # let torch.compile fuse the backbone; the first batches take minutes
+    accumulate: int = 1  # compute a batch in so many parts of whole identities, one after another
+    sync_bn: bool = False  # with several processes: BN statistics of the whole batch, not of each process's part
 
 # %% ../nbs/01_config.ipynb #2454136f
 LAPTOP_SYNTH = 'synth:n_ids=64,n_test=48'
@@ -107,7 +118,7 @@ SMOKE = {**LAPTOP, 'channels': (8, 32, 48, 64), 'batch': 8, 'K': 2, 'data': SMOK
 
 # %% ../nbs/01_config.ipynb #e9e358c4
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(BaseConfig):
+class SearchConfig(_LabelledConfig):
     "Search an architecture: weights on one twin, choices on the other (§3.1, §4.2)."
 
     kinds: ClassVar = ('search',)
@@ -130,10 +141,11 @@ class SearchConfig(BaseConfig):
     leak: bool = False  # released: the validation gradient also reaches ω
     val_stats: bool = False  # released: validation batches move BN's running statistics
     evaluate: bool = True  # measure the supernet's retrieval before and after
-    cache: bool = True  # decode each image once; no: decode it anew whenever it is drawn
-    compile: bool = False  # let torch.compile fuse the backbone; the first batches take minutes
-    accumulate: int = 1  # compute a batch in so many parts of whole identities, one after another
-    sync_bn: bool = False  # with several processes: BN statistics of the whole batch, not of each process's part
+
+    @property
+    def architecture(self) -> dict:
+        "What stands in a file of weights: how to build the supernet again."
+        return {k: getattr(self, k) for k in ('channels', 'rho', 'fuse', 'narrow', 'size')}
 
 # %% ../nbs/01_config.ipynb #fa87fb0e
 SEARCH = dict(
@@ -165,7 +177,7 @@ SEARCH = {k: replace(c, preset=k) for k, c in SEARCH.items()}
 
 # %% ../nbs/01_config.ipynb #bf047d48
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(BaseConfig):
+class TrainConfig(_LabelledConfig):
     "Train a derived network for retrieval, with or without spatial alignment (§4.3)."
 
     kinds: ClassVar = ('train',)
@@ -186,10 +198,6 @@ class TrainConfig(BaseConfig):
     centred: bool = False  # alignment of vectors without their mean; a diagnosis, not in the paper
     sam_released: bool = False  # alignment over positions of the other image, as released
     eval_every: int = 0  # measure every so many epochs; 0 only before and after
-    cache: bool = True  # decode each image once; no: decode it anew whenever it is drawn
-    compile: bool = False  # let torch.compile fuse the backbone; the first batches take minutes
-    accumulate: int = 1  # compute a batch in so many parts of whole identities, one after another
-    sync_bn: bool = False  # with several processes: BN statistics of the whole batch, not of each process's part
 
     @property
     def architecture(self) -> dict:
@@ -197,6 +205,11 @@ class TrainConfig(BaseConfig):
         about = dict(backbone=self.backbone, size=self.size, channels=self.channels)
         own = dict(genotype=self.genotype, rho=self.rho, fuse=self.fuse)
         return about | (own if self.backbone == 'msinet' else {})
+
+    @property
+    def alignment(self) -> dict:
+        "What `alignment_module` is told."
+        return dict(align=self.align, released=self.sam_released, centred=self.centred)
 
 # %% ../nbs/01_config.ipynb #98a7e62e
 TRAIN = dict(
@@ -298,6 +311,11 @@ class PretrainConfig:
     device: str = ''  # cpu, cuda, mps; empty takes the best
     precision: Literal['no', 'bf16', 'fp16'] = 'no'  # of the network's forward pass
     threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
+
+    @property
+    def architecture(self) -> dict:
+        "What `network` is told, and what stands in a file of weights: how to build the network again."
+        return {k: getattr(self, k) for k in ('backbone', 'genotype', 'channels', 'rho', 'size')}
 
 # %% ../nbs/01_config.ipynb #e518c6dc
 @dataclass(frozen=True, kw_only=True)

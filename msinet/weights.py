@@ -19,7 +19,6 @@ from torch import nn, Tensor
 
 from .core import write_atomic
 from .errors import InputError
-from .space import FUSES
 from .necks import BNNeck, ReIDNet
 from .backbones import FCNeck, network, resample_positions, ViT
 from .engine.checkpoint import load
@@ -102,10 +101,9 @@ def open_net(
         )
     n_ids = sd['neck.classifier.weight'].shape[0] if 'neck.classifier.weight' in sd else 0
     try:
-        name, values = about.get('backbone', 'msinet'), map(about.get, ('genotype', 'channels', 'rho', 'size'))
-        make = partial(network, name, *values, n_ids, FUSES[about.get('fuse', 'sum')])  # old files store no `fuse`
-        net = build_with_weights(make, sd, about.get('rho'))
-        net.after_bn = about.get('after_bn', False)  # True where a network was trained without identities
+        values = dict(backbone='msinet', fuse='sum', after_bn=False) | about  # old files don't say these
+        values = {k: values.get(k) for k in ('backbone', 'genotype', 'channels', 'rho', 'size', 'fuse', 'after_bn')}
+        net = build_with_weights(partial(network, **values, n_ids=n_ids), sd, about.get('rho'))
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as e:

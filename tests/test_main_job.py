@@ -191,3 +191,18 @@ def test_rates_are_the_released_ones():
     np.testing.assert_allclose(
         [lr_at(e, released.lr_alpha, 0, released.milestones_alpha) for e in range(350)], h["alpha_350"], rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("warmup,milestones", [(10, (150, 225, 300)), (3, (29, 40)), (0, (5,)), (4, ())])
+def test_rates_are_those_of_the_schedulers_of_torch(warmup, milestones):
+    "Ours is a function of the epoch: it needs no state to resume, and can be drawn."
+    opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.065)
+    climb = torch.optim.lr_scheduler.LinearLR(opt, 0.01 if warmup else 1.0, total_iters=max(1, warmup))
+    fall = torch.optim.lr_scheduler.MultiStepLR(opt, milestones, 0.1)
+    rates = []
+    for _ in range(350):
+        rates.append(opt.param_groups[0]["lr"])
+        opt.step()
+        climb.step()
+        fall.step()
+    np.testing.assert_allclose([lr_at(e, 0.065, warmup, milestones) for e in range(350)], rates, rtol=1e-12)

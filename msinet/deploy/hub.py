@@ -13,7 +13,6 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from ..core import n_params, write_atomic, write_json
 from ..errors import InputError, one_line
 from ..config import TABLE1
-from ..space import FUSES, lookup
 from ..necks import ReIDNet
 from ..backbones import network
 from ..engine.run import read_run_config, read_run_json
@@ -37,7 +36,7 @@ class HubNet(ReIDNet, PyTorchModelHubMixin):
         fuse: str = 'sum',  # how branches are combined
         after_bn: bool = False,  # embed by the features after batch normalisation, as unsupervised networks do
     ):
-        net = network(backbone, genotype, tuple(channels), rho, tuple(size), n_ids, lookup(FUSES, fuse, 'fuse'))
+        net = network(backbone, genotype, tuple(channels), rho, tuple(size), n_ids, fuse)
         super().__init__(net.backbone, net.neck)
         self.size, self.after_bn = tuple(size), after_bn
 

@@ -23,7 +23,7 @@ from ..retrieval.protocols import protocol_of
 from ..necks import ReIDNet
 from .devices import accelerator, broadcast_from_main, check_batch_split, gather_fn, rank_and_world_size
 from .devices import share_bn_statistics
-from .learner import Learner, Log, OPTIMISERS, Progress
+from .learner import Learner, Log, lr_at, OPTIMISERS, Progress, Schedule
 from .checkpoint import Checkpoint, checkpoint_paths, load_checkpoint, to_bytes
 from .lock import check_disk_space, Signals, StopOnSignal, unwritable
 from .run import check_same, final_write, locked_run_folder, run_folder, write_run_metadata
@@ -116,7 +116,7 @@ class RunContext:
         progress: bool = False,  # show bars
         **given: ReIDData,  # field of the configuration -> a set from Python in its place; None where there is none
     ):
-        self.acc = accelerator(cfg.device, cfg.precision, getattr(cfg, 'accumulate', 1))
+        self.acc = accelerator(cfg.device, cfg.precision, cfg.accumulate)
         broadcast_from_main(lambda: run_folder(cfg.out, kind, cfg.resume))  # a folder that is taken is told at once
         self.given = {k: v for k, v in given.items() if v is not None}
         self.cfg = replace(cfg, **{k: f'given:{v.name}' for k, v in self.given.items()})
@@ -167,7 +167,7 @@ class RunContext:
         "Retrieval on the set that is measured, by its own protocol."
         cfg, data = self.cfg, self.measured
         if self._tests is None:
-            keep = 2**30 if getattr(cfg, 'cache', True) else 0
+            keep = 2**30 if cfg.cache else 0
             loader = partial(
                 test_loader, size=cfg.size, dir=cfg.cache_dir or None, keep=keep, part=rank_and_world_size()
             )
@@ -184,6 +184,15 @@ class RunContext:
         "The run's optimiser, prepared for the precision."
         cfg, params = self.cfg, [p for p in params if p.requires_grad]
         return self.acc.prepare_optimizer(OPTIMISERS[cfg.optimiser](params, cfg.lr, cfg.wd))
+
+    def schedule(
+        self,
+        opt,  # optimiser
+        **other,  # `base`, `warmup` or `milestones` instead of the configuration's
+    ) -> Schedule:
+        "The rate of an optimiser over the run: it climbs, then falls to a tenth at each milestone."
+        cfg = self.cfg
+        return Schedule(opt, partial(lr_at, **dict(base=cfg.lr, warmup=cfg.warmup, milestones=cfg.milestones) | other))
 
     def take_folder(self) -> Path:
         "The run's folder, locked until the run ends. Raises `InputError` when it is in use or can't be written."

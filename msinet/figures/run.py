@@ -37,7 +37,7 @@ from ..data.sets import get_data
 from ..retrieval.evaluate import embeddings, evaluate, nearest, Pixels
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank
-from ..space import FUSES, letters
+from ..space import letters
 from ..necks import ReIDNet
 from ..backbones import network
 from ..engine.run import alpha_course, read_config, read_run, run_data_spec
@@ -378,10 +378,7 @@ def initial_network(
         (m.out_features for k, m in net.named_modules() if k.endswith('classifier') and isinstance(m, nn.Linear)), 0
     )  # a classifier draws random numbers too
     set_seed(cfg.seed)
-    first = network(
-        cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, n_ids, FUSES[getattr(cfg, 'fuse', 'sum')]
-    )
-    first.after_bn = net.after_bn
+    first = network(**cfg.architecture, n_ids=n_ids)
     if not Path(cfg.weights).is_file():
         return 'untrained', first.eval()
     load_initial_weights(first, cfg.weights, fresh=True)

@@ -32,7 +32,7 @@ from ..backbones import network
 from ..engine.learner import OPTIMISERS, read_log
 from ..weights import open_net
 from ..training.search import search
-from ..training.train import build, train, TrainStep
+from ..training.train import train, TrainStep
 from ..unsup.train import resolve_defaults, uda, usl
 from .evidence import background_drift, object_gains
 from .runs import changed, COLUMNS, key_of, Run
@@ -359,7 +359,7 @@ def training_macs(
     with torch.device('meta'):
         t = r.train if r.kind == 'train' else resolve_defaults(r.train, r.kind)
         forward = lambda net, cfg: macs(net.to('meta'), cfg.size) * images_seen(cfg)
-        out = 3 * forward(network(t.backbone, t.genotype, t.channels, t.rho, t.size, 0), t)
+        out = 3 * forward(network(**t.architecture), t)
         if r.search:
             out += 3 * forward(supernet(channels=r.search.channels, rho=r.search.rho), r.search)
     return float(out)
@@ -372,8 +372,7 @@ def training_rate(
 ) -> float:  # multiply-accumulates a second
     "Speed of a training step on this machine."
     set_seed(0)
-    net, sam = build(replace(cfg, lambda_sa=0.0), 64)
-    net.to(device).train()
+    net = network(**cfg.architecture, n_ids=64).to(device).train()
     step = TrainStep(net, OPTIMISERS[cfg.optimiser](net.parameters(), cfg.lr, cfg.wd))
     x = torch.randn(cfg.batch, 3, *cfg.size, device=device)
     y = torch.arange(cfg.batch // cfg.K, device=device).repeat_interleave(cfg.K)
@@ -398,7 +397,7 @@ def plan(
 
     @cache
     def cost(r):  # the same for all seeds
-        size = 4 * n_params(network(r.train.backbone, r.train.genotype, r.train.channels, r.train.rho, r.train.size, 0))
+        size = 4 * n_params(network(**r.train.architecture))
         images = _n_images(r.train.data) * 3 * np.prod(r.train.size)  # decoded
         return training_macs(r) / rate / 3600, (5 * size + images) / 1e9
 

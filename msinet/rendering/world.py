@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError
 from ..data.items import Item, ReIDData
 from .persons import choose, Pose
-from .scene import Camera, camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES
+from .scene import camera, Camera, canvas, degrade, develop, DOMAINS, keyed, KINDS, OBSTACLES
 from .scene import sunlight
 from .tracer import shoot, View
 

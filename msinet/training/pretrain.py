@@ -170,7 +170,7 @@ def pretrain(
         val = read(root / 'val', False, classes=classes)
         run.marks['data'] = f'{len(loader.dataset)}+{len(val.dataset)} pictures of {len(classes)} classes'
         set_seed(cfg.seed)
-        backbone = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0).backbone
+        backbone = network(**cfg.architecture).backbone
         net = Classifier(backbone, len(classes)).to(run.acc.device)
         opt = run.acc.prepare_optimizer(sgd(net.parameters(), cfg.lr, cfg.wd))
         rate = partial(cosine_at, base=cfg.lr, epochs=cfg.epochs, warmup=cfg.warmup)
@@ -181,8 +181,6 @@ def pretrain(
         step = ClassStep(net, opt, cfg.eps, run.acc)
         run.fit(net, step, loader, callbacks, lambda row: row.get('top1'), inside=False)
         run.write('metrics', measure())
-        kept = {k: getattr(cfg, k) for k in ('backbone', 'genotype', 'channels', 'rho', 'size')}
-        run.save(
-            nn.ModuleDict(dict(backbone=backbone)), 'backbone', dict(kind='pretrained', **kept, classes=len(classes))
-        )
+        about = dict(kind='pretrained', **cfg.architecture, classes=len(classes))
+        run.save(nn.ModuleDict(dict(backbone=backbone)), 'backbone', about)
     return folder / 'backbone.safetensors'

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'grad_only', 'first_order_grad', 'unrolled_grad', 'SearchStep', 'features', 'keep_step', 'AlphaHistory',
-           'SkipFirstAlphaStep', 'SearchResult', 'memories', 'classifiers', 'check_ablations', 'split_twins',
-           'build_search', 'alpha_callbacks', 'search']
+           'SkipFirstAlphaStep', 'SearchResult', 'memories', 'classifiers', 'split_twins', 'build_search', 'search']
 
 # %% ../../nbs/training/22_search.ipynb #760faada
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ..space import quarter_out, slot_macs, supernet
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory, released_split, twin_split
 from ..engine.devices import accelerator, gather, share_grads, split_batch
-from ..engine.learner import Callback, Guard, lr_at, Schedule, Step, trainable_params, use_fused
+from ..engine.learner import Callback, Guard, Step, trainable_params, use_fused
 from ..engine.health import Health, probe
 from ..engine.loop import apply_runtime_options, RunContext
 from .ablations import check_same_people, look_ahead, SharedClassifier
@@ -324,12 +323,13 @@ def classifiers(
 OBJECTIVES = dict(tcm=memories, ce=classifiers)  # Fig. 5a
 
 # %% ../../nbs/training/22_search.ipynb #25adb01b
-def check_ablations(
-    cfg: SearchConfig,  # of the search
+def _check_ablations(
+    run: RunContext,  # of a `SearchConfig`
     train,  # images of the training twin
     val,  # images of the validation twin
 ):
     "Raises `InputError` for ablations that don't go together."
+    cfg = run.cfg
     _check_order(cfg.alpha_first, cfg.leak)
     lookup(OBJECTIVES, cfg.objective, 'objective')
     lookup(FUSES, cfg.fuse, 'fuse')
@@ -370,7 +370,7 @@ def build_search(
     "Everything of a search but the loop: twins, supernet, memories, optimisers. Raises `InputError`."
     cfg, device = run.cfg, run.acc.device
     twins = split_twins(run.measured.train, cfg.overlap, cfg.seed, cfg.released_split)
-    check_ablations(cfg, *twins)
+    _check_ablations(run, *twins)
     loaders = [run.train_loader(twin, cfg.seed + i) for i, twin in enumerate(twins)]
     set_seed(cfg.seed)
     backbone = supernet(cfg.channels, cfg.rho, FUSES[cfg.fuse], quarter_in if cfg.narrow else quarter_out)
@@ -405,15 +405,17 @@ def build_search(
     return step, loaders[0]
 
 # %% ../../nbs/training/22_search.ipynb #809bf131
-def alpha_callbacks(
-    cfg: SearchConfig,  # of the search
+def _search_callbacks(
+    run: RunContext,  # of a `SearchConfig`, its data loaded
     step: SearchStep,  # its step
 ) -> list:
-    "The schedules of both optimisers, and the released code's pause of α."
-    omega = partial(lr_at, base=cfg.lr, warmup=cfg.warmup, milestones=cfg.milestones)
-    alpha = partial(lr_at, base=cfg.lr_alpha, warmup=0, milestones=cfg.milestones_alpha or cfg.milestones)
-    schedules = [Schedule(step.opt_omega, omega), Schedule(step.opt_alpha, alpha)]
-    return schedules + [SkipFirstAlphaStep()] * cfg.alpha_first
+    "Schedules of both optimisers, the released code's pause of α, what watches losses and layers."
+    cfg = run.cfg
+    milestones = cfg.milestones_alpha or cfg.milestones
+    alpha = run.schedule(step.opt_alpha, base=cfg.lr_alpha, warmup=0, milestones=milestones)
+    health = Health(step.net, probe(run.measured.train, cfg.size), [step.c_tr, step.c_val])
+    guard = Guard([step.val.dl], cfg.precision != 'fp16')
+    return [guard, run.schedule(step.opt_omega), alpha] + [SkipFirstAlphaStep()] * cfg.alpha_first + [health] * run.main
 
 # %% ../../nbs/training/22_search.ipynb #85588940
 def search(
@@ -428,20 +430,19 @@ def search(
     no number.
     """
     with RunContext(cfg, 'search', progress, data=data) as run:
-        data = run.load()
+        run.load()
         step, loader = build_search(run)
+        net = step.net
         measure = run.measure if cfg.evaluate else lambda net: {}
-        before = measure(step.net)
+        metrics = dict(before=measure(net))
         folder = run.take_folder()
         history = AlphaHistory(folder / 'alphas.npy' if run.main else None)
-        callbacks = [*cbs, Guard([step.val.dl], cfg.precision != 'fp16'), history, *alpha_callbacks(cfg, step)]
-        health = Health(step.net, probe(data.train, cfg.size), [step.c_tr, step.c_val])
-        learn = run.fit(step.net, step, loader, callbacks + [health] * run.main, lambda row: -row['val'])
-        found, alpha = genotype(step.net), alphas(step.net)
-        metrics = dict(before=before, after=measure(step.net))
+        callbacks = [*cbs, history, *_search_callbacks(run, step)]
+        learn = run.fit(net, step, loader, callbacks, lambda row: -row['val'])
+        metrics['after'] = measure(net)
+        found, alpha = genotype(net), alphas(net)
         run.write('genotype', dict(genotype=found, alphas=alpha.tolist(), softmax=alpha.softmax(1).tolist()))
         if not (folder / 'model.safetensors').exists():  # a training that followed in this folder keeps its own
             run.write('metrics', metrics)
-        kept = {k: getattr(cfg, k) for k in ('channels', 'rho', 'fuse', 'narrow', 'size')}
-        run.save(step.net, 'search', dict(kind='supernet', genotype=found, **kept))
-    return SearchResult(found, history.array(), step.net, learn.history, metrics, folder, history.step_array())
+        run.save(net, 'search', dict(kind='supernet', genotype=found, **cfg.architecture))
+    return SearchResult(found, history.array(), net, learn.history, metrics, folder, history.step_array())

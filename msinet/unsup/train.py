@@ -29,7 +29,7 @@ from ..losses import unit
 from ..tcm import Memory
 from ..backbones import check_backbone, network
 from ..engine.devices import accelerator, require_single_process
-from ..engine.learner import Callback, Evaluate, lr_at, Schedule, Step, trainable_params
+from ..engine.learner import Callback, Evaluate, Step, trainable_params
 from ..engine.health import Health, probe
 from ..engine.loop import apply_runtime_options, RunContext
 from ..engine.run import final_write
@@ -394,14 +394,15 @@ def _clustered_loader(
 
 
 def _memory(
-    cfg: UnsupConfig,  # names the method
+    pool,  # of a `Method`; None: means of clusters
+    tau: float,  # temperature
+    beta: float,  # how much of a row stays
     rows: Tensor = None,  # centroids of the source's identities
 ) -> nn.Module:
     "The memory of a method: a row for each cluster, for each image, or for source identities and images."
-    pool = METHODS[cfg.method].pool
     if pool is None:
-        return ClusterMemory(cfg.tau, cfg.beta)
-    return InstanceMemory(cfg.tau, cfg.beta, pool) if rows is None else HybridMemory(rows, cfg.tau, cfg.beta, pool)
+        return ClusterMemory(tau, beta)
+    return InstanceMemory(tau, beta, pool) if rows is None else HybridMemory(rows, tau, beta, pool)
 
 
 def build_unsup(
@@ -412,10 +413,9 @@ def build_unsup(
     cfg, device = run.cfg, run.acc.device
     method = METHODS[cfg.method]
     set_seed(cfg.seed)
-    net = network(cfg.backbone, cfg.genotype, cfg.channels, cfg.rho, cfg.size, 0)
+    net = network(**cfg.architecture)
     if cfg.weights:
         load_initial_weights(net, cfg.weights, fresh=True)  # there are no classifiers here
-    net.after_bn = True
     rows = bridge = None
     pixels = check_readable(run.measured.train, cfg.size, cfg.cache_dir or None, run.progress)
     loader, sampler = _clustered_loader(run, pixels)
@@ -428,7 +428,7 @@ def build_unsup(
             bridge = Bridge(net, plan, _channels_of(net.backbone, cfg.size)).to(device)
     net.to(device)
     apply_runtime_options(net, cfg.channels_last, cfg.recompute)
-    memory = _memory(cfg, rows)
+    memory = _memory(method.pool, cfg.tau, cfg.beta, rows)
     learns = nn.ModuleList([m for m in (net, bridge) if m is not None]).train()
     opt = run.optimiser(learns.parameters())
     extra = method.extra(cfg, net, memory, bridge) if method.extra else None
@@ -492,10 +492,9 @@ def _run_unsup(
         folder = run.take_folder()
         recluster.path = folder / 'pseudo.npy'
         keepers = [recluster] + ([FeatureSnapshots(recluster, cfg.watch, folder / 'watched.npy')] if cfg.watch else [])
-        rate = partial(lr_at, base=cfg.lr, warmup=cfg.warmup, milestones=cfg.milestones)
         evaluate = Evaluate(lambda: run.measure(net), cfg.eval_every)
         health = Health(net, probe(recluster.images.items, cfg.size))
-        callbacks = [*cbs, *keepers, Schedule(built.step.opt, rate), evaluate, health]
+        callbacks = [*cbs, *keepers, run.schedule(built.step.opt), evaluate, health]
         learn = run.fit(built.whole, built.step, built.dl, callbacks, lambda row: row.get('mAP'))
         metrics |= dict(after=run.measure(net), **_best_of(learn.history))
         if built.bridge is not None:

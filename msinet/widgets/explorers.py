@@ -24,12 +24,13 @@ from ..retrieval.evaluate import embeddings, nearest
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank
 from ..losses import unit
+from ..align import alignment_module
 from ..sam import activation_vectors, correlation
+from ..backbones import network
 from ..engine.checkpoint import load
 from ..engine.run import read_config
 from ..weights import open_net
 from ..figures.cam import cam
-from ..training.train import build
 from ..figures.run import even_steps, pca_2d, positives_and_negatives, scatter_ids, tsne_2d
 from .controls import choice, Panel, slider
 
@@ -42,10 +43,10 @@ def untrained_and_trained(
     cfg = read_config(run, TrainConfig)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        fresh, sam0 = build(cfg, net.neck.classifier.out_features)
+        fresh = network(**cfg.architecture, n_ids=net.neck.classifier.out_features)
+        sam0, sam = [alignment_module(net.backbone.channels[-1], **cfg.alignment) for _ in range(2)]
     sams = {}
     if cfg.lambda_sa:
-        sam = build(cfg, 0)[1]
         sam.load_state_dict(load(f'{run}/train.pt')['parts']['step']['sam'])
         sams = dict(untrained=sam0.eval(), trained=sam.eval())
     return dict(untrained=fresh.eval(), trained=net), sams, tuple(about['size'])
