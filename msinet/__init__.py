@@ -26,6 +26,7 @@ _PLACES = {  # module -> the names that `import msinet` offers
     "sam": ["activation_vectors", "alignment", "PAM", "SAM"],
     "backbones": ["network", "osnet", "cdnet", "resnet50", "vit"],
     "engine.checkpoint": ["load", "save"],
+    "zoo": ["zoo_cards", "zoo_table", "run_path"],
     "weights": ["from_official", "load_initial_weights", "open_net"],
     "training.search": ["search", "SearchStep"],
     "training.train": ["train", "TrainStep"],

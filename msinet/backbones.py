@@ -138,10 +138,12 @@ def timm_tools():
 def resnet50(
     pretrained: bool = False,  # download timm's ImageNet weights
     last_stride: int = 1,  # of the last stage; 2 is ImageNet's
-) -> nn.Module:  # channels 256, 512, 1024, 2048
+    width: float = 1.0,  # of the stages
+) -> nn.Module:  # channels 256, 512, 1024, 2048 times `width`
     "ResNet50 with the last stage at full resolution, as re-identification uses it. A backbone."
+    own = {} if width == 1 else dict(channels=tuple(round(width * c) for c in (64, 128, 256, 512)))
     net = timm_tools().create_model(
-        'resnet50', pretrained=pretrained, features_only=True, out_indices=(1, 2, 3, 4), zero_init_last=False
+        'resnet50', pretrained=pretrained, features_only=True, out_indices=(1, 2, 3, 4), zero_init_last=False, **own
     )
     first = net['layer4'][0]
     first.conv2.stride = first.downsample[0].stride = (last_stride, last_stride)
@@ -251,6 +253,7 @@ def vit(
 BACKBONES = dict(
     msinet=derived,
     resnet50=resnet50,
+    resnet50_x0_125=partial(resnet50, False, width=0.125),
     osnet=osnet,
     cdnet=cdnet,
     deit_s=partial(vit, 'deit_small_patch16_224'),
@@ -259,7 +262,7 @@ BACKBONES = dict(
 )
 
 # %% ../nbs/16_backbones.ipynb #d581b81e
-NECKS = dict(resnet50=BNNeck, osnet=FCNeck, cdnet=FBLNeck, deit_s=BNNeck, deit_b=BNNeck, vit_b=BNNeck)
+NECKS = dict(resnet50=BNNeck, resnet50_x0_125=BNNeck, osnet=FCNeck, cdnet=FBLNeck, deit_s=BNNeck, deit_b=BNNeck, vit_b=BNNeck)
 
 # %% ../nbs/16_backbones.ipynb #85d07f77
 def check_backbone(

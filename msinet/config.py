@@ -182,7 +182,7 @@ class TrainConfig(_LabelledConfig):
 
     kinds: ClassVar = ('train',)
     target: str = ''  # another set to measure on (cross-domain, Table 2); empty measures on `data`
-    backbone: str = 'msinet'  # or one with its own neck: resnet50, osnet, cdnet, deit_s, deit_b, vit_b (Tables 2 and 6)
+    backbone: str = 'msinet'  # or resnet50, resnet50_x0_125, osnet, cdnet, deit_s, deit_b, vit_b (Tables 2 and 6)
     genotype: str = TABLE1  # of MSINet: twelve letters of N E G A; the default is Table 1's
     fuse: Literal['sum', 'minus', 'multiply'] = 'sum'  # how the two branches of a cell become one, Fig. 5c
     weights: str = ''  # start from this .safetensors file, or from released weights (.pth); timm fetches ImageNet's

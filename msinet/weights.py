@@ -21,6 +21,7 @@ from .core import write_atomic
 from .errors import InputError
 from .necks import BNNeck, ReIDNet
 from .backbones import FCNeck, network, resample_positions, ViT
+from .zoo import run_path
 from .engine.checkpoint import load
 
 # %% ../nbs/21_weights.ipynb #351645c4
@@ -90,10 +91,10 @@ def build_with_weights(
 
 # %% ../nbs/21_weights.ipynb #aec2605e
 def open_net(
-    run,  # a run folder with model.safetensors, or such a file
+    run,  # a run folder with model.safetensors, or such a file, or `zoo:NAME`
 ) -> tuple[ReIDNet, dict]:  # the network in eval mode, and how it was built: genotype, channels, size, ...
     "Open a trained network. Raises `InputError` when there is none, or its weights don't fit."
-    path = Path(run)
+    path = run_path(run)
     sd, about = load_weights(path / 'model.safetensors' if path.is_dir() else path)
     if not {'backbone', 'genotype'} & set(about):
         raise InputError(
@@ -312,14 +313,15 @@ TIMM = 'timm'  # weights that timm downloads, in place of a file
 # %% ../nbs/21_weights.ipynb #d09c02d3
 def load_initial_weights(
     net: ReIDNet,  # changed in place
-    path: str,  # .safetensors of this kit, or released weights
+    path: str,  # .safetensors of this kit, or released weights, or `zoo:NAME`
     fresh: bool = False,  # keep the classifiers of the network where those of the file have other identities
 ) -> list[str]:  # names in the file that were not used
     """Load all weights of a file; the neck stays as it is where the file is a backbone alone.
 
     Raises `InputError`, and changes nothing, when a tensor doesn't fit.
     """
-    left, sd = [], load_weights(path)[0] if str(path).endswith('.safetensors') else load(path)
+    file = run_path(path) / 'model.safetensors' if str(path).startswith('zoo:') else path
+    left, sd = [], load_weights(file)[0] if str(file).endswith('.safetensors') else load(file)
     if not isinstance(sd, dict) or not any(str(k).startswith(('backbone.', 'neck.')) for k in sd):  # released names
         if isinstance(net.neck, FCNeck):
             sd = from_osnet(sd)

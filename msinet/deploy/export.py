@@ -256,7 +256,7 @@ def to_onnx(
 class ExportConfig:
     "Write a trained network as ONNX, or as a model folder for the Hugging Face hub."
 
-    run: str  # a run folder with model.safetensors, or such a file
+    run: str  # a run folder with model.safetensors, or such a file, or zoo:NAME
     out: str = ''  # file to write; empty: model.onnx beside the weights
     hub: str = ''  # a folder: write weights, configuration and card there instead
 

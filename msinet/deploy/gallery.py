@@ -35,6 +35,7 @@ from ..data.loaders import load_image, load_resized, test_loader
 from ..data.sets import get_data
 from ..retrieval.evaluate import device_of, embed, first_k
 from ..retrieval.places import check_vectors, Embeddings, filtered_scores
+from ..zoo import run_path
 from ..engine.run import run_data_spec
 from ..weights import open_net
 
@@ -451,7 +452,7 @@ class QueryConfig:
     gallery: str  # folder of the gallery
     image: str  # the query
     index: str = ''  # folder of images to index into the gallery first
-    run: str = ''  # the network: a run folder or its weights; empty: the one that made the gallery
+    run: str = ''  # the network: a run folder or its weights, or zoo:NAME; empty: the one that made the gallery
     exclude: str = ''  # a regular expression: images whose file names match are left out, e.g. _cam1 for a camera
     k: int = 15  # number of images
     out: str = ''  # name of the .png and .json without ending; empty: `answer` in the gallery's folder
@@ -491,7 +492,7 @@ def run_query(
     net, about = open_net(run)
     net = net.to(def_device(cfg.device))
     if cfg.index:
-        save_gallery(index_folder(net, cfg.index, about['size'], Path(run).resolve()), cfg.gallery)
+        save_gallery(index_folder(net, cfg.index, about['size'], run_path(run).resolve()), cfg.gallery)
     g = load_gallery(cfg.gallery, net)
     gone = excluded(g.names, cfg.image, cfg.exclude)
     g = g.remove(gone) if gone else g  # without its index, which still holds the removed images
@@ -509,7 +510,7 @@ class VerifyConfig:
 
     a: tyro.conf.Positional[str]  # an image
     b: tyro.conf.Positional[str]  # another image
-    run: str  # the network: a run folder or its weights
+    run: str  # the network: a run folder or its weights, or zoo:NAME
     data: str = ''  # pairs of known identity for the threshold, as for `train`; empty: the run's own test part
     fmr: float = 0.01  # false-match rate that is allowed
     out: str = ''  # name of the histogram and the .json without ending; empty writes none

@@ -15,6 +15,7 @@ from ..errors import InputError, one_line
 from ..config import TABLE1
 from ..necks import ReIDNet
 from ..backbones import network
+from ..zoo import run_path
 from ..engine.run import read_run_config, read_run_json
 from ..weights import build_with_weights, load_weights, open_net, save_weights
 
@@ -124,7 +125,7 @@ def to_hub(
     Raises `InputError` when there is no network, or the folder can't be written.
     """
     net, about = open_net(run)
-    run, dir = Path(run), Path(dir)
+    run, dir = run_path(run), Path(dir)
     home = run if run.is_dir() else run.parent
     if dir.resolve() == home.resolve():
         raise InputError(

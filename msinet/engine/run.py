@@ -20,6 +20,7 @@ from ..core import environment, write_json
 from ..errors import InputError
 from .devices import broadcast_from_main
 from .learner import read_log
+from ..zoo import run_path
 from .lock import Lock, unwritable
 
 # %% ../../nbs/engine/21_run.ipynb #0e08e6a7
@@ -46,7 +47,7 @@ def read_run_json(
 ) -> dict:  # empty where the file is missing or no JSON, as in a folder that is half made
     "The configuration or the environment of a run."
     try:
-        d = json.loads((Path(run) / f'{name}.json').read_text(encoding='utf-8'))
+        d = json.loads((run_path(run) / f'{name}.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return {}
     return d if isinstance(d, dict) else {}
@@ -180,7 +181,7 @@ def read_run(
     run,  # a run's folder
 ) -> dict:  # config, environment, history, genotype, metrics, alphas (E, 12, 4), alpha_steps (E·n, 12, 4)
     "What a run has written so far; empty, or None, where a file is missing. Raises `InputError` when there is no run."
-    run = Path(run)
+    run = run_path(run)
     _check_run(run)
     out = {n: read_run_json(run, n) for n in ('environment', 'genotype', 'metrics')}
     arrays = {n: np.load(run / f'{n}.npy') if (run / f'{n}.npy').is_file() else None for n in ('alphas', 'alpha_steps')}
@@ -204,7 +205,7 @@ def read_config(
     kind: type,  # SearchConfig, TrainConfig, UnsupConfig or PretrainConfig
 ):
     "The configuration that a run was started with, or None. Fields that this version doesn't know are left out."
-    _check_run(Path(run))
+    _check_run(run_path(run))
     found = next((c for name, c in read_run_config(run).items() if name in kind.kinds), None)
     if not isinstance(found, dict):
         return None
@@ -216,8 +217,8 @@ def run_data_spec(
     run,  # a run's folder, or its model.safetensors
 ) -> str:  # as `--data` takes it
     "The data set that a run was measured on. Raises `InputError` where there is none, or none that can be named."
-    run = Path(run) if Path(run).is_dir() else Path(run).parent
-    configs = read_run_config(run)
+    path = run_path(run)
+    configs = read_run_config(path if path.is_dir() else path.parent)
     found = next((configs[k] for k in ('train', 'usl', 'uda', 'search') if isinstance(configs.get(k), dict)), None)
     if found is None:
         raise InputError(

@@ -15,6 +15,7 @@ from ..errors import one_line
 from ..vis import data_uri, OP_COLORS, QUERY
 from ..data.items import ReIDData
 from ..data.sets import get_data
+from ..zoo import output_folder
 from ..engine.health import health_figure, health_warnings
 from ..engine.run import read_run, run_data_spec
 from .run import run_figures
@@ -116,15 +117,15 @@ def _health_notes(
 def report(
     run,  # a run's folder
     data: ReIDData = None,  # data set to use instead of the one that the configuration names
-) -> Path:  # report.html in the folder
+) -> Path:  # report.html in the folder, or in that of `output_folder`
     "Write a run's page: one file that loads nothing. Raises `InputError` when there is no run."
-    run, r = Path(run), read_run(run)
+    r, out = read_run(run), output_folder(run)
     genotype = r['genotype'].get('genotype')
     parts = [f'<p class="genotype">{_coloured_genotype(genotype)}</p>' if genotype else '', _metrics_html(r['metrics'])]
     parts += _health_notes(r['history'])
     parts += [section(s.title, s.text, s.fig) for s in run_figures(run, data)]
     about = html.escape(json.dumps(dict(config=r['config'], environment=r['environment']), indent=1))
-    name, of = (html.escape(one_line(t)) for t in (run.resolve().name, (data or get_data(run_data_spec(run))).name))
+    name, of = (html.escape(one_line(t)) for t in (out.resolve().name, (data or get_data(run_data_spec(run))).name))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>msinet: {name}</title><style>{_STYLE_SHEET}</style>'
@@ -134,5 +135,5 @@ def report(
         + '<h2>Configuration and environment</h2><details><summary>every number that this run depends '
         f'on</summary><pre>{about}</pre></details></html>'
     )
-    write_atomic(run / 'report.html', page.encode())
-    return run / 'report.html'
+    write_atomic(out / 'report.html', page.encode())
+    return out / 'report.html'

@@ -40,6 +40,7 @@ from ..retrieval.ranking import rank
 from ..space import letters
 from ..necks import ReIDNet
 from ..backbones import network
+from ..zoo import output_folder, run_path
 from ..engine.run import alpha_course, read_config, read_run, run_data_spec
 from ..weights import load_initial_weights, open_net
 from ..training.train import train
@@ -525,7 +526,7 @@ def run_figures(
     data: ReIDData = None,  # data set to use instead of the one that the configuration names
 ) -> list[RunFigure]:  # open figures; close them after use
     "Every figure of a run, in the order of the method. Raises `InputError` when there is no run."
-    run, r = Path(run), read_run(run)
+    r, run = read_run(run), run_path(run)
     trained = (run / 'model.safetensors').is_file()
     cfg = read_config(run, TrainConfig) or read_config(run, UnsupConfig)
     data = data or (get_data(run_data_spec(run), cfg.size) if trained else None)
@@ -539,14 +540,14 @@ def run_figures(
 # %% ../../nbs/figures/30_run.ipynb #c9b94ce5
 def save_figures(
     run,  # a run's folder
-    out='',  # folder to write to; empty: `figures` in the run's
+    out='',  # folder to write to; empty: `figures` in that of `output_folder`
     data: ReIDData = None,  # data set to use instead of the one that the configuration names
 ) -> list[Path]:  # of PDFs; a PNG is beside each
     """Write every figure of a run as PDF and PNG, at the width of a column or of a page.
 
     Raises `InputError` when there is no run.
     """
-    out = Path(out or Path(run) / 'figures')
+    out = Path(out or output_folder(run) / 'figures')
     files = []
     for s in run_figures(run, data):
         files.append(save_figure(s.fig, s.name, out)[0])

@@ -11,7 +11,6 @@ __all__ = ['random_genotypes', 'with_genotype', 'own_stats', 'twin_loss', 'evalu
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -28,6 +27,7 @@ from ..space import check_genotype, frozen_stats, FUSES, genotype, Mixed, quarte
 from ..space import supernet
 from ..necks import BNNeck, ReIDNet
 from ..tcm import Memory
+from ..zoo import run_path
 from ..engine.run import run_folder
 from ..weights import load_weights
 from ..training.search import split_twins
@@ -128,7 +128,7 @@ def open_supernet(
     run,  # folder of a search
 ) -> nn.Module:  # a `ReIDNet` in eval mode, with its α
     "Load the supernet of a finished search. Raises `InputError` when there is none."
-    sd, about = load_weights(Path(run) / 'search.safetensors')
+    sd, about = load_weights(run_path(run) / 'search.safetensors')
     if about.get('kind') != 'supernet':
         raise InputError(
             f'{run} holds no supernet, expected the folder of a search: give a folder that msinet search made'

@@ -139,4 +139,6 @@ def train(
             run.write('genotype', dict(genotype=cfg.genotype))
         run.write('metrics', metrics)
         run.save(net, 'model', dict(kind='derived', **cfg.architecture))
+        if step.sam is not None:
+            run.save(step.sam, 'alignment', dict(kind='alignment', **cfg.alignment))
     return TrainResult(net.eval(), metrics, learn.history, folder)
