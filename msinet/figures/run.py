@@ -409,14 +409,15 @@ def _cluster_figures(
 # %% ../../nbs/figures/30_run.ipynb #ff0a73f3
 def overview(
     genotype: str,  # twelve letters
-    alpha,  # (12, number of interactions) after the search
+    alpha,  # (12, number of interactions) after the search; None without one
     rows: list,  # tuples as `strip` takes them
 ) -> Figure:
-    "A run in one figure: the architecture with its final shares, and below it retrieved images."
+    "A run in one figure: the architecture, with its final shares after a search, and below it retrieved images."
     _, width, heights = strip_size(rows)
     below = sum(heights) * min(COL2 / width, 0.57)
-    fig = plt.figure(figsize=(COL2, 2.1 + below), layout='constrained')
-    top, low = fig.subfigures(2, 1, height_ratios=(2.1, below))
+    above = 1.55 if alpha is None else 2.1
+    fig = plt.figure(figsize=(COL2, above + below), layout='constrained')
+    top, low = fig.subfigures(2, 1, height_ratios=(above, below))
     draw_genotype(genotype, alpha, ax=top.add_axes([0, 0, 1, 1]))
     strips(rows, low)
     return fig
@@ -441,9 +442,9 @@ def _network_figures(
     maps = cell_maps(net, x[-1:])
     items, labels = positives_and_negatives(data, which[-1])
     steps = even_steps(ap, 9)
-    alphas = read_run(run)['alphas'] if 'genotype' in about else None  # a training without a search has none
+    alphas = read_run(run)['alphas']  # a training without a search has none
     rows = []
-    for i in dict.fromkeys((steps[len(steps) // 2], steps[-2:][0])) if alphas is not None else ():
+    for i in dict.fromkeys((steps[0], steps[len(steps) // 2])) if 'genotype' in about else ():
         for k, (q, g) in vectors.items():
             rows += strip_rows(data, q, g, [i], [k])
     negatives = {
@@ -457,10 +458,10 @@ def _network_figures(
             RunFigure(
                 'glance',
                 'Overview',
-                'The architecture with the final shares of each slot, and the images retrieved for two queries before '
-                'and after training. By average precision, the first query is in the middle of all queries, the '
-                'second near the best. Green is right, red is wrong.',
-                overview(about['genotype'], alphas[-1], rows),
+                'The architecture, after a search with the final shares of each slot, and the images retrieved for two '
+                'queries before and after training. By average precision, the first query is the worst of all, the '
+                'second in the middle. Green is right, red is wrong.',
+                overview(about['genotype'], None if alphas is None else alphas[-1], rows),
             )
         )
     figures += [
