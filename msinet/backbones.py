@@ -262,7 +262,15 @@ BACKBONES = dict(
 )
 
 # %% ../nbs/16_backbones.ipynb #d581b81e
-NECKS = dict(resnet50=BNNeck, resnet50_x0_125=BNNeck, osnet=FCNeck, cdnet=FBLNeck, deit_s=BNNeck, deit_b=BNNeck, vit_b=BNNeck)
+NECKS = dict(
+    resnet50=BNNeck,
+    resnet50_x0_125=BNNeck,
+    osnet=FCNeck,
+    cdnet=FBLNeck,
+    deit_s=BNNeck,
+    deit_b=BNNeck,
+    vit_b=BNNeck,
+)
 
 # %% ../nbs/16_backbones.ipynb #85d07f77
 def check_backbone(

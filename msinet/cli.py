@@ -271,7 +271,7 @@ def _run_report(cfg: ReportConfig):
 
 def _run_figures(cfg: FiguresConfig):
     "`msinet figures`"
-    if not cfg.what.startswith('zoo:') and not Path(cfg.what).exists() and re.fullmatch(r'(figure |table )?\d[a-e]?', cfg.what):
+    if not Path(cfg.what).exists() and re.fullmatch(r'(figure |table )?\d[a-e]?', cfg.what):
         from msinet.paper.experiments import figure_command
 
         print(figure_command(cfg.what, cfg.rows, cfg.scale, cfg.out))

@@ -35,7 +35,8 @@ def _checked(
         found = sha256((folder / name).read_bytes()).hexdigest() if (folder / name).is_file() else 'nothing'
         if found != expected:
             raise InputError(
-                f'{folder / name} has SHA-256 {found[:12]}, expected {expected[:12]}: it is damaged, install msinet again'
+                f'{folder / name} has SHA-256 {found[:12]}, expected {expected[:12]}: it is damaged, install msinet '
+                'again'
             )
     return folder
 
