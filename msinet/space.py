@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUSES', 'Mixed', 'one_hot', 'conv_bn', 'light_conv', 'Cell', 'frozen_stats', 'recompute', 'quarter_out', 'quarter_in',
            'down', 'MSINet', 'init_weights', 'check_genotype', 'supernet', 'derived', 'alphas', 'letters', 'genotype',
-           'set_genotype', 'set_path', 'subnet_state_dict', 'lookup', 'op_macs', 'slot_macs', 'expected_cost']
+           'set_genotype', 'subnet_state_dict', 'set_path', 'lookup', 'op_macs', 'slot_macs', 'expected_cost']
 
 # %% ../nbs/11_space.ipynb #861c33f5
 from collections import OrderedDict
@@ -308,16 +308,6 @@ def set_genotype(
     for m, o in zip([m for m in net.modules() if isinstance(m, Mixed)], check_genotype(letters)):
         one_hot(m, o)
 
-# %% ../nbs/11_space.ipynb #386035a2
-def set_path(
-    net: nn.Module,  # holds a supernet, changed in place
-    letters: str = '',  # genotype; empty: the mixture again
-):
-    "Compute one interaction in each slot and nothing of the others; α stays as it is. Errors as `check_genotype`."
-    mixes = [m for m in net.modules() if isinstance(m, Mixed)]
-    for m, o in zip(mixes, check_genotype(letters) if letters else [''] * len(mixes)):
-        m.path = o
-
 # %% ../nbs/11_space.ipynb #bc87fa3b
 def subnet_state_dict(
     net: MSINet,  # a supernet
@@ -333,6 +323,16 @@ def subnet_state_dict(
         elif key.startswith(f'{slot}.ops.{letters[slots[slot]]}.'):
             sd[key.replace(f'.ops.{letters[slots[slot]]}', '')] = v
     return sd
+
+# %% ../nbs/11_space.ipynb #386035a2
+def set_path(
+    net: nn.Module,  # holds a supernet, changed in place
+    letters: str = '',  # genotype; empty: the mixture again
+):
+    "Compute one interaction in each slot and nothing of the others; α stays as it is. Errors as `check_genotype`."
+    mixes = [m for m in net.modules() if isinstance(m, Mixed)]
+    for m, o in zip(mixes, check_genotype(letters) if letters else [''] * len(mixes)):
+        m.path = o
 
 # %% ../nbs/11_space.ipynb #3a9f8490
 FUSES = dict(sum=torch.add, minus=torch.sub, multiply=torch.mul)  # Fig. 5c: how the two closed branches are combined

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_genotypes', 'with_genotype', 'own_stats', 'evaluate_genotype', 'stats_batches', 'retrieval_of',
-           'compare_candidates', 'supernet_with_neck', 'PathSampler', 'PathStep', 'held_out']
+           'supernet_with_neck', 'PathSampler', 'PathStep', 'held_out', 'compare_candidates']
 
 # %% ../../nbs/training/22_oneshot.ipynb #9e0afce1
 import random
@@ -127,20 +127,6 @@ def retrieval_of(
     loaders = [test_loader(items, size, device=device, max_bad=0.001) for items in (data.query, data.gallery)]
     return lambda net: evaluate_loaders(net, *loaders, data.same_cam_ok, device, protocol_of(data.name))
 
-# %% ../../nbs/training/22_oneshot.ipynb #059f00a7
-def compare_candidates(
-    net: ReIDNet,  # holds a trained supernet
-    genotypes,  # that are compared
-    ranking,  # function: network -> `Ranking`, as of `retrieval_of`
-    batches,  # for `own_stats`
-) -> list[dict]:  # genotype, mAP, R1 of each, best mAP first
-    "Retrieval of several genotypes with the weights of one supernet."
-    rows = []
-    for g in genotypes:
-        m = evaluate_genotype(net, g, lambda n: retrieval_metrics(ranking(n)), batches)
-        rows.append(dict(genotype=g, mAP=m['mAP'], R1=m['R1']))
-    return sorted(rows, key=lambda r: -r['mAP'])
-
 # %% ../../nbs/training/22_oneshot.ipynb #416d4108
 def supernet_with_neck(
     channels,  # of the stem and the three stages
@@ -245,3 +231,17 @@ def held_out(
     drawn = {*random.Random(seed).sample(pids, n)}
     query, gallery = query_gallery([i for i in data.train if i.pid in drawn])
     return ReIDData([i for i in data.train if i.pid not in drawn], query, gallery, 'held out', data.same_cam_ok)
+
+# %% ../../nbs/training/22_oneshot.ipynb #059f00a7
+def compare_candidates(
+    net: ReIDNet,  # holds a trained supernet
+    genotypes,  # that are compared
+    ranking,  # function: network -> `Ranking`, as of `retrieval_of`
+    batches,  # for `own_stats`
+) -> list[dict]:  # genotype, mAP, R1 of each, best mAP first
+    "Retrieval of several genotypes with the weights of one supernet."
+    rows = []
+    for g in genotypes:
+        m = evaluate_genotype(net, g, lambda n: retrieval_metrics(ranking(n)), batches)
+        rows.append(dict(genotype=g, mAP=m['mAP'], R1=m['R1']))
+    return sorted(rows, key=lambda r: -r['mAP'])
