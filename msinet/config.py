@@ -122,6 +122,9 @@ class SearchConfig(_LabelledConfig):
     "Search an architecture: weights on one twin, choices on the other (§3.1, §4.2)."
 
     kinds: ClassVar = ('search',)
+    sampling: Literal['mixture', 'uniform'] = 'mixture'  # all interactions at once by α, or one random genotype a step
+    candidates: int = 32  # uniform: random genotypes that are compared with the weights at the end
+    val_share: float = 0.125  # uniform: share of the training identities kept for that comparison
     fuse: Literal['sum', 'minus', 'multiply'] = 'sum'  # how the two branches of a cell become one, Fig. 5c
     narrow: bool = False  # branches a quarter of a cell's input instead of its output, as the released search has it
     objective: Literal['tcm', 'ce'] = 'tcm'  # of both halves, Fig. 5a: memories, or one classifier that needs overlap 1
@@ -171,7 +174,18 @@ SEARCH = dict(
         after_bn=True,
         **LAPTOP,
     ),
-    smoke=SearchConfig(epochs=2, lr=2e-3, lr_alpha=0.03, warmup=1, milestones=(), overlap=0.5, after_bn=True, **SMOKE),
+    smoke=SearchConfig(
+        epochs=2,
+        lr=2e-3,
+        lr_alpha=0.03,
+        warmup=1,
+        milestones=(),
+        overlap=0.5,
+        after_bn=True,
+        candidates=4,
+        val_share=0.25,
+        **SMOKE,
+    ),
 )
 SEARCH = {k: replace(c, preset=k) for k, c in SEARCH.items()}
 

@@ -89,7 +89,14 @@ def _check_batches(
 def found_line(
     found: SearchResult,  # of `search`
 ) -> str:
-    "What a search found, in a line: the genotype, and how large the twelve largest shares of α are."
+    """What a search found, in a line: the genotype, and how large the twelve largest shares of α are.
+
+    After uniform sampling: how good the genotype was among the candidates.
+    """
+    if found.candidates:
+        best, last = found.candidates[0]['mAP'], found.candidates[-1]['mAP']
+        n = len(found.candidates)
+        return f'found     {found.genotype}  (held-out mAP {100 * best:.1f}, the last of {n} candidates {100 * last:.1f})'
     alpha = torch.as_tensor(found.alphas[-1])
     w = alpha.softmax(1).amax(1)
     sure = f'softmax of α: winners {w.min():.2f} to {w.max():.2f}, uniform is {1 / alpha.shape[1]:.2f}'

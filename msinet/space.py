@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUSES', 'Mixed', 'one_hot', 'conv_bn', 'light_conv', 'Cell', 'frozen_stats', 'recompute', 'quarter_out', 'quarter_in',
            'down', 'MSINet', 'init_weights', 'check_genotype', 'supernet', 'derived', 'alphas', 'letters', 'genotype',
-           'set_genotype', 'subnet_state_dict', 'lookup', 'op_macs', 'slot_macs', 'expected_cost']
+           'set_genotype', 'subnet_state_dict', 'set_path', 'lookup', 'op_macs', 'slot_macs', 'expected_cost']
 
 # %% ../nbs/11_space.ipynb #861c33f5
 from collections import OrderedDict
@@ -31,13 +31,16 @@ class Mixed(nn.Module):
         super().__init__()
         self.ops = nn.ModuleDict({k: op(c) for k, op in OPS.items()})
         self.alpha = nn.Parameter(1e-3 * torch.randn(len(OPS)))
+        self.path = ''  # a letter: this interaction alone is computed, whatever `alpha` is
 
     def forward(
         self,
         x1: Tensor,  # (B, C, H, W) the branch with the small receptive field
         x2: Tensor,  # (B, C, H, W) the branch with the large one
     ) -> tuple[Tensor, Tensor]:  # the weighted sum of all, for each branch
-        "The mixture of both branches, Eq. (1), with the sum sorted by map."
+        "The mixture of both branches, Eq. (1), with the sum sorted by map; or the one interaction of `path`."
+        if self.path:
+            return self.ops[self.path](x1, x2)
         wN, wE, wG, wA, *more = self.alpha.softmax(0)
         att, (g1, g2) = self.ops['A'], self.ops['G'].gates(x1, x2)
         m1, m2 = att.mixes(x1, x2)
@@ -320,6 +323,16 @@ def subnet_state_dict(
         elif key.startswith(f'{slot}.ops.{letters[slots[slot]]}.'):
             sd[key.replace(f'.ops.{letters[slots[slot]]}', '')] = v
     return sd
+
+# %% ../nbs/11_space.ipynb #386035a2
+def set_path(
+    net: nn.Module,  # holds a supernet, changed in place
+    letters: str = '',  # genotype; empty: the mixture again
+):
+    "Compute one interaction in each slot and nothing of the others; α stays as it is. Errors as `check_genotype`."
+    mixes = [m for m in net.modules() if isinstance(m, Mixed)]
+    for m, o in zip(mixes, check_genotype(letters) if letters else [''] * len(mixes)):
+        m.path = o
 
 # %% ../nbs/11_space.ipynb #3a9f8490
 FUSES = dict(sum=torch.add, minus=torch.sub, multiply=torch.mul)  # Fig. 5c: how the two closed branches are combined

@@ -17,8 +17,9 @@ from msinet.paper.evidence import background_drift, bootstrap_means, swap_backgr
 from msinet.paper.evidence import object_gains, paired
 from msinet.paper.evidence import rank_correlation
 from msinet.necks import BNNeck, FBLNeck, ReIDNet
-from msinet.paper.probes import batches_per_epoch, discretisation_gap, held_out, own_stats, with_genotype
+from msinet.paper.probes import batches_per_epoch, discretisation_gap, held_out, own_stats
 from msinet.paper.probes import random_search, evaluate_genotype, search_passes, twin_loss, random_genotypes
+from msinet.training.oneshot import with_genotype
 from msinet.training.search import split_twins
 from msinet.space import Mixed, alphas, check_genotype, subnet_state_dict, derived, genotype, supernet
 from msinet.rendering.world import mask, render, synth

@@ -82,7 +82,7 @@ def read_run_config(
 # %% ../../nbs/engine/21_run.ipynb #d1697388
 _MAY_CHANGE = set(
     'preset data source target watch workers out resume epochs eval_every evaluate cache cache_dir device threads '
-    'weights fresh_classifiers'.split()
+    'weights fresh_classifiers candidates'.split()
 )  # without a word
 _WARN_ON_CHANGE = set(
     'lr lr_alpha wd wd_alpha warmup milestones milestones_alpha precision channels_last compile accumulate recompute '

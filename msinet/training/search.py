@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'grad_only', 'first_order_grad', 'unrolled_grad', 'SearchStep', 'features', 'keep_step', 'AlphaHistory',
-           'SkipFirstAlphaStep', 'SearchResult', 'memories', 'classifiers', 'split_twins', 'build_search', 'search']
+           'SkipFirstAlphaStep', 'SearchResult', 'memories', 'classifiers', 'split_twins', 'build_search',
+           'build_oneshot', 'search']
 
 # %% ../../nbs/training/22_search.ipynb #760faada
 from dataclasses import dataclass
@@ -22,16 +23,18 @@ from ..config import SearchConfig
 from ..data.items import ReIDData, relabel
 from ..data.loaders import InfiniteLoader, test_loader, TrainLoader
 from ..retrieval.evaluate import device_of
-from ..ops import to_float32
-from ..space import alphas, expected_cost, frozen_stats, FUSES, genotype, letters, lookup, Mixed, quarter_in
-from ..space import quarter_out, slot_macs, supernet
-from ..necks import BNNeck, ReIDNet
+from ..ops import OPS, to_float32
+from ..space import alphas, expected_cost, frozen_stats, FUSES, genotype, letters, lookup, Mixed
+from ..space import set_path, slot_macs
+from ..necks import ReIDNet
 from ..tcm import Memory, released_split, twin_split
 from ..engine.devices import accelerator, gather, share_grads, split_batch
 from ..engine.learner import Callback, Guard, Step, trainable_params, use_fused
 from ..engine.health import Health, probe
 from ..engine.loop import apply_runtime_options, RunContext
 from .ablations import check_same_people, look_ahead, SharedClassifier
+from .oneshot import compare_candidates, evaluate_genotype, held_out, PathSampler, PathStep
+from .oneshot import random_genotypes, retrieval_of, stats_batches, supernet_with_neck
 
 # %% ../../nbs/training/22_search.ipynb #df92bae7
 @contextmanager
@@ -293,12 +296,13 @@ class SearchResult:
     "What a search found."
 
     genotype: str  # twelve letters
-    alphas: np.ndarray  # (epochs, 12, 4), after each epoch
+    alphas: np.ndarray  # (epochs, 12, 4), after each epoch; no rows where α didn't learn
     net: nn.Module  # the trained supernet with its neck
     history: list  # one dict per epoch
     metrics: dict  # the supernet's retrieval before and after
     run: Path  # the run's folder
     steps: np.ndarray  # (rows, 12, 4), α after evenly chosen iterations, the same number in each epoch
+    candidates: tuple = ()  # uniform sampling: genotype, mAP, R1 of each candidate, best first; α has no rows then
 
 # %% ../../nbs/training/22_search.ipynb #0fd72285
 def memories(
@@ -373,14 +377,13 @@ def build_search(
     _check_ablations(run, *twins)
     loaders = [run.train_loader(twin, cfg.seed + i) for i, twin in enumerate(twins)]
     set_seed(cfg.seed)
-    backbone = supernet(cfg.channels, cfg.rho, FUSES[cfg.fuse], quarter_in if cfg.narrow else quarter_out)
-    net = ReIDNet(backbone, BNNeck(backbone.channels)).to(device)
-    memories = OBJECTIVES[cfg.objective]([l.n_ids for l in loaders], backbone.channels[-1], cfg.tau, cfg.beta)
+    net = supernet_with_neck(cfg.channels, cfg.rho, cfg.fuse, cfg.narrow).to(device)
+    memories = OBJECTIVES[cfg.objective]([l.n_ids for l in loaders], cfg.channels[-1], cfg.tau, cfg.beta)
     memories = [m.to(device) for m in memories]
     for m, twin in zip(memories, twins):
         if cfg.centroids and isinstance(m, Memory):
             m.fill(*features(net, twin, cfg.size, device, cfg.after_bn, cfg.seed))
-    price = _price(net, slot_macs(backbone, cfg.size), cfg.cost) if cfg.cost else None
+    price = _price(net, slot_macs(net.backbone, cfg.size), cfg.cost) if cfg.cost else None
     apply_runtime_options(net, cfg.channels_last, cfg.recompute, cfg.sync_bn, cfg.compile)
     choices = [p for n, p in net.named_parameters() if n.endswith('.alpha')]
     weights = [p for n, p in net.named_parameters() if not n.endswith('.alpha')] + list(memories[0].parameters())
@@ -417,6 +420,72 @@ def _search_callbacks(
     guard = Guard([step.val.dl], cfg.precision != 'fp16')
     return [guard, run.schedule(step.opt_omega), alpha] + [SkipFirstAlphaStep()] * cfg.alpha_first + [health] * run.main
 
+# %% ../../nbs/training/22_search.ipynb #67d004c5
+_OF_ALPHA = 'objective released_split cost unrolled alpha_first leak val_stats compile'.split()
+
+
+def _check_uniform(
+    cfg: SearchConfig,  # with uniform sampling
+):
+    "Raises `InputError` for settings that need an α that learns, or one network for all steps."
+    for k in _OF_ALPHA:
+        if getattr(cfg, k) != getattr(SearchConfig(), k):
+            raise InputError(
+                f'{k} is {getattr(cfg, k)} with uniform sampling, expected {getattr(SearchConfig(), k)}: α does not '
+                'learn there; leave it out, or take sampling mixture'
+            )
+    lookup(FUSES, cfg.fuse, 'fuse')
+    if cfg.candidates < 1:
+        raise InputError(f'found {cfg.candidates} candidates, expected at least one: give --candidates 32')
+
+
+def build_oneshot(
+    run: RunContext,  # of a `SearchConfig` with uniform sampling, its data loaded
+) -> tuple[PathStep, TrainLoader, ReIDData]:  # the step, its batches; queries and gallery of held-out identities
+    "Everything of a one-shot training but the loop. Raises `InputError`."
+    cfg = run.cfg
+    _check_uniform(cfg)
+    inner = held_out(run.measured, cfg.val_share, cfg.seed)
+    loader = run.train_loader(inner.train, cfg.seed, least=2)
+    set_seed(cfg.seed)
+    net = supernet_with_neck(cfg.channels, cfg.rho, cfg.fuse, cfg.narrow, loader.n_ids).to(run.acc.device)
+    for m in net.modules():
+        if isinstance(m, Mixed):
+            nn.init.zeros_(m.alpha.requires_grad_(False))
+    apply_runtime_options(net, cfg.channels_last, cfg.recompute, cfg.sync_bn)
+    return PathStep(net, run.optimiser(net.parameters()), PathSampler(cfg.seed), run.acc), loader, inner
+
+
+def _search_uniform(
+    run: RunContext,  # of a `SearchConfig` with uniform sampling, its data loaded
+    cbs=(),  # more callbacks for the `Learner`
+) -> SearchResult:
+    "Train the weights of all genotypes, then keep the best of a few on identities that they have not seen."
+    cfg = run.cfg
+    step, loader, inner = build_oneshot(run)
+    net = step.net
+    measure = run.measure if cfg.evaluate else lambda net: {}
+    metrics = dict(before=measure(net))
+    folder = run.take_folder()
+    health = [Health(net, probe(inner.train, cfg.size))] * run.main
+    callbacks = [*cbs, Guard(grads=cfg.precision != 'fp16'), run.schedule(step.opt), *health]
+    learn = run.fit(net, step, loader, callbacks, lambda row: -row['loss'])
+    set_path(net)
+    batches = stats_batches(inner.train, cfg.size, seed=cfg.seed, device=run.acc.device)
+    ranking = retrieval_of(inner, cfg.size, run.acc.device)
+    rows = compare_candidates(net, random_genotypes(cfg.candidates, cfg.seed), ranking, batches)
+    found = rows[0]['genotype']
+    metrics['after'] = evaluate_genotype(net, found, measure, batches)
+    with torch.no_grad():
+        for m, letter in zip([m for m in net.modules() if isinstance(m, Mixed)], found):
+            m.alpha[list(m.ops).index(letter)] = 1  # the file names what was found
+    run.write('genotype', dict(genotype=found, candidates=rows))
+    if not (folder / 'model.safetensors').exists():
+        run.write('metrics', metrics)
+    run.save(net, 'search', dict(kind='supernet', genotype=found, n_ids=loader.n_ids, **cfg.architecture))
+    none = np.empty((0, 12, len(OPS)))
+    return SearchResult(found, none, net, learn.history, metrics, folder, none, tuple(rows))
+
 # %% ../../nbs/training/22_search.ipynb #85588940
 def search(
     cfg: SearchConfig,  # all that the run depends on
@@ -431,6 +500,8 @@ def search(
     """
     with RunContext(cfg, 'search', progress, data=data) as run:
         run.load()
+        if cfg.sampling == 'uniform':
+            return _search_uniform(run, cbs)
         step, loader = build_search(run)
         net = step.net
         measure = run.measure if cfg.evaluate else lambda net: {}

@@ -19,7 +19,7 @@ from ..retrieval.evaluate import device_of, Pixels
 from ..ops import to_float32
 from ..space import check_genotype
 from ..necks import ReIDNet
-from ..losses import id_loss, triplet
+from ..losses import branch_losses
 from ..align import alignment_module
 from ..backbones import check_backbone, network
 from ..engine.devices import accelerator, gather, share_grads, split_batch
@@ -59,10 +59,7 @@ class TrainStep(Step):
         with self.acc.autocast():
             maps, branches = self.net(x)
         both = [(gather(to_float32(b.f)), gather(to_float32(b.logits))) for b in branches]
-        parts = dict(
-            id=sum(id_loss(s, y, self.eps) for _, s in both),
-            triplet=sum(triplet(f, y, self.m, self.normalise) for f, _ in both),
-        )
+        parts = branch_losses(both, y, self.eps, self.m, self.normalise)
         loss = sum(parts.values())
         if self.sam is not None:
             parts['sa'] = self.sam(gather(to_float32(maps[-1])), y)
