@@ -18,7 +18,7 @@ from msinet.paper.additive import slot_code, unseen_r2
 from msinet.paper.judge import agreement, agreement_by_chance, distribution_figure, judge, Judged, read_judged
 from msinet.paper.judge import reliability, standing
 from msinet.retrieval.evaluate import evaluate
-from msinet.space import alphas, Mixed
+from msinet.space import Mixed
 from msinet.training.oneshot import evaluate_genotype, random_genotypes, stats_batches, supernet_with_neck
 
 SIZE = (64, 32)
