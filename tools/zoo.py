@@ -69,6 +69,14 @@ def measured(run) -> dict:  # what -> mAP, low, high, R1
     return out
 
 
+def parameters(run: Path) -> int:
+    "Of a network without its classifiers, or of a supernet with everything."
+    if (run / "model.safetensors").is_file():
+        return n_params(open_net(run)[0], skip=["classifier"])
+    sd = load_weights(run / "search.safetensors")[0]
+    return sum(v.numel() for k, v in sd.items() if "running_" not in k and "num_batches" not in k)
+
+
 def pack(run, name: str, command: str) -> Path:  # its folder in the zoo
     "Write a network of the zoo from a run."
     run, out = Path(run), zoo_folder() / name
@@ -90,7 +98,6 @@ def pack(run, name: str, command: str) -> Path:  # its folder in the zoo
     env = read_run_json(run, "environment")
     write_json(out / "environment.json", {k: v for k, v in env.items() if k not in ("platform", "git_changed")})
     set_seed(0)
-    has_net = (out / "model.safetensors").is_file()
     card = dict(
         command=command,
         seed=last["seed"],
@@ -98,8 +105,8 @@ def pack(run, name: str, command: str) -> Path:  # its folder in the zoo
         minutes=round(sum(r["seconds"] for r in read_log(run / "history.jsonl")) / 60, 1),
         machine="one core of a 2-core x86-64 CPU, shared with other work",
         licence="Apache-2.0",
-        parameters=n_params(open_net(out)[0], skip=["classifier"]) if has_net else None,
-        measured=measured(out) if has_net else {},
+        parameters=parameters(out),
+        measured=measured(out) if (out / "model.safetensors").is_file() else {},
     )
     card["sha256"] = {p.name: sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())}
     write_json(out / "card.json", card)
