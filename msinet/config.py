@@ -334,10 +334,11 @@ class PretrainConfig:
 # %% ../nbs/01_config.ipynb #e518c6dc
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    "Search, derive, train with SAM, evaluate and look."
+    "Search, derive, train with SAM, evaluate and look; with `run`, evaluate and look alone."
 
     preset: Preset = 'laptop'  # smoke: seconds, laptop: minutes, full: the paper's scale, paper, released
     data: str = ''  # synth, M=/path, MS=/path, VR=/path, VID=/path or folder=/path; empty: rendered persons
+    run: str = ''  # a trained network, zoo:NAME or a run, instead of search and training; epochs_train trains it on
     out: str = ''  # the run's folder; empty takes the next free runs/demo-N
     resume: bool = False  # go on with the run in `out`, or start one where none is
     size: tuple[int, int] | None = None  # height and width in pixels; the preset's unless given

@@ -313,14 +313,15 @@ TIMM = 'timm'  # weights that timm downloads, in place of a file
 # %% ../nbs/21_weights.ipynb #d09c02d3
 def load_initial_weights(
     net: ReIDNet,  # changed in place
-    path: str,  # .safetensors of this kit, or released weights, or `zoo:NAME`
+    path: str,  # .safetensors of this kit, a run folder that has one, `zoo:NAME`, or released weights
     fresh: bool = False,  # keep the classifiers of the network where those of the file have other identities
 ) -> list[str]:  # names in the file that were not used
     """Load all weights of a file; the neck stays as it is where the file is a backbone alone.
 
     Raises `InputError`, and changes nothing, when a tensor doesn't fit.
     """
-    file = run_path(path) / 'model.safetensors' if str(path).startswith('zoo:') else path
+    file = run_path(path)
+    file = file / 'model.safetensors' if file.is_dir() else file
     left, sd = [], load_weights(file)[0] if str(file).endswith('.safetensors') else load(file)
     if not isinstance(sd, dict) or not any(str(k).startswith(('backbone.', 'neck.')) for k in sd):  # released names
         if isinstance(net.neck, FCNeck):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from PIL import Image
 
 import msinet.zoo
 from msinet.cli import main
-from msinet.config import TrainConfig
+from msinet.config import DemoConfig, SMOKE_SYNTH, TABLE1, TRAIN, TrainConfig
 from msinet.data.sets import get_data
 from msinet.engine.run import read_config, read_run, run_data_spec
 from msinet.errors import InputError
+from msinet.quickstart import demo, tune_config
 from msinet.retrieval.evaluate import evaluate, retrieval_metrics
 from msinet.weights import load_initial_weights, open_net
 from msinet.zoo import run_path, zoo_cards, zoo_folder, zoo_table
@@ -127,3 +129,18 @@ def test_the_wheel_answers_a_query_without_a_network(tmp_path):
     assert out.returncode == 0, out.stderr
     assert str(tmp_path / "site") in out.stdout
     assert len(json.loads((tmp_path / "g/answer.json").read_text())["names"]) == 3
+
+
+def test_a_demo_of_a_trained_network_needs_no_training(tmp_path):
+    cfg = DemoConfig(run="zoo:msinet-persons", data=SMOKE_SYNTH, batch=8, K=2, out=str(tmp_path / "run"))
+    done = demo(cfg)
+    m = done.trained.metrics
+    assert done.found is None and done.report.is_file() and m["after"] == m["before"]
+    assert m["after"]["mAP"] > 0.9 > m["pixels"]["mAP"] and not done.trained.history
+    kept = open_net(done.run)[0].state_dict()
+    own = {k: v for k, v in open_net("zoo:msinet-persons")[0].state_dict().items() if "classifier" not in k}
+    assert all(torch.equal(kept[k], v) for k, v in own.items())
+    assert read_config(done.run, TrainConfig).size == (128, 64)
+    longer = tune_config(replace(cfg, epochs_train=8), tmp_path / "longer")
+    assert (longer.epochs, longer.milestones, longer.weights) == (8, (5, 7), "zoo:msinet-persons")
+    assert longer.genotype == TABLE1 and longer.lr == TRAIN["laptop"].lr / 10
