@@ -126,9 +126,9 @@ def found_line(
     After uniform sampling: how good the genotype was among the candidates.
     """
     if found.candidates:
-        best, last = found.candidates[0]['mAP'], found.candidates[-1]['mAP']
-        n = len(found.candidates)
-        return f'found     {found.genotype}  (held-out mAP {100 * best:.1f}, the last of {n} candidates {100 * last:.1f})'
+        best, last = (100 * found.candidates[k]['mAP'] for k in (0, -1))
+        others = f'the last of {len(found.candidates)} candidates {last:.1f}'
+        return f'found     {found.genotype}  (held-out mAP {best:.1f}, {others})'
     alpha = torch.as_tensor(found.alphas[-1])
     w = alpha.softmax(1).amax(1)
     sure = f'softmax of α: winners {w.min():.2f} to {w.max():.2f}, uniform is {1 / alpha.shape[1]:.2f}'

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from msinet.config import SMOKE_SYNTH, TABLE1
+from msinet.config import SEARCH, SMOKE_SYNTH, TABLE1
 from msinet.core import set_seed
 from msinet.data.sets import get_data
 from msinet.errors import InputError
@@ -44,7 +44,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def batches(data):
-    return stats_batches(data.train, SIZE, n=2, bs=16)
+    return stats_batches(data.train, SEARCH["smoke"].batches, n=2)
 
 
 def test_a_row_is_what_evaluate_says(net, data, batches, tmp_path):

@@ -165,12 +165,25 @@ def test_the_weights_in_the_folder_measure_as_they_did(whole):
     data = get_data(SMOKE.data, SMOKE.size)
     inner = held_out(data, SMOKE.val_share, SMOKE.seed)
     assert not {i.pid for i in inner.train} & {i.pid for i in inner.query}
-    batches = stats_batches(inner.train, SMOKE.size, seed=SMOKE.seed)
+    batches = stats_batches(inner.train, SMOKE.batches, seed=SMOKE.seed)
     ranking = retrieval_of(inner, SMOKE.size)
     for r in whole.candidates[:2]:
         m = evaluate_genotype(net, r["genotype"], lambda n: retrieval_metrics(ranking(n)), batches)
         assert m["mAP"] == pytest.approx(r["mAP"], abs=1e-9)
     assert search_passes(replace(SMOKE, epochs=3), data) == 3 * batches_per_epoch(inner.train, SMOKE)
+
+
+def test_batches_for_statistics_are_those_of_a_training():
+    items = get_data("synth:n_ids=12,n_test=4", SMOKE.size).train
+    batches = replace(SMOKE, batch=16, K=4).batches
+    for n, of in ((2, items), (10, items), (10, items[:60])):
+        got = stats_batches(of, batches, n, seed=3)
+        again = stats_batches(of, batches, n, seed=3)
+        assert 1 <= len(got) <= n and all(x.shape == (16, 3, 64, 32) and len({*y.tolist()}) == 4 for x, y in got)
+        assert all(torch.equal(x, z) for (x, _), (z, _) in zip(got, again, strict=True))
+    assert len(stats_batches(items, batches, 2)) == 2
+    with pytest.raises(InputError, match="expected at least as many"):
+        stats_batches([i for i in items if i.pid in sorted({i.pid for i in items})[:3]], batches)
 
 
 def test_alpha_is_not_trained(tmp_path):

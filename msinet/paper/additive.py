@@ -118,7 +118,8 @@ def unseen_r2(
     """R² of a model on genotypes that it has not seen, with a bootstrap interval over them.
 
     Raises `InputError` for fewer genotypes than parts, or for values that are all equal."""
-    X, y, r = code(genotypes), np.asarray(y, float), np.random.default_rng(seed)
+    X, y = code(genotypes), np.asarray(y, float)
+    r = np.random.default_rng(seed)
     if not 2 <= folds <= len(X) or len(X) != len(y) or not np.ptp(y):
         raise InputError(
             f'found {len(X)} genotypes, {len(y)} values and {folds} folds, expected as many values, not all equal, '
@@ -198,8 +199,8 @@ def letter_effects(
     some = np.isfinite(ap).all(0)
     ap, (_, who) = ap[:, some], np.unique(pid[some], return_inverse=True)
     value = additive_model(genotypes, ap.mean(1), ridge).effects
-    X, r, k = slot_code(genotypes), np.random.default_rng(seed), who.max() + 1
-    draws = []
+    X, k = slot_code(genotypes), who.max() + 1
+    r, draws = np.random.default_rng(seed), []
     for _ in range(n):
         w = np.bincount(r.integers(len(X), size=len(X)), minlength=len(X)) if 'genotypes' in over else np.ones(len(X))
         times = np.bincount(r.integers(k, size=k), minlength=k)[who] if 'identities' in over else np.ones(len(who))

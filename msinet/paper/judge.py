@@ -109,8 +109,9 @@ def judge(
         ap = evaluate_genotype(net, g, lambda n: ranking(n).ap, batches)
         if len(ap) != len(data.query) or not np.isfinite(ap).any():
             raise InputError(
-                f'found {len(ap)} rankings of {len(data.query)} queries, {np.isfinite(ap).sum()} with a match; expected '
-                'one of each, some with a match: take a set whose protocol draws no gallery, and check its cameras'
+                f'found {len(ap)} rankings of {len(data.query)} queries, {np.isfinite(ap).sum()} with a match; '
+                'expected one of each, some with a match: take a set whose protocol draws no gallery, and check its '
+                'cameras'
             )
         row = json.dumps(dict(genotype=g, ap=[round(float(a), 4) for a in ap]))
         with open(file, 'a') as f:

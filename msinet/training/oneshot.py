@@ -9,6 +9,7 @@ __all__ = ['random_genotypes', 'with_genotype', 'own_stats', 'evaluate_genotype'
 # %% ../../nbs/training/22_oneshot.ipynb #9e0afce1
 import random
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,13 +18,14 @@ from torch import nn, Tensor
 from ..errors import InputError
 from ..data.folder import query_gallery
 from ..data.items import ReIDData
-from ..data.loaders import test_loader
+from ..data.loaders import test_loader, train_loader
 from ..retrieval.evaluate import device_of, evaluate_loaders, retrieval_metrics
 from ..retrieval.protocols import protocol_of
 from ..ops import OPS, to_float32
 from ..space import check_genotype, FUSES, Mixed, quarter_in, quarter_out, set_genotype, set_path, supernet
 from ..necks import BNNeck, FBLNeck, ReIDNet
 from ..losses import branch_losses
+from ..tcm import by_identity
 from ..engine.devices import accelerator, gather, share_grads, split_batch
 from ..engine.learner import Step, trainable_params
 
@@ -107,15 +109,17 @@ def evaluate_genotype(
 # %% ../../nbs/training/22_oneshot.ipynb #09fd09ce
 def stats_batches(
     items,  # training images
-    size,  # (H, W) in pixels
-    n: int = 10,  # batches
-    bs: int = 64,  # images in a batch
-    seed: int = 0,  # of the images
+    batches: dict,  # what `train_loader` is told: `batches` of the configuration that the supernet was trained with
+    n: int = 10,  # batches, about
+    seed: int = 0,  # of images and augmentation
     device=None,  # where the batches go
-) -> list:  # of (x, None), x: (bs, 3, H, W) normalised, not augmented
-    "Random images for `own_stats`."
-    some = random.Random(seed).sample(list(items), min(n * bs, len(items)))
-    return [(x, None) for x in test_loader(some, size, bs, device=device, max_bad=0.001)]
+) -> list:  # of (x, y), x: (B, 3, H, W) normalised, augmented as in the training
+    "Batches for `own_stats`, of random identities. Only their images are decoded. Errors as `train_loader`."
+    r, groups, (P, K) = random.Random(seed), by_identity(items), (batches['P'], batches['K'])
+    some = r.sample(sorted(groups), min(n * P, len(groups)))
+    each = max(K, -(-n * P * K // len(some)))
+    drawn = [i for pid in some for i in r.sample(groups[pid], min(each, len(groups[pid])))]
+    return list(islice(train_loader(drawn, seed=seed, device=device, **batches), n))
 
 # %% ../../nbs/training/22_oneshot.ipynb #762b59b1
 def retrieval_of(

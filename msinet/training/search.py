@@ -471,7 +471,7 @@ def _search_uniform(
     callbacks = [*cbs, Guard(grads=cfg.precision != 'fp16'), run.schedule(step.opt), *health]
     learn = run.fit(net, step, loader, callbacks, lambda row: -row['loss'])
     set_path(net)
-    batches = stats_batches(inner.train, cfg.size, seed=cfg.seed, device=run.acc.device)
+    batches = stats_batches(inner.train, cfg.batches, seed=cfg.seed, device=run.acc.device)
     ranking = retrieval_of(inner, cfg.size, run.acc.device)
     rows = compare_candidates(net, random_genotypes(cfg.candidates, cfg.seed), ranking, batches)
     found = rows[0]['genotype']
