@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'erase', 'grown', 'fill_gap', 'Photos', 'partners', 'photos'
            'changed_rankings', 'mean_over_ids', 'retrieval_without', 'causes_figure', 'patch_masks', 'occlusion',
            'energy', 'flat_correlation', 'match_targets', 'heat_shares', 'mean_shares', 'shares_figure']
 
-# %% ../../nbs/figures/26_causes.ipynb #ca966e82
+# %% ../../nbs/figures/26_causes.ipynb #a66ae830
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from ..necks import ReIDNet
 from .cam import cam, object_share
 from ..paper.evidence import Interval, paired
 
-# %% ../../nbs/figures/26_causes.ipynb #977c957a
+# %% ../../nbs/figures/26_causes.ipynb #4c83c39a
 def erase(
     x: Tensor,  # (B, 3, H, W) normalised images
     where: Tensor,  # (B, H, W) or (H, W) share of each pixel that is erased, 0 to 1
@@ -40,7 +40,7 @@ def erase(
     w = where[..., None, :, :]
     return (1 - w) * x + w * colour
 
-# %% ../../nbs/figures/26_causes.ipynb #b7eabe2d
+# %% ../../nbs/figures/26_causes.ipynb #c2db1b85
 def grown(
     m: Tensor,  # (B, H, W) masks in [0, 1]
     by: int = 1,  # pixels around
@@ -48,7 +48,7 @@ def grown(
     "Every pixel that an object touches, and some around it."
     return F.max_pool2d((m > 0).float()[:, None], 2 * by + 1, 1, by)[:, 0]
 
-# %% ../../nbs/figures/26_causes.ipynb #7eb155c4
+# %% ../../nbs/figures/26_causes.ipynb #f6357d69
 def fill_gap(
     x: Tensor,  # (B, 3, H, W) images
     where: Tensor,  # (B, H, W) share of each pixel that is unknown, 0 to 1
@@ -64,7 +64,7 @@ def fill_gap(
         out = colour + (1 - weight) * F.interpolate(out, colour.shape[-2:], mode='bilinear')
     return out
 
-# %% ../../nbs/figures/26_causes.ipynb #207484c7
+# %% ../../nbs/figures/26_causes.ipynb #306810df
 class Photos(NamedTuple):
     "B images with what is needed to change them."
 
@@ -73,7 +73,7 @@ class Photos(NamedTuple):
     wall: Tensor  # (B, 3, H, W) the images without their objects, gaps filled
     other: Tensor  # (B,) index of an image of another identity, for each
 
-# %% ../../nbs/figures/26_causes.ipynb #5d412df0
+# %% ../../nbs/figures/26_causes.ipynb #e4a3f57d
 def partners(
     items,  # B of `Item`
     seed: int = 0,  # of the draw
@@ -90,7 +90,7 @@ def partners(
         out.append(int(r.choice(np.flatnonzero(best if best.any() else stranger))))
     return torch.tensor(out)
 
-# %% ../../nbs/figures/26_causes.ipynb #4ffe269d
+# %% ../../nbs/figures/26_causes.ipynb #a4b9c461
 def photos(
     items,  # B of `Item`, rendered or with masks
     size: tuple[int, int],  # (H, W) of the network's input
@@ -102,7 +102,7 @@ def photos(
     m = torch.cat([F.interpolate(v, tuple(size), mode='bilinear', antialias=True)[0] for v in masks]).clamp(0, 1)
     return Photos(x, m, fill_gap(x, grown(m)), partners(items, seed))
 
-# %% ../../nbs/figures/26_causes.ipynb #c9747c72
+# %% ../../nbs/figures/26_causes.ipynb #e19faebf
 def half(
     m: Tensor,  # (B, H, W) masks in [0, 1]
     lower: bool,  # the lower half, or the upper one
@@ -113,7 +113,7 @@ def half(
     below = torch.arange(m.shape[1], device=m.device) >= ((first + last + 1) // 2)[:, None]
     return grown(m) * (below == lower)[..., None]
 
-# %% ../../nbs/figures/26_causes.ipynb #4c925979
+# %% ../../nbs/figures/26_causes.ipynb #e037f995
 def grey_patch(
     top: int,  # row of its first pixel
     left: int,  # column of its first pixel
@@ -129,7 +129,7 @@ def grey_patch(
 
     return change
 
-# %% ../../nbs/figures/26_causes.ipynb #31e40972
+# %% ../../nbs/figures/26_causes.ipynb #4f58c816
 PARTS = {
     'nothing': lambda p: p.x,
     'wall': lambda p: erase(p.x, 1 - p.m),
@@ -142,7 +142,7 @@ PARTS = {
     'everything': lambda p: torch.zeros_like(p.x),
 }  # what is taken away: photos -> (B, 3, H, W) changed images
 
-# %% ../../nbs/figures/26_causes.ipynb #0ffb56b0
+# %% ../../nbs/figures/26_causes.ipynb #5992b73c
 def embed_changed(
     net: nn.Module,  # with a method `embed`: (B, 3, H, W) -> (B, D)
     x: Tensor,  # (B, 3, H, W) normalised images
@@ -155,7 +155,7 @@ def embed_changed(
     f = torch.cat(parts).cpu()
     return F.normalize(torch.where(f.any(1, keepdim=True), f, torch.ones_like(f)))
 
-# %% ../../nbs/figures/26_causes.ipynb #ee19b08c
+# %% ../../nbs/figures/26_causes.ipynb #eecf852c
 def changed_rankings(
     net: nn.Module,  # as for `embed_changed`
     data: ReIDData,  # its queries have masks
@@ -169,7 +169,7 @@ def changed_rankings(
     own = data.same_cam_ok if same_cam_ok is None else same_cam_ok
     return {n: rank(embed_changed(net, f(p)), *q[1:], *g, same_cam_ok=own) for n, f in parts.items()}
 
-# %% ../../nbs/figures/26_causes.ipynb #a6e6addb
+# %% ../../nbs/figures/26_causes.ipynb #f5ca21d5
 def mean_over_ids(
     v,  # (Q,) values; NaN where there is none
     pids,  # (Q,) identities
@@ -178,7 +178,7 @@ def mean_over_ids(
     v = np.asarray(v, float)
     return paired(v, np.zeros(len(v)), pids) if np.isfinite(v).any() else Interval(np.nan, np.nan, np.nan, 0)
 
-# %% ../../nbs/figures/26_causes.ipynb #db97b10a
+# %% ../../nbs/figures/26_causes.ipynb #2aad70cc
 def retrieval_without(
     net: nn.Module,  # as for `embed_changed`
     data: ReIDData,  # its queries have masks
@@ -199,7 +199,7 @@ def retrieval_without(
     columns = ['value', 'low', 'high', 'change', 'change_low', 'change_high']
     return pd.DataFrame(list(rows.values()), index, columns)
 
-# %% ../../nbs/figures/26_causes.ipynb #b38af1fe
+# %% ../../nbs/figures/26_causes.ipynb #71383428
 @style()
 def causes_figure(
     tables: dict,  # name of a network -> table of `retrieval_without`
@@ -222,7 +222,7 @@ def causes_figure(
         ax.figure.legend(loc='outside upper center', ncols=len(tables), handletextpad=0.2)
     return ax
 
-# %% ../../nbs/figures/26_causes.ipynb #0c3fecb2
+# %% ../../nbs/figures/26_causes.ipynb #a2ebeb93
 def patch_masks(
     size: tuple[int, int],  # (H, W) of the image
     patch: int,  # height and width of a patch, pixels
@@ -240,7 +240,7 @@ def patch_masks(
 
     return torch.einsum('ah,bw->abhw', *map(spans, size)).flatten(0, 1)
 
-# %% ../../nbs/figures/26_causes.ipynb #47c1696b
+# %% ../../nbs/figures/26_causes.ipynb #8405c851
 def occlusion(
     net: nn.Module,  # as for `embed_changed`; `fold(net)` is faster
     x: Tensor,  # (B, 3, H, W) normalised images
@@ -259,7 +259,7 @@ def occlusion(
     d = (e * t).sum(1)[:, None] - torch.cat(near).view(len(x), len(w))
     return torch.einsum('bk,khw->bhw', d, w) / w.sum(0)
 
-# %% ../../nbs/figures/26_causes.ipynb #1818bc22
+# %% ../../nbs/figures/26_causes.ipynb #655e8dd4
 def energy(
     net: ReIDNet,  # any network of the kit
     x: Tensor,  # (B, 3, H, W) normalised images
@@ -270,7 +270,7 @@ def energy(
     with torch.inference_mode():
         return torch.cat([net(b.to(device_of(net))).maps[-1].square().sum(1).cpu() for b in x.split(bs)])
 
-# %% ../../nbs/figures/26_causes.ipynb #5a9b2523
+# %% ../../nbs/figures/26_causes.ipynb #f6b869d4
 def flat_correlation(
     net: ReIDNet,  # any network of the kit
     x: Tensor,  # (B, 3, H, W) normalised images
@@ -280,7 +280,7 @@ def flat_correlation(
     v = v - v.mean(1, keepdim=True)
     return (v[1:] @ v[0]) / (v[1:].norm(dim=1) * v[0].norm())
 
-# %% ../../nbs/figures/26_causes.ipynb #0c1624a7
+# %% ../../nbs/figures/26_causes.ipynb #f2b7663a
 def match_targets(
     q: Embeddings,  # of the queries, unit vectors
     g: Embeddings,  # of the gallery, unit vectors
@@ -292,7 +292,7 @@ def match_targets(
         match &= q.cam[:, None] != g.cam
     return F.normalize(torch.where(match.any(1)[:, None], match.float() @ g.f, q.f))
 
-# %% ../../nbs/figures/26_causes.ipynb #c656b510
+# %% ../../nbs/figures/26_causes.ipynb #2fd8b325
 def heat_shares(
     net: ReIDNet,  # an MSINet, for Grad-CAM
     data: ReIDData,  # its queries have masks
@@ -316,7 +316,7 @@ def heat_shares(
         out.append(pd.DataFrame(dict(query=range(len(h)), pid=pids, kind=kind) | shares))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/figures/26_causes.ipynb #53da86c8
+# %% ../../nbs/figures/26_causes.ipynb #6578eaf9
 def mean_shares(
     shares: pd.DataFrame,  # of `heat_shares`
 ) -> pd.DataFrame:  # rows (map, share); columns value, low, high, n
@@ -328,7 +328,7 @@ def mean_shares(
     index = pd.MultiIndex.from_tuples(rows, names=['map', 'share'])
     return pd.DataFrame(list(rows.values()), index, Interval._fields)
 
-# %% ../../nbs/figures/26_causes.ipynb #2e4552c7
+# %% ../../nbs/figures/26_causes.ipynb #cacd7cdd
 @style()
 def shares_figure(
     shares: dict,  # name of a network -> `mean_shares`
@@ -336,8 +336,8 @@ def shares_figure(
 ) -> Axes:
     "Share of each kind of map on the object, with its controls and intervals."
     columns = {'own': 'own map', 'another image': "another image's", 'flat grey': "flat grey's", 'even': 'even'}
-    ax = ax or plt.subplots(figsize=(COL1, 2.2), layout='constrained')[1]
     groups = [(net, kind) for net, t in shares.items() for kind in t.index.unique(0)]
+    ax = ax or plt.subplots(figsize=(max(COL1, 0.8 * len(groups)), 2.2), layout='constrained')[1]
     for k, (name, label) in enumerate(columns.items()):
         v = pd.DataFrame([shares[net].loc[kind, name] for net, kind in groups])
         x, some = np.arange(len(groups)) + 0.19 * (k - 1.5), v.value.notna().to_numpy()
