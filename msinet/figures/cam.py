@@ -53,7 +53,7 @@ class _Embedder(nn.Module):
 def cam(
     net: ReIDNet,  # network to explain
     x: Tensor,  # (B, 3, H, W) normalised gallery images
-    q: Tensor,  # (D,) the query's embedding
+    q: Tensor,  # (D,) the query's embedding, or (B, D) one for each image
     layer=None,  # module whose map is explained; the last cell unless given
     method=None,  # a class of `pytorch_grad_cam`; GradCAM unless given
 ) -> np.ndarray:  # (B, H, W), each from 0 to 1
@@ -62,7 +62,7 @@ def cam(
     from pytorch_grad_cam import GradCAM
 
     with (method or GradCAM)(_Embedder(net.eval()), [layer or net.backbone.cells[-1]]) as c:
-        return c(input_tensor=x, targets=[CosineTarget(q)] * len(x))
+        return c(input_tensor=x, targets=[CosineTarget(v) for v in q.expand(len(x), -1)])
 
 # %% ../../nbs/figures/23_cam.ipynb #6af12cff
 def object_share(
