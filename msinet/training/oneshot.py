@@ -117,7 +117,7 @@ def stats_batches(
     "Batches for `own_stats`, of random identities. Only their images are decoded. Errors as `train_loader`."
     r, groups, (P, K) = random.Random(seed), by_identity(items), (batches['P'], batches['K'])
     some = r.sample(sorted(groups), min(n * P, len(groups)))
-    each = max(K, -(-n * P * K // len(some)))
+    each = K * -(-n * P // len(some))  # whole groups of K
     drawn = [i for pid in some for i in r.sample(groups[pid], min(each, len(groups[pid])))]
     return list(islice(train_loader(drawn, seed=seed, device=device, **batches), n))
 
