@@ -12,10 +12,11 @@ from msinet.config import SEARCH, SMOKE_SYNTH, TABLE1
 from msinet.core import set_seed
 from msinet.data.sets import get_data
 from msinet.errors import InputError
+from msinet.figures.panels import distribution_figure
 from msinet.ops import OPS
 from msinet.paper.additive import additive_model, cell_code, count_code, Effects, effects_figure, letter_effects
 from msinet.paper.additive import slot_code, unseen_r2
-from msinet.paper.judge import agreement, agreement_by_chance, distribution_figure, judge, Judged, read_judged
+from msinet.paper.judge import agreement, agreement_by_chance, judge, Judged, read_judged
 from msinet.paper.judge import reliability, standing
 from msinet.retrieval.evaluate import evaluate
 from msinet.space import Mixed

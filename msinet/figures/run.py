@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..core import Hooks, set_seed
 from ..config import TRAIN, TrainConfig, UnsupConfig
-from .panels import map_table, share_maps
+from .panels import distribution_figure, map_table, share_maps
 from ..vis import activation, cmc_plot, COL1, COL2, curve, denormalise, draw_genotype, feature_rows, gap, overlay
 from ..vis import plot_alphas, save_figure, strip_size, strips, style
 from ..data.items import ReIDData
@@ -296,7 +296,19 @@ class RunFigure(NamedTuple):
 def _search_figures(
     r: dict,  # of `read_run`
 ) -> list[RunFigure]:
-    "Figures of a search: α and the genotype."
+    "Figures of a search: α and the genotype; of a one-shot training its candidates and the best of them."
+    if rows := r['genotype'].get('candidates'):
+        y = [100 * c['mAP'] for c in rows]
+        return [
+            RunFigure(
+                'candidates',
+                'Genotypes in the supernet',
+                f'Retrieval of {len(y)} random genotypes with the weights of the supernet, on training identities that '
+                'were held out. The best of them is the genotype of the run.',
+                distribution_figure(y, dict(best=y[0]), 'mAP of held-out identities'),
+            ),
+            RunFigure('genotype', 'Architecture', 'The best candidate.', draw_genotype(rows[0]['genotype']).figure),
+        ]
     if r['alphas'] is None:
         return []
     a = r['alphas']
@@ -339,6 +351,13 @@ def _loss_figures(
             'Losses of the search',
             ('train', 'val'),
             'Loss of each twin with its own memory (Eq. 2). ω is trained on the first twin, α on the second.',
+        ),
+        (
+            'search',
+            'search',
+            'Losses of the search',
+            ('id', 'triplet'),
+            'Identity and triplet loss, sums over both branches. Each step trains another random genotype.',
         ),
         (
             'usl',

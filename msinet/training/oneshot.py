@@ -118,7 +118,7 @@ def stats_batches(
     r, groups = random.Random(seed), by_identity(items)
     P, K = batches['P'], batches['K']
     some = r.sample(sorted(groups), min(n * P, len(groups)))
-    each = max(K, -(-n * P * K // len(some)))
+    each = K * -(-n * P // len(some))  # whole groups of K
     drawn = [i for pid in some for i in r.sample(groups[pid], min(each, len(groups[pid])))]
     return list(islice(train_loader(drawn, seed=seed, device=device, **batches), n))
 
