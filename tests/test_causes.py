@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,6 +38,12 @@ class Reader(nn.Module):
 class Constant(nn.Module):
     def embed(self, x):
         return torch.ones(len(x), 4)
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")
