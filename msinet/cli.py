@@ -241,12 +241,12 @@ def _run_evaluate(cfg: EvaluateConfig):
     "`msinet evaluate`"
     from msinet.core import def_device
     from msinet.data.sets import get_data
-    from msinet.engine.run import run_data_spec
+    from msinet.engine.run import run_test_spec
     from msinet.retrieval.evaluate import evaluate, retrieval_metrics
     from msinet.weights import open_net
 
     net, about = open_net(cfg.run)
-    data = get_data(cfg.data or run_data_spec(cfg.run), about['size'], True)
+    data = get_data(cfg.data or run_test_spec(cfg.run), about['size'], True)
     device = def_device(cfg.device)
     print(_metrics_text({data.name: retrieval_metrics(evaluate(net.to(device), data, about['size'], device=device))}))
 

@@ -14,7 +14,7 @@ from PIL import Image
 from msinet.cli import main
 from msinet.config import SEARCH, TRAIN, TrainConfig
 from msinet.data.sets import get_data
-from msinet.engine.run import read_config, read_run, run_data_spec
+from msinet.engine.run import read_config, read_run, run_test_spec
 from msinet.errors import InputError
 from msinet.figures.run import initial_network, overview, run_figures
 from msinet.retrieval.evaluate import evaluate
@@ -71,7 +71,7 @@ def test_the_untrained_network_is_the_one_that_was_measured(run):
     "The network that figures call untrained has the metrics that the run measured before its training."
     cfg, (net, about) = read_config(run, TrainConfig), open_net(run)
     name, first = initial_network(cfg, net)
-    got = evaluate(first, get_data(run_data_spec(run), about["size"]), about["size"])
+    got = evaluate(first, get_data(run_test_spec(run), about["size"]), about["size"])
     want = read_run(run)["metrics"]["before"]
     assert name == "untrained" and abs(got.mean_ap() - want["mAP"]) < 1e-6 and abs(got.curve(1)[0] - want["R1"]) < 1e-6
 

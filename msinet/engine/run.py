@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_folder', 'read_run_json', 'write_run_metadata', 'read_run_config', 'check_same', 'locked_run_folder',
-           'final_write', 'read_run', 'alpha_course', 'read_config', 'run_data_spec']
+           'final_write', 'read_run', 'alpha_course', 'read_config', 'run_data_spec', 'run_test_spec']
 
 # %% ../../nbs/engine/21_run.ipynb #38146972
 import json
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core import environment, write_json
 from ..errors import InputError
+from ..data.sets import spec_for_testing
 from .devices import broadcast_from_main
 from .learner import read_log
 from ..zoo import run_path
@@ -231,3 +232,12 @@ def run_data_spec(
             'as --data or as an argument'
         )
     return spec
+
+
+def run_test_spec(
+    run,  # a run's folder, or its model.safetensors
+) -> str:  # as `--data` takes it
+    """The set of `run_data_spec` for retrieval alone: of a rendered one, one training identity is drawn.
+
+    Errors as `run_data_spec`."""
+    return spec_for_testing(run_data_spec(run))

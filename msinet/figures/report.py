@@ -17,7 +17,7 @@ from ..data.items import ReIDData
 from ..data.sets import get_data
 from ..zoo import output_folder
 from ..engine.health import health_figure, health_warnings
-from ..engine.run import read_run, run_data_spec
+from ..engine.run import read_run, run_test_spec
 from .run import run_figures
 
 # %% ../../nbs/figures/30_report.ipynb #54db13e9
@@ -125,7 +125,7 @@ def report(
     parts += _health_notes(r['history'])
     parts += [section(s.title, s.text, s.fig) for s in run_figures(run, data)]
     about = html.escape(json.dumps(dict(config=r['config'], environment=r['environment']), indent=1))
-    name, of = (html.escape(one_line(t)) for t in (out.resolve().name, (data or get_data(run_data_spec(run))).name))
+    name, of = (html.escape(one_line(t)) for t in (out.resolve().name, (data or get_data(run_test_spec(run))).name))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>msinet: {name}</title><style>{_STYLE_SHEET}</style>'

@@ -41,7 +41,7 @@ from ..space import letters
 from ..necks import ReIDNet
 from ..backbones import network
 from ..zoo import output_folder, run_path
-from ..engine.run import alpha_course, read_config, read_run, run_data_spec
+from ..engine.run import alpha_course, read_config, read_run, run_data_spec, run_test_spec
 from ..weights import load_initial_weights, open_net
 from ..training.train import train
 from .clusters import cluster_curves
@@ -549,7 +549,8 @@ def run_figures(
     r, run = read_run(run), run_path(run)
     trained = (run / 'model.safetensors').is_file()
     cfg = read_config(run, TrainConfig) or read_config(run, UnsupConfig)
-    data = data or (get_data(run_data_spec(run), cfg.size) if trained else None)
+    spec = run_data_spec if isinstance(cfg, UnsupConfig) else run_test_spec  # clusters are of training images
+    data = data or (get_data(spec(run), cfg.size) if trained else None)
     return (
         _search_figures(r)
         + (_network_figures(run, data) if trained else [])

@@ -32,7 +32,7 @@ from ..engine.checkpoint import load
 from ..engine.run import read_config
 from ..weights import load_weights, open_net
 from ..figures.cam import cam
-from ..figures.causes import embed_changed, grey_patch, match_targets, occlusion, PARTS, Photos, photos
+from ..figures.causes import embed_changed, grey_patch, match_targets, occlusion, PARTS, photos, Photos
 from ..figures.run import even_steps, pca_2d, positives_and_negatives, scatter_ids, tsne_2d
 from ..deploy.export import fold
 from .controls import choice, Panel, slider
