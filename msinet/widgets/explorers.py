@@ -150,17 +150,16 @@ def activation_lens(
     size,  # (H, W) of the networks' input
     k=6,  # images per query
 ) -> Panel:
-    "Activation or Grad-CAM maps over a query and its nearest images (Fig. 1, left)."
+    "Activation or Grad-CAM maps over a query, its nearest images, and a flat grey image as control (Fig. 1, left)."
     q, g = embeddings(list(nets.values())[-1], data, size)
 
     @lru_cache(64)
     def retrieved(i):  # the images, and the texts above them
         idx, d, right = (v[0] for v in nearest(_one_query(q, i), g, k, data.same_cam_ok))
         keep = [int(j) for j in idx if j >= 0]
-        return load_images([data.query[i], *[data.gallery[j] for j in keep]], size), [
-            'query',
-            *[f'{"✓" if r else "✗"} {v:.2f}' for r, v in zip(right, d)][: len(keep)],
-        ]
+        x = load_images([data.query[i], *[data.gallery[j] for j in keep]], size)
+        signs = [f'{"✓" if r else "✗"} {v:.2f}' for r, v in zip(right, d)][: len(keep)]
+        return torch.cat([x, torch.zeros_like(x[:1])]), ['query', *signs, 'flat grey']
 
     @lru_cache(256)
     def heat(name, i, cell, kind):
@@ -173,7 +172,7 @@ def activation_lens(
         out[0] = 0  # the cosine of the query with itself can't grow
         return out
 
-    t = tiling(1 + len(nets), k + 1, size[0] / size[1], most=1.45, left=_left_margin(nets))
+    t = tiling(1 + len(nets), k + 2, size[0] / size[1], most=1.45, left=_left_margin(nets))
 
     def draw(query, cell, kind, strength):
         x, texts = retrieved(query)
@@ -184,7 +183,8 @@ def activation_lens(
             t,
             ['', *nets],
             {(0, i): s for i, s in enumerate(texts)},
-            frames={(0, i): QUERY if i == 0 else RIGHT if '✓' in s else WRONG for i, s in enumerate(texts)},
+            frames={(0, 0): QUERY}
+            | {(0, i): RIGHT if '✓' in s else WRONG for i, s in enumerate(texts) if s[0] in '✓✗'},
         )
         return fig
 
