@@ -115,7 +115,8 @@ def stats_batches(
     device=None,  # where the batches go
 ) -> list:  # of (x, y), x: (B, 3, H, W) normalised, augmented as in the training
     "Batches for `own_stats`, of random identities. Only their images are decoded. Errors as `train_loader`."
-    r, groups, (P, K) = random.Random(seed), by_identity(items), (batches['P'], batches['K'])
+    r, groups = random.Random(seed), by_identity(items)
+    P, K = batches['P'], batches['K']
     some = r.sample(sorted(groups), min(n * P, len(groups)))
     each = K * -(-n * P // len(some))  # whole groups of K
     drawn = [i for pid in some for i in r.sample(groups[pid], min(each, len(groups[pid])))]
