@@ -159,6 +159,16 @@ def test_what_a_run_leaves(whole):
     assert all({"alpha_same", "spread"} <= set(r) and r["alpha_same"] == 0 for r in whole.history)
 
 
+def test_what_is_said_of_a_run(whole):
+    from msinet.figures.report import report
+    from msinet.quickstart import found_line
+
+    line, n = found_line(whole), len(whole.candidates)
+    assert whole.genotype in line and f"the last of {n} candidates {100 * whole.candidates[-1]['mAP']:.1f}" in line
+    page = report(whole.run).read_text(encoding="utf-8")
+    assert all(t in page for t in ("Genotypes in the supernet", "Losses of the search", "The best candidate."))
+
+
 def test_the_weights_in_the_folder_measure_as_they_did(whole):
     net = open_supernet(whole.run)
     assert genotype(net) == whole.genotype and net.neck.classifier.out_features == 6

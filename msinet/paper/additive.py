@@ -218,11 +218,13 @@ def effects_figure(
     "Effects as a heat map, a column for each slot. A full dot: jointly resolved; a ring: by itself alone."
     v = effects.value.T
     vmax = vmax or np.abs(v).max() or 1.0
+    digits = 1 if vmax >= 1 else 2
     fig, ax = plt.subplots(figsize=(width, 0.3 * width), layout='constrained')
     im = ax.imshow(v, cmap='RdBu', vmin=-vmax, vmax=vmax, aspect='auto')
     for (k, s), x in np.ndenumerate(v):
         ink = 'white' if abs(x) > 0.6 * vmax else 'black'
-        ax.text(s, k - 0.12, f'{x:+.1f}', ha='center', va='center', color=ink, fontsize=7)
+        text = f'{round(x, digits) + 0.0:+.{digits}f}'  # never -0.0
+        ax.text(s, k - 0.12, text, ha='center', va='center', color=ink, fontsize=7)
         if effects.resolved[s, k] or effects.jointly[s, k]:
             full = effects.jointly[s, k]
             ax.plot(s, k + 0.3, 'o', ms=3, mew=0.7, mec=ink, mfc=ink if full else 'none')
