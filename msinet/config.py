@@ -305,6 +305,7 @@ class PretrainConfig:
     "Pre-train a backbone to classify a folder of classes, such as ImageNet. The recipe is ours: the paper gives none."
 
     kinds: ClassVar = ('pretrain',)
+    accumulate: ClassVar[int] = 1
     data: str  # folder with train/CLASS/picture and val/CLASS/picture
     out: str = ''  # the run's folder; empty takes the next free runs/pretrain-N
     resume: bool = False  # go on with the run in `out`, or start one where none is

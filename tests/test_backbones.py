@@ -52,13 +52,14 @@ def images():
         ("osnet", 1_905_828, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
         ("cdnet", 1_747_448, [(256, 32, 16), (384, 16, 8), (512, 16, 8)]),
         ("resnet50", 23_508_032, [(256, 64, 32), (512, 32, 16), (1024, 16, 8), (2048, 16, 8)]),
+        ("resnet50_x0_125", 384_736, [(32, 64, 32), (64, 32, 16), (128, 16, 8), (256, 16, 8)]),
         ("deit_s", 21_639_552, [(384, 16, 8)] * 3),
         ("deit_b", 85_746_432, [(768, 16, 8)] * 3),
         ("vit_b", 85_746_432, [(768, 16, 8)] * 3),
     ],
 )
 def test_counts_and_maps_at_256x128(name, params, shapes):
-    assert name in BACKBONES and len(BACKBONES) == 7
+    assert name in BACKBONES and len(BACKBONES) == 8
     with torch.device("meta"):
         net = BACKBONES[name]()
         maps = net(torch.zeros(2, 3, 256, 128))

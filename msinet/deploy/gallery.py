@@ -36,7 +36,7 @@ from ..data.sets import get_data
 from ..retrieval.evaluate import device_of, embed, first_k
 from ..retrieval.places import check_vectors, Embeddings, filtered_scores
 from ..zoo import run_path
-from ..engine.run import run_test_spec
+from ..engine.run import run_data_spec, run_test_spec
 from ..weights import open_net
 
 # %% ../../nbs/deploy/31_gallery.ipynb #f0820abc
@@ -525,8 +525,8 @@ def run_verify(
     Raises `InputError` for anything that can't be opened, and for a rate that the set is too small for.
     """
     net, about = open_net(cfg.run)
-    spec = cfg.data or run_test_spec(cfg.run)
-    net, data = net.to(def_device(cfg.device)), get_data(spec, about['size'])
+    spec = cfg.data or run_data_spec(cfg.run)
+    net, data = net.to(def_device(cfg.device)), get_data(cfg.data or run_test_spec(cfg.run), about['size'])
 
     def unit_vectors(items):
         e = embed(net, test_loader(items, about['size']))
