@@ -23,6 +23,7 @@ import tyro
 from .errors import InputError, one_line, suggest
 from .config import ADAPT, AdaptConfig, DemoConfig, Preset, PretrainConfig, SEARCH, SearchConfig, TRAIN
 from .config import TrainConfig, UNSUP, UnsupConfig
+from .zoo import run_name
 
 # %% ../nbs/52_cli.ipynb #b8ae866a
 @dataclass(frozen=True)
@@ -166,19 +167,12 @@ def _metrics_text(
     return '\n'.join(lines + [f'{name:10}' + ''.join(f'{100 * v[k]:8.1f}' for k in keys) for name, v in rows.items()])
 
 # %% ../nbs/52_cli.ipynb #c7bd0432
-def _run_name(
-    run,  # a run's folder, or `zoo:NAME`
-) -> str:
-    "What a page's RUN is set to."
-    return str(run) if str(run).startswith('zoo:') else str(Path(run).resolve())
-
-
 def _closing(
     run,  # the run's folder, or `zoo:NAME`
     page: Path,  # its report
 ) -> str:
     "Where the results are, and how to open them."
-    notebooks = f'make lab, and on the first page RUN = {_run_name(run)!r}'
+    notebooks = f'make lab, and on the first page RUN = {run_name(run)!r}'
     return f'report    {page}  (open it in a browser)\nnotebooks {notebooks}'
 
 # %% ../nbs/52_cli.ipynb #f46da336
@@ -253,13 +247,10 @@ def _run_evaluate(cfg: EvaluateConfig):
 
 def _run_zoo(cfg: ZooConfig):
     "`msinet zoo`"
+    import pandas as pd
     from msinet.zoo import zoo_table
 
-    rows = zoo_table()
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    lines = [keys] + [[r.get(k, '') for k in keys] for r in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-    print(*('  '.join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines), sep='\n')
+    print(pd.DataFrame(zoo_table()).fillna('').to_string(index=False))
 
 
 def _run_report(cfg: ReportConfig):

@@ -199,7 +199,7 @@ class TrainConfig(_LabelledConfig):
     backbone: str = 'msinet'  # or resnet50, resnet50_x0_125, osnet, cdnet, deit_s, deit_b, vit_b (Tables 2 and 6)
     genotype: str = TABLE1  # of MSINet: twelve letters of N E G A; the default is Table 1's
     fuse: Literal['sum', 'minus', 'multiply'] = 'sum'  # how the two branches of a cell become one, Fig. 5c
-    weights: str = ''  # start from this .safetensors file, or from released weights (.pth); timm fetches ImageNet's
+    weights: str = ''  # start from .safetensors, a run, zoo:NAME or released weights (.pth); timm fetches ImageNet's
     fresh_classifiers: bool = False  # with weights: start classifiers anew where the file has other identities
     lr: float = 0.065  # §4.3
     eps: float = 0.1  # label smoothing, as released; 0 is Eq. 5 to the letter
@@ -245,7 +245,7 @@ class UnsupConfig(BaseConfig):
     method: Literal['cc', 'spcl', 'gs', 'hdcrl', 'idm'] = 'gs'  # usl: cc, spcl, gs, hdcrl; uda: spcl, idm (Table 4)
     backbone: str = 'msinet'  # or resnet50, osnet, cdnet, deit_s, deit_b, vit_b
     genotype: str = TABLE1  # of MSINet: twelve letters of N E G A; the default is Table 1's
-    weights: str = ''  # start from this .safetensors file, or from released weights (.pth)
+    weights: str = ''  # start from .safetensors, a run, zoo:NAME or released weights (.pth)
     epochs: int | None = None  # here and below, None takes the method's published value
     iters: int | None = None  # batches in an epoch
     batch: int | None = None  # images in a batch, P·K; in uda as many of each domain

@@ -7,7 +7,7 @@ __all__ = ['configs', 'DemoResult', 'tune_config', 'demo', 'found_line']
 
 # %% ../nbs/32_quickstart.ipynb #a367eec0
 import torch
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .core import write_json
@@ -15,7 +15,9 @@ from .config import DemoConfig, n_identities, SEARCH, SearchConfig, short_milest
 from .data.items import ReIDData, relabel
 from .data.loaders import PKSampler
 from .data.sets import get_data
-from .engine.run import run_data_spec, run_folder
+from .retrieval.evaluate import Pixels
+from .engine.loop import RunContext
+from .engine.run import run_data_spec, run_folder, run_test_spec, write_run_metadata
 from .weights import open_net
 from .training.search import search, SearchResult, split_twins
 from .training.train import train, TrainResult
@@ -54,11 +56,11 @@ def tune_config(
     cfg: DemoConfig,  # its `run` names a trained network
     run: Path,  # where the new run goes
 ) -> TrainConfig:
-    "A training that begins with a trained network; no epoch unless `epochs_train` says so. Errors as `open_net`."
+    "A training that begins with a trained network; of no epoch unless `epochs_train` says so. Errors as `open_net`."
     about, preset = open_net(cfg.run)[1], TRAIN[cfg.preset]
     n = cfg.epochs_train or 0
     answers = {k: getattr(cfg, k) for k in ('batch', 'K') if getattr(cfg, k)}
-    answers['data'] = cfg.data or run_data_spec(cfg.run)
+    answers['data'] = cfg.data or (run_data_spec if n else run_test_spec)(cfg.run)
     return replace(
         preset,
         **answers,
@@ -77,6 +79,23 @@ def tune_config(
         device=cfg.device,
     )
 
+
+def _look(
+    cfg: TrainConfig,  # of `tune_config`, without an epoch
+    data: ReIDData = None,  # instead of what `cfg.data` names
+    progress: bool = False,  # show bars
+) -> TrainResult:
+    "The run folder of a network that is measured as it is."
+    net = open_net(cfg.weights)[0]
+    with RunContext(cfg, 'train', progress, data=data) as run:
+        run.load()
+        metrics = dict(pixels=run.measure(Pixels()), after=run.measure(net.to(run.acc.device)))
+        folder = run.take_folder()
+        write_run_metadata(folder, {'train': asdict(replace(cfg, out=str(folder)))}, run.acc.device)
+        run.write('metrics', metrics)
+        run.save(net, 'model', dict(kind='derived', **cfg.architecture))
+    return TrainResult(net, metrics, [], folder)
+
 # %% ../nbs/32_quickstart.ipynb #7f782d32
 def demo(
     cfg: DemoConfig = DemoConfig(),  # which preset, data, folder and seed
@@ -87,7 +106,8 @@ def demo(
     "Search, derive, train, evaluate, and write the page. Raises `InputError` before anything is written."
     run = run_folder(cfg.out, 'demo', cfg.resume)
     if cfg.run:
-        trained = train(tune_config(cfg, run), data, progress)
+        t = tune_config(cfg, run)
+        trained = (train if t.epochs else _look)(t, data, progress)
         return DemoResult(None, trained, run, report(run, data))
     s, t = configs(cfg, run)
     for c in (s, t):

@@ -13,7 +13,8 @@ from msinet.deploy.export import fold
 from msinet.errors import InputError
 from msinet.figures.cam import cam, object_share
 from msinet.figures.causes import causes_figure, embed_changed, erase, fill_gap, flat_correlation, grey_patch, grown
-from msinet.figures.causes import half, heat_shares, match_targets, mean_over_ids, mean_shares, occlusion, partners
+from msinet.figures.causes import half, heat_shares, match_targets, mean_shares, occlusion, partners
+from msinet.paper.evidence import mean_over_ids
 from msinet.figures.causes import PARTS, patch_masks, photos, retrieval_without, shares_figure
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.rendering.world import mask, synth

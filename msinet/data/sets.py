@@ -99,7 +99,13 @@ def _rendered(
     want = dict(synth_options(spec), height=size[0])
     key = hashlib.sha256(f'{DRAWING} {sorted(want.items())}'.encode()).hexdigest()[:10]
     root = Path(os.environ.get('MSINET_CACHE') or Path.home() / '.cache' / 'msinet') / f'synth-{key}'
-    write_layout(synth(**want), root, 'M', progress=progress)
+    made = replace(synth(**want), name=spec)
+    if not (made.train and made.query):
+        raise InputError(
+            f'{spec} has {len(made.train)} images to train on and {len(made.query)} queries, expected some of both: '
+            'write n_ids=1 or n_test=1'
+        )
+    write_layout(made, root, 'M', progress=progress)
     return replace(market1501(root), name=spec)
 
 # %% ../../nbs/data/04_sets.ipynb #a4bc0b64

@@ -35,7 +35,7 @@ from ..data.loaders import load_image, load_resized, test_loader
 from ..data.sets import get_data
 from ..retrieval.evaluate import device_of, embed, first_k
 from ..retrieval.places import check_vectors, Embeddings, filtered_scores
-from ..zoo import run_path
+from ..zoo import run_name
 from ..engine.run import run_data_spec, run_test_spec
 from ..weights import open_net
 
@@ -492,7 +492,7 @@ def run_query(
     net, about = open_net(run)
     net = net.to(def_device(cfg.device))
     if cfg.index:
-        save_gallery(index_folder(net, cfg.index, about['size'], run_path(run).resolve()), cfg.gallery)
+        save_gallery(index_folder(net, cfg.index, about['size'], run_name(run)), cfg.gallery)
     g = load_gallery(cfg.gallery, net)
     gone = excluded(g.names, cfg.image, cfg.exclude)
     g = g.remove(gone) if gone else g  # without its index, which still holds the removed images

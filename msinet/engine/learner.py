@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'Callback', 'Learner', 'mean_row', 'lr_at', 'Schedule', 'use_fused', 'sgd', 'adamw', 'adam',
-           'trainable_params', 'Step', 'Log', 'read_log', 'Progress', 'NotFinite', 'last_batch_paths', 'Guard',
-           'Evaluate']
+           'trainable_params', 'Step', 'SupervisedStep', 'Log', 'read_log', 'Progress', 'NotFinite', 'last_batch_paths',
+           'Guard', 'Evaluate']
 
 # %% ../../nbs/engine/20_learner.ipynb #1c3ed0a1
 import json
@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import nn, Tensor
 from tqdm.auto import tqdm
 
 from ..core import warn_on_write_error, write_atomic
 from ..errors import InputError
-from .devices import scaler
+from .devices import scaler, share_grads, split_batch
 
 # %% ../../nbs/engine/20_learner.ipynb #39d33604
 class Callback:
@@ -193,6 +193,34 @@ class Step:
         "Bring all parts back to what `state_dict` gave."
         for k, v in self.stateful().items():
             v.load_state_dict(s[k])
+
+# %% ../../nbs/engine/20_learner.ipynb #fc9b4c06
+class SupervisedStep(Step):
+    "A step from losses that read labels. Gradients of the parts of a batch add up, then the optimiser moves."
+
+    weights = {}  # name of a loss -> its weight in the sum, 1 unless given
+
+    def losses(
+        self,
+        x: Tensor,  # (B, 3, H, W) images
+        y: Tensor,  # (B,) labels
+    ) -> tuple[dict, Tensor]:  # name -> scalar; (B, n) scores of the classifier
+        "What is minimised. Subclasses say it."
+        raise NotImplementedError
+
+    def _part(self, x: Tensor, y: Tensor) -> dict:
+        losses, scores = self.losses(x, y)
+        loss = sum(self.weights.get(k, 1) * v for k, v in losses.items())
+        self.acc.backward(loss)
+        row = {k: v.detach() for k, v in dict(loss=loss, **losses).items()}
+        return dict(row, acc=(scores.argmax(1) == y).float().mean())
+
+    def __call__(self, batch) -> dict:  # means over the parts
+        self.opt.zero_grad()
+        outs = [self._part(x, y) for x, y in split_batch(batch, self.acc.gradient_accumulation_steps)]
+        share_grads(trainable_params(self.opt))
+        self.opt.step()
+        return {k: torch.stack([o[k] for o in outs]).mean() for k in outs[0]}
 
 # %% ../../nbs/engine/20_learner.ipynb #0e271fd6
 class Log(Callback):

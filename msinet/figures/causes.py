@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'erase', 'grown', 'fill_gap', 'Photos', 'partners', 'photos', 'half', 'grey_patch', 'embed_changed',
-           'changed_rankings', 'mean_over_ids', 'retrieval_without', 'causes_figure', 'patch_masks', 'occlusion',
-           'energy', 'flat_correlation', 'match_targets', 'heat_shares', 'mean_shares', 'shares_figure']
+           'changed_rankings', 'retrieval_without', 'causes_figure', 'patch_masks', 'occlusion', 'flat_correlation',
+           'match_targets', 'heat_shares', 'mean_shares', 'shares_figure']
 
 # %% ../../nbs/figures/26_causes.ipynb #a66ae830
 from typing import NamedTuple
@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..vis import COL1, NETS, QUERY, style
 from ..data.items import ReIDData
-from ..data.loaders import load_images
 from ..rendering.world import mask
+from ..data.loaders import load_images
 from ..retrieval.evaluate import device_of, embeddings
 from ..retrieval.places import Embeddings
 from ..retrieval.ranking import rank, Ranking
 from ..necks import ReIDNet
-from .cam import cam, object_share
-from ..paper.evidence import Interval, paired
+from .cam import cam, energy, object_share
+from ..paper.evidence import Interval, mean_over_ids, paired
 
 # %% ../../nbs/figures/26_causes.ipynb #4c83c39a
 def erase(
@@ -169,15 +169,6 @@ def changed_rankings(
     own = data.same_cam_ok if same_cam_ok is None else same_cam_ok
     return {n: rank(embed_changed(net, f(p)), *q[1:], *g, same_cam_ok=own) for n, f in parts.items()}
 
-# %% ../../nbs/figures/26_causes.ipynb #f5ca21d5
-def mean_over_ids(
-    v,  # (Q,) values; NaN where there is none
-    pids,  # (Q,) identities
-) -> Interval:  # of NaN and n=0 where no value is finite
-    "Mean with a bootstrap interval over identities."
-    v = np.asarray(v, float)
-    return paired(v, np.zeros(len(v)), pids) if np.isfinite(v).any() else Interval(np.nan, np.nan, np.nan, 0)
-
 # %% ../../nbs/figures/26_causes.ipynb #2aad70cc
 def retrieval_without(
     net: nn.Module,  # as for `embed_changed`
@@ -258,17 +249,6 @@ def occlusion(
     near = [(embed_changed(net, erase(x[i], w[k], colour), bs) * t[i]).sum(1) for i, k in (b.T for b in pairs)]
     d = (e * t).sum(1)[:, None] - torch.cat(near).view(len(x), len(w))
     return torch.einsum('bk,khw->bhw', d, w) / w.sum(0)
-
-# %% ../../nbs/figures/26_causes.ipynb #655e8dd4
-def energy(
-    net: ReIDNet,  # any network of the kit
-    x: Tensor,  # (B, 3, H, W) normalised images
-    bs: int = 64,  # images in a batch
-) -> Tensor:  # (B, h, w), 0 or more
-    "Energy of the last map: the sum of squares over its channels."
-    net.eval()
-    with torch.inference_mode():
-        return torch.cat([net(b.to(device_of(net))).maps[-1].square().sum(1).cpu() for b in x.split(bs)])
 
 # %% ../../nbs/figures/26_causes.ipynb #f6b869d4
 def flat_correlation(

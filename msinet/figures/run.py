@@ -393,13 +393,13 @@ def initial_network(
     cfg,  # `TrainConfig` or `UnsupConfig` of a run
     net: ReIDNet,  # the run's trained network
 ) -> tuple[str, ReIDNet]:  # its name in figures, the network in eval mode
-    "A run's network before its first step: untrained, or with its initial weights if their file still exists."
+    "A run's network before its first epoch: untrained, or with its initial weights if their file still exists."
     n_ids = next(
         (m.out_features for k, m in net.named_modules() if k.endswith('classifier') and isinstance(m, nn.Linear)), 0
     )  # a classifier draws random numbers too
     set_seed(cfg.seed)
     first = network(**cfg.architecture, n_ids=n_ids)
-    if not Path(cfg.weights).is_file():
+    if not cfg.epochs or not cfg.weights or not run_path(cfg.weights).exists():
         return 'untrained', first.eval()
     load_initial_weights(first, cfg.weights, fresh=True)
     return 'at the start', first.eval()

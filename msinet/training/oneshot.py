@@ -26,8 +26,8 @@ from ..space import check_genotype, FUSES, Mixed, quarter_in, quarter_out, set_g
 from ..necks import BNNeck, FBLNeck, ReIDNet
 from ..losses import branch_losses
 from ..tcm import by_identity
-from ..engine.devices import accelerator, gather, share_grads, split_batch
-from ..engine.learner import Step, trainable_params
+from ..engine.devices import accelerator, gather
+from ..engine.learner import SupervisedStep
 
 # %% ../../nbs/training/22_oneshot.ipynb #35f7e1ce
 def random_genotypes(
@@ -178,7 +178,7 @@ class PathSampler:
         self.drawn = s['drawn']
 
 # %% ../../nbs/training/22_oneshot.ipynb #7a580f49
-class PathStep(Step):
+class PathStep(SupervisedStep):
     "One step of a one-shot training: the weights of one random genotype learn, all others stay."
 
     parts = 'net', 'opt', 'paths'
@@ -195,24 +195,16 @@ class PathStep(Step):
         self.paths = paths
         self.acc = acc or accelerator(str(device_of(net)))
 
-    def part(self, x: Tensor, y: Tensor) -> dict:
-        "The losses of a part of a batch, Eqs. (5) and (6), and their gradient."
+    def losses(self, x: Tensor, y: Tensor) -> tuple[dict, Tensor]:
+        "Eqs. (5) and (6), and the scores of the first branch."
         with self.acc.autocast():
             branches = self.net(x).branches
         both = [(gather(to_float32(b.f)), gather(to_float32(b.logits))) for b in branches]
-        parts = branch_losses(both, y)
-        loss = sum(parts.values())
-        self.acc.backward(loss)
-        parts = {k: v.detach() for k, v in parts.items()}
-        return dict(loss=loss.detach(), **parts, acc=(both[0][1].argmax(1) == y).float().mean())
+        return branch_losses(both, y), both[0][1]
 
     def __call__(self, batch) -> dict:
         set_path(self.net, next(self.paths))
-        self.opt.zero_grad()
-        outs = [self.part(x, y) for x, y in split_batch(batch, self.acc.gradient_accumulation_steps)]
-        share_grads(trainable_params(self.opt))
-        self.opt.step()
-        return {k: torch.stack([o[k] for o in outs]).mean() for k in outs[0]}
+        return super().__call__(batch)
 
     def load_state_dict(self, s: dict):
         "Bring all parts back, and the path of the last step."

@@ -9,7 +9,6 @@ __all__ = ['TrainStep', 'TrainResult', 'build_train', 'train']
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn, Tensor
 
 from ..core import set_seed
@@ -22,14 +21,14 @@ from ..necks import ReIDNet
 from ..losses import branch_losses
 from ..align import alignment_module
 from ..backbones import check_backbone, network
-from ..engine.devices import accelerator, gather, share_grads, split_batch
-from ..engine.learner import Evaluate, Guard, Step, trainable_params
+from ..engine.devices import accelerator, gather
+from ..engine.learner import Evaluate, Guard, SupervisedStep
 from ..engine.health import Health, probe
 from ..engine.loop import apply_runtime_options, RunContext
 from ..weights import load_initial_weights, TIMM
 
 # %% ../../nbs/training/23_train.ipynb #ec773a04
-class TrainStep(Step):
+class TrainStep(SupervisedStep):
     "Identity and triplet loss on every branch, alignment on the last map, §3.2-3.3."
 
     parts = 'net', 'opt', 'sam'
@@ -54,29 +53,20 @@ class TrainStep(Step):
         self.normalise = normalise
         self.acc = acc or accelerator(str(device_of(net)))
 
-    def part(self, x: Tensor, y: Tensor) -> dict:
-        "The losses of a part of a batch, Eqs. (5), (6) and (8), and their gradient."
+    @property
+    def weights(self) -> dict:
+        "Of the alignment; all others are 1."
+        return dict(sa=self.lambda_sa)
+
+    def losses(self, x: Tensor, y: Tensor) -> tuple[dict, Tensor]:
+        "Eqs. (5), (6) and (8), and the scores of the first branch."
         with self.acc.autocast():
             maps, branches = self.net(x)
         both = [(gather(to_float32(b.f)), gather(to_float32(b.logits))) for b in branches]
-        parts = branch_losses(both, y, self.eps, self.m, self.normalise)
-        loss = sum(parts.values())
+        losses = branch_losses(both, y, self.eps, self.m, self.normalise)
         if self.sam is not None:
-            parts['sa'] = self.sam(gather(to_float32(maps[-1])), y)
-            loss = loss + self.lambda_sa * parts['sa']
-        self.acc.backward(loss)
-        return dict(
-            loss=loss.detach(),
-            **{k: v.detach() for k, v in parts.items()},
-            acc=(both[0][1].argmax(1) == y).float().mean(),
-        )
-
-    def __call__(self, batch) -> dict:
-        self.opt.zero_grad()
-        outs = [self.part(x, y) for x, y in split_batch(batch, self.acc.gradient_accumulation_steps)]
-        share_grads(trainable_params(self.opt))
-        self.opt.step()
-        return {k: torch.stack([o[k] for o in outs]).mean() for k in outs[0]}
+            losses['sa'] = self.sam(gather(to_float32(maps[-1])), y)
+        return losses, both[0][1]
 
 # %% ../../nbs/training/23_train.ipynb #8cc3fa40
 @dataclass(frozen=True)
