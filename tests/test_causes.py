@@ -15,7 +15,7 @@ from msinet.figures.cam import cam, object_share
 from msinet.figures.causes import causes_figure, embed_changed, erase, fill_gap, flat_correlation, grey_patch, grown
 from msinet.figures.causes import half, heat_shares, match_targets, mean_shares, occlusion, partners
 from msinet.paper.evidence import mean_over_ids
-from msinet.figures.causes import PARTS, patch_masks, photos, retrieval_without, shares_figure
+from msinet.figures.causes import PARTS, patch_masks, masked_images, retrieval_without, shares_figure
 from msinet.necks import FBLNeck, ReIDNet
 from msinet.rendering.world import mask, synth
 from msinet.retrieval.evaluate import embeddings, evaluate
@@ -54,7 +54,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def p(data):
-    return photos(data.query, SIZE)
+    return masked_images(data.query, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_masks_erase_exactly_what_they_say(p):
     grey = lambda x, where: bool((x.movedim(1, -1)[where] == 0).all())
     changed = {n: f(p) for n, f in PARTS.items()}
     assert torch.equal(changed["nothing"], p.x) and not changed["everything"].any()
-    assert same(changed["wall"], on) and grey(changed["wall"], off)
+    assert same(changed["background"], on) and grey(changed["background"], off)
     assert same(changed["object"], far) and grey(changed["object"], ~far)
     assert same(changed["object, gap filled"], far)
     upper, lower = half(p.m, False) == 1, half(p.m, True) == 1
@@ -89,9 +89,9 @@ def test_the_upper_half_is_above_the_lower(p):
 
 
 def test_a_swapped_wall_keeps_every_pixel_of_the_person(p):
-    x = PARTS["wall, another put there"](p)
+    x = PARTS["background swapped"](p)
     on, off = (v[:, None].expand_as(x) for v in (p.m == 1, p.m == 0))
-    assert torch.equal(x[on], p.x[on]) and torch.equal(x[off], p.wall[p.other][off])
+    assert torch.equal(x[on], p.x[on]) and torch.equal(x[off], p.background[p.other][off])
     assert not torch.equal(x[off], p.x[off])
 
 
@@ -111,7 +111,7 @@ def test_gaps_are_filled_in_images_of_any_size(size):
 
 
 def test_a_mask_is_read_at_the_size_of_the_network(data):
-    m = photos(data.query, (128, 64)).m
+    m = masked_images(data.query, (128, 64)).m
     truth = torch.from_numpy(np.stack([mask(i) for i in data.query]))
     assert m.shape[1:] == (128, 64) and 0 <= m.min() and m.max() <= 1
     torch.testing.assert_close(m.mean((1, 2)), truth.mean((1, 2)), atol=0.01, rtol=0)
@@ -135,7 +135,7 @@ def test_images_without_masks_are_an_error(tmp_path):
     for f in files:
         Image.new("RGB", (32, 64)).save(f)
     with pytest.raises(InputError, match="has no mask"):
-        photos([Item(f, i, 0) for i, f in enumerate(files)], SIZE)
+        masked_images([Item(f, i, 0) for i, f in enumerate(files)], SIZE)
 
 
 def test_a_patch_is_clipped_at_the_edge(p):
@@ -154,7 +154,7 @@ def test_retrieval_without_nothing_is_the_evaluation_and_readers_lose_what_they_
     assert not t.loc["nothing"][["change", "change_low", "change_high"]].to_numpy().any()
     own = retrieval_without(edge, data, SIZE, same_cam_ok=True)["value"].xs("R1", level=1)
     assert own["nothing"] > 0.5 and own["object"] == pytest.approx(own["nothing"], abs=0.1)
-    assert own["wall"] < own["nothing"] / 2 and own["everything"] < own["nothing"] / 2
+    assert own["background"] < own["nothing"] / 2 and own["everything"] < own["nothing"] / 2
 
 
 def test_an_intervention_of_ones_own(data):
@@ -306,4 +306,4 @@ def test_the_panel_takes_any_network_with_embeddings(data):
 
 def test_rendered_sets_on_disk_have_masks_too():
     d = get_data("synth:n_ids=1,n_test=3,cams=3,visits=2", (32, 16))
-    assert photos(d.query, (32, 16)).m.mean() > 0.1
+    assert masked_images(d.query, (32, 16)).m.mean() > 0.1

@@ -24,8 +24,8 @@ from ..data.items import ReIDData, relabel
 from ..data.loaders import InfiniteLoader, test_loader, TrainLoader
 from ..retrieval.evaluate import device_of
 from ..ops import OPS, to_float32
-from ..space import alphas, expected_cost, frozen_stats, FUSES, genotype, letters, lookup, Mixed
-from ..space import set_path, slot_macs
+from ..space import alphas, expected_cost, frozen_stats, FUSES, genotype, letters, lookup, Mixed, set_path
+from ..space import slot_macs
 from ..necks import ReIDNet
 from ..tcm import Memory, released_split, twin_split
 from ..engine.devices import accelerator, gather, share_grads, split_batch

@@ -30,7 +30,8 @@ from ..backbones import network
 from ..engine.run import read_config
 from ..weights import open_alignment, open_net
 from ..figures.cam import cam
-from ..figures.causes import embed_changed, grey_patch, match_targets, occlusion, PARTS, Photos, photos
+from ..figures.causes import embed_changed, grey_patch, masked_images, MaskedImages, match_targets, occlusion
+from ..figures.causes import PARTS
 from ..figures.run import even_steps, pca_2d, positives_and_negatives, scatter_ids, tsne_2d
 from ..deploy.export import fold
 from .controls import choice, Panel, slider
@@ -201,7 +202,7 @@ def which_part_decides(
     """What is retrieved when a part of the query is taken away. A click on the lower query puts a grey patch there.
 
     Raises `InputError` for queries without masks."""
-    fast, p = _fastest(net), photos(data.query, size)
+    fast, p = _fastest(net), masked_images(data.query, size)
     q, g = (Embeddings(*(v if v is None else v.cpu() for v in e)) for e in embeddings(net, data, size))
     to = match_targets(q, g, data.same_cam_ok)
     patch = max(2, size[0] // 8)
@@ -212,7 +213,7 @@ def which_part_decides(
     image = lru_cache(1024)(load_image)
 
     def patched(where, row, column):  # some queries with a patch
-        return grey_patch(row * step, column * step, patch, patch)(Photos(*(v[where] for v in p)))
+        return grey_patch(row * step, column * step, patch, patch)(MaskedImages(*(v[where] for v in p)))
 
     @lru_cache(1024)
     def overall(taken, row, column):  # R1 of the queries without a part, and how many these are
@@ -256,7 +257,7 @@ def which_part_decides(
         draw,
         dict(
             query=slider('query', 0, 0, len(data.query) - 1),
-            taken=choice('taken away', [*PARTS, 'a patch'], 'wall, another put there'),
+            taken=choice('taken away', [*PARTS, 'a patch'], 'background swapped'),
             row=slider('patch row', 0, 0, (size[0] - patch) // step),
             column=slider('column', 0, 0, (size[1] - patch) // step),
         ),

@@ -1,4 +1,4 @@
-"Genotypes judged in one supernet: rows that survive a break, effects of known size, intervals that hold, agreement."
+"Genotypes measured in one supernet: rows that survive a break, effects of known size, intervals that hold, agreement."
 
 import json
 
@@ -16,8 +16,8 @@ from msinet.figures.panels import distribution_figure
 from msinet.ops import OPS
 from msinet.paper.additive import additive_model, cell_code, count_code, Effects, effects_figure, letter_effects
 from msinet.paper.additive import slot_code, unseen_r2
-from msinet.paper.judge import agreement, agreement_by_chance, judge, Judged, read_judged
-from msinet.paper.judge import reliability, standing
+from msinet.paper.genotypes import agreement, agreement_by_chance, evaluate_genotypes, GenotypeScores
+from msinet.paper.genotypes import percentile_rank, read_genotype_scores, reliability
 from msinet.retrieval.evaluate import evaluate
 from msinet.space import Mixed
 from msinet.training.oneshot import evaluate_genotype, random_genotypes, stats_batches, supernet_with_neck
@@ -51,7 +51,7 @@ def batches(data):
 def test_a_row_is_what_evaluate_says(net, data, batches, tmp_path):
     before = {k: v.clone() for k, v in net.state_dict().items()}
     gs = [TABLE1, "E" * 12]
-    got = judge(net, gs, data, SIZE, tmp_path / "j.jsonl", batches)
+    got = evaluate_genotypes(net, gs, data, SIZE, tmp_path / "j.jsonl", batches)
     for g, ap in zip(gs, got.ap):
         want = evaluate_genotype(net, g, lambda n: evaluate(n, data, SIZE).ap, batches)
         np.testing.assert_allclose(ap, want, atol=5.1e-5)
@@ -62,29 +62,29 @@ def test_a_row_is_what_evaluate_says(net, data, batches, tmp_path):
 
 def test_a_break_costs_the_genotype_that_was_measured(net, data, batches, tmp_path):
     file, gs = tmp_path / "j.jsonl", random_genotypes(4)
-    whole = judge(net, gs, data, SIZE, tmp_path / "whole.jsonl", batches)
+    whole = evaluate_genotypes(net, gs, data, SIZE, tmp_path / "whole.jsonl", batches)
 
     def stop(done, n):
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge(net, gs, data, SIZE, file, batches, say=stop)
+        evaluate_genotypes(net, gs, data, SIZE, file, batches, say=stop)
     text = file.read_text()
     file.write_text(text + text.splitlines()[-1][:40])  # killed within a line
     went = []
-    again = judge(net, gs, data, SIZE, file, batches, say=lambda *k: went.append(k))
+    again = evaluate_genotypes(net, gs, data, SIZE, file, batches, say=lambda *k: went.append(k))
     assert went == [(3, 4), (4, 4)]
-    assert np.array_equal(whole.ap, again.ap) and np.array_equal(read_judged(file).of(gs).ap, whole.ap)
+    assert np.array_equal(whole.ap, again.ap) and np.array_equal(read_genotype_scores(file).of(gs).ap, whole.ap)
     before = file.read_bytes()
-    judge(net, gs[:2] * 2, data, SIZE, file, batches)
+    evaluate_genotypes(net, gs[:2] * 2, data, SIZE, file, batches)
     assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("other", ["net", "batches", "set", "size"])
 def test_rows_of_something_else_are_not_continued(other, net, data, batches, tmp_path):
     args = dict(net=net, data=data, size=SIZE, batches=batches)
-    judge(net, [TABLE1], data, SIZE, file := tmp_path / "j.jsonl", batches)
+    evaluate_genotypes(net, [TABLE1], data, SIZE, file := tmp_path / "j.jsonl", batches)
     set_seed(1)
     change = dict(
         net=lambda: dict(net=supernet_with_neck((8, 16, 24, 32), n_ids=8)),
@@ -93,21 +93,21 @@ def test_rows_of_something_else_are_not_continued(other, net, data, batches, tmp
         size=lambda: dict(size=(32, 16)),
     )[other]()
     with pytest.raises(InputError, match="measured with another .*expected the same") as e:
-        judge(genotypes=["E" * 12], file=file, **args | change)
+        evaluate_genotypes(genotypes=["E" * 12], file=file, **args | change)
     assert "\n" not in str(e.value) and len(file.read_text().splitlines()) == 2
 
 
 def test_files_and_genotypes_that_are_not_there(net, data, batches, tmp_path):
     with pytest.raises(InputError, match="holds no measured genotypes"):
-        read_judged(tmp_path / "none.jsonl")
+        read_genotype_scores(tmp_path / "none.jsonl")
     (tmp_path / "head.jsonl").write_text(json.dumps(dict(net="x", pid=[1, 2])) + "\n")
     with pytest.raises(InputError, match="holds no measured genotypes"):
-        read_judged(tmp_path / "head.jsonl")
+        read_genotype_scores(tmp_path / "head.jsonl")
     with pytest.raises(InputError, match="expected 12"):
-        judge(net, ["GGE"], data, SIZE, tmp_path / "j.jsonl", batches)
+        evaluate_genotypes(net, ["GGE"], data, SIZE, tmp_path / "j.jsonl", batches)
     assert not (tmp_path / "j.jsonl").exists()
     with pytest.raises(InputError, match="1 genotypes were not measured, such as N"):
-        Judged([TABLE1], np.zeros((1, 2)), np.arange(2)).of([TABLE1, "N" * 12])
+        GenotypeScores([TABLE1], np.zeros((1, 2)), np.arange(2)).of([TABLE1, "N" * 12])
 
 
 # the additive model
@@ -254,31 +254,31 @@ def test_the_heat_map_shows_values_and_marks():
 # how reliable, where, and whether they agree
 
 
-def judged(n=60, ids=24, spread=2.0, noise=8.0, seed=0):
+def scores(n=60, ids=24, spread=2.0, noise=8.0, seed=0):
     r = np.random.default_rng(seed)
     ap = 50 + spread * r.normal(size=(n, 1)) + r.normal(0, 20, 4 * ids) + r.normal(0, noise, (n, 4 * ids))
-    return Judged(random_genotypes(n, seed), ap, np.repeat(np.arange(ids), 4))
+    return GenotypeScores(random_genotypes(n, seed), ap, np.repeat(np.arange(ids), 4))
 
 
 def test_reliability_is_the_share_of_true_variance():
-    got = [reliability(judged(seed=s), n=200).value for s in range(10)]
+    got = [reliability(scores(seed=s), n=200).value for s in range(10)]
     assert np.mean(got) == pytest.approx(4 / (4 + 64 / 96), abs=0.03)
-    none = [reliability(judged(spread=0.0, seed=s), n=200) for s in range(10)]
+    none = [reliability(scores(spread=0.0, seed=s), n=200) for s in range(10)]
     assert abs(np.mean([i.value for i in none])) < 0.2 and sum(i.low > 0 for i in none) <= 2
     with pytest.raises(InputError, match="three and four or more"):
-        reliability(judged(n=2))
+        reliability(scores(n=2))
 
 
 def test_standing_is_a_share_with_an_interval():
-    j = judged()
+    j = scores()
     y = j.mean_ap
     for k in range(0, 60, 7):
         want = ((y < y[k]).sum() + 0.5) / 60
-        i = standing(j, j.ap[k], n=200)
+        i = percentile_rank(j, j.ap[k], n=200)
         assert i.value == pytest.approx(want) and i.low <= i.value <= i.high
-    assert standing(j, j.ap.max(0) + 1).value == 1 and standing(j, j.ap.min(0) - 1).high == 0
+    assert percentile_rank(j, j.ap.max(0) + 1).value == 1 and percentile_rank(j, j.ap.min(0) - 1).high == 0
     with pytest.raises(InputError, match="one for each query"):
-        standing(j, j.ap[0][:-1])
+        percentile_rank(j, j.ap[0][:-1])
 
 
 def test_agreement_by_hand():
@@ -303,7 +303,7 @@ def test_permuted_letters_are_the_null():
 
 
 def test_the_distribution_is_drawn():
-    fig = distribution_figure(judged().mean_ap, {"Table 1": 51.0, "searched": [49.0, 50.0, 52.0]})
+    fig = distribution_figure(scores().mean_ap, {"Table 1": 51.0, "searched": [49.0, 50.0, 52.0]})
     rows = [line for line in fig.axes[1].lines if line.get_marker() == "o"]
     assert [len(line.get_xdata()) for line in rows] == [1, 3] and len(fig.axes[1].get_yticklabels()) == 2
     plt.close(fig)
