@@ -280,7 +280,7 @@ def heat_shares(
     fast: nn.Module | None = None,  # the same embedding, such as `fold(net)`, for the occlusion maps
     patch: int = 16,  # of the occlusion maps, pixels, side by side
 ) -> pd.DataFrame:  # a row for each query and kind; columns query, pid, kind, own, even, flat grey, another image
-    "Share of each map on the query's object, and of its controls. Errors as `masked_images`; NaN for a map without heat."
+    "Share of each map on the query's object, and of its controls; NaN without heat. Errors as `masked_images`."
     p = masked_images(data.query, size)
     q, g = (e._replace(f=e.f.cpu()) for e in embeddings(net, data, size))
     to = match_targets(q, g, data.same_cam_ok)

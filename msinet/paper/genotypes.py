@@ -73,7 +73,7 @@ def read_genotype_scores(
     first, *rows = read_log(file) or [{}]
     rows = {r['genotype']: r['ap'] for r in rows if len(r.get('ap', ())) == len(first.get('pid', ''))}
     if not rows:
-        raise InputError(f'{file} holds no measured genotypes, expected a file of evaluate_genotypes: measure some first')
+        raise InputError(f'{file} holds no measured genotypes, expected a file of evaluate_genotypes: measure some')
     return GenotypeScores(list(rows), np.array([*rows.values()], float), np.array(first['pid']))
 
 
