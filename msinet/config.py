@@ -72,6 +72,7 @@ class BaseConfig:
     batch: int = 64  # images in a batch, P·K
     K: int = 4  # images of each identity in a batch; P = batch/K
     optimiser: Literal['sgd', 'adamw', 'adam'] = 'sgd'  # §4.2: SGD
+    beta2: float = 0.999  # of Adam and AdamW: their mean of squared gradients spans 1/(1-β₂) steps
     wd: float = 5e-4  # weight decay
     warmup: int = 10  # epochs in which the rate climbs, §4.2
     milestones: tuple[int, ...] = (150, 225, 300)  # epochs at which the rate falls to a tenth, §4.2
@@ -82,7 +83,7 @@ class BaseConfig:
     seed: int = 0  # of split, initial weights, batches, augmentation
     device: str = ''  # cpu, cuda, mps; empty takes the best
     precision: Literal['no', 'bf16', 'fp16'] = 'no'  # of the forward pass; attention, memories, losses stay float32
-    channels_last: bool = False  # lay out maps position by position, which suits GPUs in half precision
+    channels_last: bool = False  # lay out maps position by position: suits GPUs in half precision, and many CPUs
     recompute: bool = False  # run each cell again when its gradient is due: less memory, more time
     threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
 
@@ -109,11 +110,12 @@ class _LabelledConfig(BaseConfig):
     sync_bn: bool = False  # with several processes: BN statistics of the whole batch, not of each process's part
 
 # %% ../nbs/01_config.ipynb #2454136f
-LAPTOP_SYNTH = 'synth:n_ids=64,n_test=48'
+LAPTOP_SYNTH = 'synth:n_ids=512,n_test=48'
 SMOKE_SYNTH = 'synth:n_ids=8,n_test=8,cams=4,visits=3,frames=3'
 LAPTOP = dict(
     size=(64, 32), channels=(16, 64, 96, 128), optimiser='adamw', wd=5e-4, pad=3, random_erasing=0.0, threads=1
 )
+_SHORT = dict(K=2, lr=5e-3, beta2=0.95, warmup=0, channels_last=True)
 SMOKE = {**LAPTOP, 'channels': (8, 32, 48, 64), 'batch': 8, 'K': 2, 'data': SMOKE_SYNTH}
 
 # %% ../nbs/01_config.ipynb #e9e358c4
@@ -164,15 +166,7 @@ SEARCH = dict(
         val_stats=True,
     ),
     laptop=SearchConfig(
-        data=LAPTOP_SYNTH,
-        epochs=30,
-        lr=2e-3,
-        lr_alpha=0.05,
-        warmup=3,
-        milestones=short_milestones(30),
-        overlap=0.5,
-        after_bn=True,
-        **LAPTOP,
+        data=LAPTOP_SYNTH, epochs=4, lr_alpha=0.05, milestones=(3,), overlap=0.5, **LAPTOP, **_SHORT
     ),
     smoke=SearchConfig(
         epochs=2,
@@ -230,7 +224,7 @@ TRAIN = dict(
     full=TrainConfig(eval_every=40),
     paper=TrainConfig(eval_every=40, eps=0.0, normalise=False),
     released=TrainConfig(eval_every=40, sam_released=True),
-    laptop=TrainConfig(data=LAPTOP_SYNTH, epochs=45, lr=3e-3, warmup=3, milestones=short_milestones(45), **LAPTOP),
+    laptop=TrainConfig(data=LAPTOP_SYNTH, epochs=10, milestones=(7, 9), **LAPTOP, **_SHORT),
     smoke=TrainConfig(epochs=2, lr=3e-3, warmup=1, milestones=(), **SMOKE),
 )
 TRAIN = {k: replace(c, preset=k) for k, c in TRAIN.items()}
@@ -282,7 +276,14 @@ UNSUP = dict(
     paper=UnsupConfig(eval_every=10),
     released=UnsupConfig(eval_every=10, distil=0.0),
     laptop=UnsupConfig(
-        data=LAPTOP_SYNTH, epochs=8, iters=12, batch=64, lr=2e-3, milestones=(6,), **_UNSUP_SHORT, **LAPTOP
+        data='synth:n_ids=64,n_test=48',
+        epochs=8,
+        iters=12,
+        batch=64,
+        lr=2e-3,
+        milestones=(6,),
+        **_UNSUP_SHORT,
+        **LAPTOP,
     ),
     smoke=UnsupConfig(epochs=2, iters=4, lr=1e-3, milestones=(), **{**_UNSUP_SHORT, **SMOKE, 'k1': 8, 'k2': 3}),
 )
@@ -343,9 +344,9 @@ class DemoConfig:
     out: str = ''  # the run's folder; empty takes the next free runs/demo-N
     resume: bool = False  # go on with the run in `out`, or start one where none is
     size: tuple[int, int] | None = None  # height and width in pixels; the preset's unless given
-    epochs_search: int | None = None  # the preset's unless given; rates drop at 65 and 88 % of it
-    epochs_train: int | None = None  # the preset's unless given; rates drop at 65 and 88 % of it
+    epochs_search: int | None = None  # the preset's unless given, on small sets more; rates drop at 65 and 88 % of it
+    epochs_train: int | None = None  # the preset's unless given, on small sets more; rates drop at 65 and 88 % of it
     batch: int | None = None  # images in a batch, P·K; the preset's unless given
-    K: int | None = None  # images of each identity in a batch; 2 where a set has no more
+    K: int | None = None  # images of each identity in a batch; the preset's unless given
     seed: int = 0  # of everything random
     device: str = ''  # cpu, cuda, mps; empty takes the best

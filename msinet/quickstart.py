@@ -6,15 +6,18 @@
 __all__ = ['configs', 'DemoResult', 'tune_config', 'demo', 'found_line']
 
 # %% ../nbs/32_quickstart.ipynb #a367eec0
-import torch
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 
+import torch
+
 from .core import write_json
-from .config import DemoConfig, n_identities, SEARCH, SearchConfig, short_milestones, TRAIN, TrainConfig
+from .config import DemoConfig, LAPTOP_SYNTH, n_identities, SEARCH, SearchConfig, short_milestones, TRAIN, TrainConfig
 from .data.items import ReIDData, relabel
 from .data.loaders import PKSampler
-from .data.sets import get_data
+from .data.sets import get_data, synth_options
+from .rendering.world import synth
 from .retrieval.evaluate import Pixels
 from .engine.loop import RunContext
 from .engine.run import run_data_spec, run_folder, run_test_spec, write_run_metadata
@@ -27,12 +30,18 @@ from .figures.report import report
 def configs(
     cfg: DemoConfig,  # the few answers
     run: Path,  # where the run goes
+    n_train: int = None,  # images of another set than the preset's to learn from
 ) -> tuple[SearchConfig, TrainConfig]:  # both write into `run`
-    "The two configurations of a demo: the preset's, and what the user changed."
+    "The two configurations of a demo: the preset's, and what the user changed; `laptop` takes longer on a small set."
     both = dict(out=str(run), resume=True, seed=cfg.seed, device=cfg.device)
     both |= {k: getattr(cfg, k) for k in ('data', 'size', 'batch', 'K') if getattr(cfg, k)}
+    larger = 1.0
+    if cfg.preset == 'laptop' and n_train:
+        larger = len(synth(**synth_options(LAPTOP_SYNTH)).train) / n_train
 
     def with_epochs(c, n):
+        if not n and larger > 1:
+            n = ceil(c.epochs * larger)
         return replace(
             c,
             **both,
@@ -114,6 +123,7 @@ def demo(
         n_identities(c.batch, c.K)
     found_data = data or get_data(s.data, s.size, progress)
     _check_batches(found_data, s, t)
+    s, t = configs(cfg, run, len(found_data.train))
     say(
         f'data      {found_data.name}: {len(found_data.train)} images to learn from, {len(found_data.query)} queries, '
         f'{len(found_data.gallery)} in the gallery'

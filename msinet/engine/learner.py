@@ -141,24 +141,25 @@ class Schedule(Callback):
 # %% ../../nbs/engine/20_learner.ipynb #80d1dad5
 def use_fused(
     params,  # a list
-):  # True where they are all on a GPU, None elsewhere
+):  # True where they are all on a GPU or all on a CPU, None elsewhere
     "Whether an optimiser may be fused."
-    return all(p.is_cuda for p in params) or None
+    kinds = {p.device.type for p in params}
+    return kinds in ({'cuda'}, {'cpu'}) or None
 
 # %% ../../nbs/engine/20_learner.ipynb #bab2252a
-def sgd(params, lr: float, wd: float):
-    "Stochastic gradient descent with momentum .9."
+def sgd(params, lr: float, wd: float, beta2: float = None):
+    "Stochastic gradient descent with momentum .9. It has no `beta2`."
     return torch.optim.SGD(ps := list(params), lr, momentum=0.9, weight_decay=wd, fused=use_fused(ps))
 
 
-def adamw(params, lr: float, wd: float):
+def adamw(params, lr: float, wd: float, beta2: float = 0.999):
     "Adam whose weight decay leaves the gradient alone."
-    return torch.optim.AdamW(ps := list(params), lr, weight_decay=wd, fused=use_fused(ps))
+    return torch.optim.AdamW(ps := list(params), lr, betas=(0.9, beta2), weight_decay=wd, fused=use_fused(ps))
 
 
-def adam(params, lr: float, wd: float):
+def adam(params, lr: float, wd: float, beta2: float = 0.999):
     "Adam, weight decay as a part of the gradient."
-    return torch.optim.Adam(ps := list(params), lr, weight_decay=wd, fused=use_fused(ps))
+    return torch.optim.Adam(ps := list(params), lr, betas=(0.9, beta2), weight_decay=wd, fused=use_fused(ps))
 
 
 OPTIMISERS = dict(sgd=sgd, adamw=adamw, adam=adam)

@@ -183,7 +183,7 @@ class RunContext:
     ):
         "The run's optimiser, prepared for the precision."
         cfg, params = self.cfg, [p for p in params if p.requires_grad]
-        return self.acc.prepare_optimizer(OPTIMISERS[cfg.optimiser](params, cfg.lr, cfg.wd))
+        return self.acc.prepare_optimizer(OPTIMISERS[cfg.optimiser](params, cfg.lr, cfg.wd, cfg.beta2))
 
     def schedule(
         self,

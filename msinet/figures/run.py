@@ -62,9 +62,11 @@ TINY = replace(
     channels=(8, 32, 48, 64),
     batch=16,
     epochs=8,
-    lr=5e-3,
+    K=4,
+    beta2=0.999,
     warmup=2,
     milestones=(5, 7),
+    channels_last=False,
 )  # takes half a minute
 
 # %% ../../nbs/figures/30_run.ipynb #dde9f34b

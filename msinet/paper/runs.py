@@ -47,9 +47,9 @@ _PERSONS, _VEHICLES = ('MS', 'M'), ('VR', 'VID')
 def _demo_recipe(
     source: str,  # short name of the training set
 ) -> dict:  # fields of a configuration
-    "Image size, epochs and schedule of a training at the demo scale."
-    epochs, size = (60, (64, 32)) if source in _PERSONS else (40, (96, 96))
-    return dict(size=size, epochs=epochs, milestones=short_milestones(epochs), jitter=True)
+    "Data, image size and what else a search and a training at the demo scale share."
+    size = (64, 32) if source in _PERSONS else (96, 96)
+    return dict(data=DEMO_SETS[source], size=size, K=4, beta2=0.999, warmup=3)
 
 # %% ../../nbs/paper/50_runs.ipynb #728caac4
 _NETS = {n: dict(backbone=n) for n in ('resnet50', 'osnet', 'cdnet', 'deit_s', 'deit_b', 'vit_b')}
@@ -107,10 +107,10 @@ def base(
 ) -> tuple[TrainConfig, SearchConfig]:
     "The configurations that all ablations of a column start from."
     if scale == 'demo':
-        recipe = dict(data=DEMO_SETS[source], channels_last=True)
-        return replace(TRAIN['laptop'], lambda_sa=0.0, **recipe, **_demo_recipe(source)), replace(
-            SEARCH['laptop'], size=_demo_recipe(source)['size'], evaluate=False, **recipe
-        )
+        both, n = _demo_recipe(source), 60 if source in _PERSONS else 40
+        train = dict(epochs=n, milestones=short_milestones(n), lr=3e-3, lambda_sa=0.0, jitter=True)
+        search = dict(epochs=30, milestones=short_milestones(30), lr=2e-3, after_bn=True, evaluate=False)
+        return replace(TRAIN['laptop'], **both, **train), replace(SEARCH['laptop'], **both, **search)
     size = {k: v for k, v in COLUMNS[column].items() if k == 'size'}
     return replace(TRAIN['full'], lambda_sa=0.0, data=source, **COLUMNS[column]), replace(
         SEARCH['full'], data=source, evaluate=False, **size
