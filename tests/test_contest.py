@@ -49,7 +49,7 @@ def test_a_click_changes_cost_maps_images_and_numbers_and_back(small, shipped, m
     assert p.values()["genotype"] == "EEEEGEEEEEEE" and p.image.value != picture
     second = told(p, monkeypatch)
     assert all(first[k] != second[k] for k in (0, 2, 3)), "cost, mAP and R1, comparison"
-    assert "against Table 1" in second[3] and "against the one before" in second[3]
+    assert "against Table 1 " in second[3] and "against the one before " in second[3]
     for g in ("A" * 12, TABLE1, "E" * 12):
         p.controls["genotype"].value = g
     assert told(p, monkeypatch)[:3] == first[:3]
