@@ -185,7 +185,7 @@ PANELS = [
     "augment_lab",
 ]
 SLIDERS = dict(
-    interaction_lab="image",
+    interaction_lab="query",
     alpha_player="epoch",
     cell_browser="cell",
     activation_lens="query",

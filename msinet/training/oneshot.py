@@ -80,12 +80,14 @@ def own_stats(
     for m in bns:
         m.reset_running_stats()
         m.momentum = None  # the plain mean
-    net.train()
-    for x, _ in batches:
-        net(x)
-    for m, t in modes:
-        m.training = t
     try:
+        try:
+            net.train()
+            for x, _ in batches:
+                net(x)
+        finally:
+            for m, t in modes:
+                m.training = t
         yield net
     finally:
         for m, s, k in zip(bns, before, momentum):

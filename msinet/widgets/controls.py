@@ -7,6 +7,7 @@ __all__ = ['png', 'Panel', 'slider', 'choice']
 
 # %% ../../nbs/widgets/40_controls.ipynb #ee4e98c7
 import base64
+import gc
 import html
 import io
 
@@ -166,9 +167,14 @@ class Panel(w.VBox):
         self.image.layout.display = None if self.error is None else 'none'
 
     def draw_image(self):
-        "Draw the figure of the present values and send it to the browser."
-        v = self.values()
-        self.clickable.show(png(self.draw(**v), self.dpi), self.spots(**v) if self.spots else ())
+        "Draw the figure of the present values and send it to the browser. Garbage is collected afterwards."
+        v, collects = self.values(), gc.isenabled()
+        gc.disable()  # a full collection can take longer than the drawing
+        try:
+            self.clickable.show(png(self.draw(**v), self.dpi), self.spots(**v) if self.spots else ())
+        finally:
+            if collects:
+                gc.enable()
 
     def redraw(self, change=None):
         "Draw again and show an error, unless `set` is at work."
