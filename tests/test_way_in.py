@@ -111,8 +111,8 @@ def test_configurations_are_given_by_name(kind):
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     "The same ten lines, at the size of a test."
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert len(code.strip().split("\n")) <= 12 and "TRAIN['laptop'], data='synth:n_ids=64,n_test=48'" in code
-    small = code.replace("TRAIN['laptop'], data='synth:n_ids=64,n_test=48'", "TRAIN['smoke'], out='run'")
+    assert len(code.strip().split("\n")) <= 12 and "TRAIN['laptop'], seed=0" in code
+    small = code.replace("TRAIN['laptop'], seed=0", "TRAIN['smoke'], out='run'")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(small, "README.md", "exec"), names)

@@ -108,7 +108,8 @@ class Contest:
         "End the contest. Players and baselines, best held-out mAP first; a later call gives the same."
         self.over = True
         measure = lambda g: 100 * self._held_out.ap(g)
-        base, pid, rows = measure(TABLE1), self._held_out.pid, []
+        base, pid = measure(TABLE1), self._held_out.pid
+        rows = []
         for is_player, entries in ((True, self.played), (False, self.baselines)):
             for name, tried in entries.items():
                 g = self.best(tried)
