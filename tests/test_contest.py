@@ -15,7 +15,8 @@ from msinet.paper.genotypes import GenotypeScores
 from msinet.rendering.world import synth
 from msinet.training.oneshot import evaluate_genotype, random_genotypes, retrieval_of, supernet_with_neck
 from msinet.widgets.contest import Contest, IdentityTest, open_contest, winners_lead
-from msinet.widgets.lab import interaction_lab, open_oneshot
+from msinet.paper.probes import open_oneshot
+from msinet.widgets.lab import interaction_lab
 
 
 @pytest.fixture(scope="module")

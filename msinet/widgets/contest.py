@@ -24,7 +24,7 @@ from ..space import check_genotype
 from ..training.oneshot import evaluate_genotype, random_genotypes, retrieval_of
 from ..paper.evidence import Interval, mean_over_ids, paired
 from ..paper.genotypes import GenotypeScores
-from .lab import open_oneshot
+from ..paper.probes import open_oneshot
 
 # %% ../../nbs/widgets/40_contest.ipynb #dc2dda1d
 class IdentityTest(NamedTuple):
